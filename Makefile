@@ -1,0 +1,39 @@
+# `make train` and `make test` work on a fresh machine with Python 3.11 or 3.12: they create .venv first.
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
+BIN := .venv/bin
+SEEDS ?= 0 1 2
+
+.PHONY: train test test-slow check shapes-table camvid-table clean
+
+train: .venv/installed
+	$(BIN)/python -m cmim.train
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# The README's tables: every preset on every seed, then mean and spread.
+shapes-table: .venv/installed
+	$(BIN)/python -m cmim.compare --output runs/shapes-table --presets supervised fixmatch mim cmim --seeds $(SEEDS)
+
+camvid-table: .venv/installed
+	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
+	  --presets supervised fixmatch cmim --seeds $(SEEDS) --data.root $(DATA)
+
+.venv/installed: setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e . -c constraints.txt
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

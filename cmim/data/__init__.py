@@ -1,0 +1,1 @@
+"""Images and labels: splits (`datasets`), their sources (`shapes`, `folder`), augmentation and batches."""

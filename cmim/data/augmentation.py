@@ -1,0 +1,102 @@
+"""Weak and strong views and CutMix boxes, with the constants of UniMatch (Yang et al. 2023); all randomness from `rng`."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+from cmim.data.datasets import IGNORED
+
+
+def weak(image, label, rng, crop, scale):
+    """Random resize, crop and horizontal flip. Where the resized image is smaller than the crop, it is padded at the right
+    and at the bottom (then flipped with the rest).
+
+    Args:
+        image: PIL RGB.
+        label: (H, W) uint8 over the same field of view, at any resolution; or None.
+        rng: `np.random.Generator`.
+        crop: side S of the result in pixels.
+        scale: bounds of the factor of the longer side; the aspect is kept.
+
+    Returns:
+        image (3, S, S) uint8, black where padded; label (S, S) uint8, IGNORED where padded (all IGNORED without a label);
+        valid (S, S) bool, False where padded.
+    """
+    longest = max(image.size)
+    target = int(rng.integers(int(longest * scale[0]), int(longest * scale[1]) + 1))
+    width, height = (max(1, round(side * target / longest)) for side in image.size)
+    left, top = (int(rng.integers(max(side - crop, 0) + 1)) for side in (width, height))
+    columns, rows = min(width, crop), min(height, crop)
+    flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+
+    pixels, classes = np.zeros((crop, crop, 3), np.uint8), np.full((crop, crop), IGNORED, np.uint8)
+    valid = np.zeros((crop, crop), bool)
+    # Resizing only the part that the crop keeps gives the pixels of resizing everything, then cropping.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height))
+    pixels[:rows, :columns] = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
+    valid[:rows, :columns] = True
+    if label is not None:
+        nearest = _nearest(top, rows, height, label.shape[0])[:, None], _nearest(left, columns, width, label.shape[1])
+        classes[:rows, :columns] = label[nearest]
+    return _to_tensor(pixels[:, flip]), torch.from_numpy(classes[:, flip].copy()), torch.from_numpy(valid[:, flip].copy())
+
+
+def strong(image, rng):
+    """Colour jitter (brightness, contrast and saturation 0.5, hue 0.25; probability 0.8) in random order, grey (0.2) and
+    Gaussian blur of radius 0.1 to 2 (0.5).
+
+    Args:
+        image: (3, H, W) uint8, a weak view.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    view = Image.fromarray(image.permute(1, 2, 0).numpy())
+    if rng.random() < 0.8:
+        brightness, contrast, saturation = rng.uniform(0.5, 1.5, 3)
+        hue = rng.uniform(-0.25, 0.25)
+        jitter = [
+            lambda x: ImageEnhance.Brightness(x).enhance(brightness),
+            lambda x: ImageEnhance.Contrast(x).enhance(contrast),
+            lambda x: ImageEnhance.Color(x).enhance(saturation),
+            lambda x: _turn_hue(x, hue),
+        ]
+        for i in rng.permutation(4):
+            view = jitter[i](view)
+    if rng.random() < 0.2:
+        view = view.convert("L").convert("RGB")
+    if rng.random() < 0.5:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+    return _to_tensor(np.asarray(view))
+
+
+def cutmix_box(rng, size, p):
+    """(top, left, bottom, right) of a CutMix box in a size x size crop, zeros with probability 1 - p.
+
+    Its area is 2 to 40 % of the crop, its height 0.3 to 1 / 0.3 times its width; it is drawn until it lies inside.
+    """
+    if rng.random() >= p:
+        return 0, 0, 0, 0
+    area = rng.uniform(0.02, 0.4) * size * size
+    while True:
+        ratio = rng.uniform(0.3, 1 / 0.3)
+        height, width = max(1, int(np.sqrt(area * ratio))), max(1, int(np.sqrt(area / ratio)))
+        top, left = (int(start) for start in rng.integers(size, size=2))
+        if top + height <= size and left + width <= size:
+            return top, left, top + height, left + width
+
+
+def _nearest(start, count, resized, original):
+    """Indices into `original` pixels of the pixels [start, start + count) of an axis that is resized to `resized`."""
+    return (2 * np.arange(start, start + count) + 1) * original // (2 * resized)
+
+
+def _turn_hue(image, turn):
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(i + round(turn * 256)) % 256 for i in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def _to_tensor(pixels):
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

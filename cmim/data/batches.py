@@ -1,0 +1,171 @@
+"""Training micro-batches and evaluation batches, made by worker processes.
+
+Sample i of micro-step m on rank r has the global position (m x ranks + r) x batch + i; everything about it is drawn from
+generators keyed by the seed, this position and a purpose. So no batch depends on the number of workers, on where a run was
+resumed or on how the same global batch is spread over ranks.
+"""
+
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from cmim.config import token_stride, uses_masking, uses_unlabelled
+from cmim.data.augmentation import cutmix_box, strong, weak
+from cmim.randomness import key, numpy_generator, torch_generator
+from cmim_kernels import random_mask
+
+
+class TrainBatches(Dataset):
+    """Item m is the micro-batch m of one rank, a dict of tensors. L and U are the labelled and the unlabelled batch size, S
+    the crop, (h, w) the token grid, V the number of strong views (2 for unimatch, else 1).
+
+        labelled_image (L, 3, S, S) uint8   label (L, S, S) uint8, 255 without a class   labelled_key (L,) int64
+
+    unless the preset is supervised:
+
+        weak_image (U, 3, S, S) uint8       valid (U, S, S) bool, False where padded      key (U,) int64
+        strong_image (V, U, 3, S, S) uint8, views of the weak image before CutMix
+        box (V, U, 4) int64: top, left, bottom, right; zeros where a view has no CutMix
+
+    for presets with masked views, True where hidden:
+
+        labelled_mask (L, h, w) bool        weak_mask (U, h, w) bool                      strong_mask (U, h, w) bool
+
+    Keys are for `cmim.randomness.uniform`: randomness on the device.
+    """
+
+    def __init__(self, splits, config, rank=0, world_size=1):
+        self.labelled, self.unlabelled, self.config = splits.labelled, splits.unlabelled, config
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step):
+        train = self.config.train
+        samples = [self._labelled(p) for p in self._positions(step, train.labelled_batch)]
+        batch = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+        if uses_unlabelled(self.config):
+            samples = [self._unlabelled(p) for p in self._positions(step, train.unlabelled_batch)]
+            for name in samples[0]:
+                batch[name] = torch.stack([s[name] for s in samples], dim=1 if name in ("strong_image", "box") else 0)
+        return batch
+
+    def _positions(self, step, batch):
+        first = (step * self.world_size + self.rank) * batch
+        return range(first, first + batch)
+
+    def _labelled(self, position):
+        i = self._index(position, len(self.labelled), "labelled order")
+        label = self.labelled.label(i)
+        image, label, _ = self._weak(self.labelled.image(i), label, position, "labelled weak")
+        sample = {
+            "labelled_image": image,
+            "label": label,
+            "labelled_key": torch.tensor(key(self.config.seed, position, "labelled")),
+        }
+        if uses_masking(self.config):
+            sample["labelled_mask"] = self._mask(position, "labelled mask")
+        return sample
+
+    def _unlabelled(self, position):
+        config, seed = self.config, self.config.seed
+        i = self._index(position, len(self.unlabelled), "unlabelled order")
+        image, _, valid = self._weak(self.unlabelled.image(i), None, position, "unlabelled weak")
+        views = range(2 if config.method.preset == "unimatch" else 1)
+        boxes = [
+            cutmix_box(numpy_generator(seed, position, f"box {v}"), config.data.crop, config.method.cutmix) for v in views
+        ]
+        sample = {
+            "weak_image": image,
+            "valid": valid,
+            "key": torch.tensor(key(seed, position, "unlabelled")),
+            "strong_image": torch.stack([strong(image, numpy_generator(seed, position, f"strong {v}")) for v in views]),
+            "box": torch.tensor(boxes),
+        }
+        if uses_masking(config):
+            sample["weak_mask"] = self._mask(position, "weak mask")
+            sample["strong_mask"] = self._mask(position, "strong mask")
+        return sample
+
+    def _index(self, position, count, purpose):
+        """Every epoch is its own permutation of the images."""
+        epoch, place = divmod(position, count)
+        return int(_epoch_order(self.config.seed, epoch, purpose, count)[place])
+
+    def _weak(self, image, label, position, purpose):
+        data = self.config.data
+        rng = numpy_generator(self.config.seed, position, purpose)
+        return weak(_resize(image, data.size), label, rng, data.crop, data.scale)
+
+    def _mask(self, position, purpose):
+        mask, stride = self.config.mask, token_stride(self.config)
+        side = self.config.data.crop // stride
+        generator = torch_generator(self.config.seed, position, purpose)
+        return random_mask(1, side, side, mask.ratio, block=mask.block // stride, generator=generator)[0]
+
+
+def train_loader(batches, start, stop, workers):
+    """The micro-batches `start` to `stop` - 1 in order; in pinned memory where there is a CUDA device."""
+    return DataLoader(batches, sampler=range(start, stop), **_options(workers))
+
+
+def evaluation_loader(image_set, settings, batch, workers):
+    """Consecutive images of equal size, at most `batch` at a time.
+
+    Args:
+        image_set: an `ImageSet` with labels.
+        settings: `DataSettings`; images are resized to `settings.size`, labels are not.
+
+    Yields:
+        images (n, 3, h, w) uint8; labels, a list of n tensors (H, W) uint8 at the original resolution; the n indices.
+    """
+    group = []
+    for image, label, index in DataLoader(_Evaluation(image_set, settings.size), shuffle=False, **_options(workers)):
+        if group and (len(group) == batch or group[0][0].shape != image.shape):
+            yield _collate(group)
+            group = []
+        group.append((image, label, index))
+    if group:
+        yield _collate(group)
+
+
+def default_workers():
+    """The cores of this process but one, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores - 1, 8)
+
+
+class _Evaluation(Dataset):
+    def __init__(self, image_set, size):
+        self.image_set, self.size = image_set, size
+
+    def __len__(self):
+        return len(self.image_set)
+
+    def __getitem__(self, i):
+        label = self.image_set.label(i)
+        pixels = np.array(_resize(self.image_set.image(i), self.size))
+        return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(label), i
+
+
+def _collate(group):
+    images, labels, indices = zip(*group, strict=True)
+    return torch.stack(images), list(labels), list(indices)
+
+
+def _options(workers):
+    # A generator of its own: a loader otherwise draws from torch's global one.
+    pinned = torch.cuda.is_available()
+    return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+
+
+def _resize(image, size):
+    """`image` at size (height, width), or as it is."""
+    return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed, epoch, purpose, count):
+    return numpy_generator(seed, epoch, purpose).permutation(count)

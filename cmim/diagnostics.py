@@ -1,0 +1,76 @@
+"""Figures without which a run cannot be judged. All without gradient, none waits for the device."""
+
+import torch
+import torch.nn.functional as F
+
+from cmim.data.datasets import MEAN, STD
+from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
+
+
+@torch.no_grad()
+def coverage(labels, tau, background):
+    """Share of the valid pixels whose pseudo-label is confident; also of those not labelled `background`."""
+    sure = labels.valid & (labels.confidence >= tau)
+    figures = {"coverage": sure.sum() / labels.valid.sum().clamp(min=1)}
+    if background is not None:
+        foreground = labels.valid & (labels.label != background)
+        figures["coverage_foreground"] = (sure & foreground).sum() / foreground.sum().clamp(min=1)
+    return figures
+
+
+@torch.no_grad()
+def mean_colour_error(target):
+    """`masked_patch_loss` of the simplest guess: the mean colour of the visible tokens of the same (image, class).
+
+    A decoder that does not beat it has learnt a colour look-up. With normalised patches the guess is each patch's
+    own mean, which is zero.
+
+    Args:
+        target: the keyword arguments of the loss but the prediction.
+    """
+    image, patch = target["image"], target["patch_size"]
+    batch, _, height, width = image.shape
+    tokens = (height // patch) * (width // patch)
+    if target["normalize"]:
+        guess = torch.zeros(batch, tokens, 3 * patch**2, device=image.device)
+    else:
+        mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        colours = F.avg_pool2d((image.float() / 255 - mean) / std, patch).flatten(2).transpose(1, 2)
+        centroids = class_centroids(colours.contiguous(), target["labels"], target["masked"], target["num_classes"])
+        index = target["labels"].clamp(min=0).long()[:, :, None].expand(-1, -1, 3)
+        guess = centroids.mean[:, :, 0].gather(1, index).repeat(1, 1, patch**2)
+    return masked_patch_loss(guess, **target).loss
+
+
+@torch.no_grad()
+def separation(centroids: ClassCentroids):
+    """Between-class over within-class distance of the centroids of an image.
+
+    Between: mean l2 distance of visible centroids of two classes of an image. Within: mean l2 distance of the hidden
+    and the visible centroid of one class. Above 1 the classes are further apart than a class is torn by the mask.
+    """
+    visible, hidden = centroids.mean.unbind(2)
+    has = centroids.count > 0
+    both = has.all(2)
+    within = ((visible - hidden).norm(dim=-1) * both).sum() / both.sum().clamp(min=1)
+    pairs = has[:, :, None, 0] & has[:, None, :, 0]
+    pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
+    # |a - b|^2 from products: (B, K, K, C) would be large for many classes.
+    square = (visible**2).sum(-1)
+    distance = (square[:, :, None] + square[:, None, :] - 2 * visible @ visible.transpose(1, 2)).clamp(min=0).sqrt()
+    between = (distance * pairs).sum() / pairs.sum().clamp(min=1)
+    return between / within.clamp(min=1e-8)
+
+
+def gradient_norms(output):
+    """L2 norm of the gradient of each weighted term with respect to the features of all passes.
+
+    Args:
+        output: of an uncompiled `Objective` with diagnostics, before backward.
+    """
+    norms = {}
+    for name, term in output.terms.items():
+        gradients = torch.autograd.grad(term, output.features, retain_graph=True, allow_unused=True)
+        total = sum(g.float().square().sum() for g in gradients if g is not None)
+        norms[f"gradient_{name}"] = torch.as_tensor(total, device=term.device).sqrt()
+    return norms

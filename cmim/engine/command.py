@@ -1,0 +1,39 @@
+"""Command lines: a command's own options, and `--section.key VALUE` overrides of the config."""
+
+import argparse
+
+from cmim.config import Config
+from cmim.engine.errors import UserError
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose help is the module's docstring and whose errors are one line.
+
+    `parse(arguments)` returns (namespace, overrides), the overrides as `cmim.config.load_config` takes them.
+    """
+
+    def __init__(self, module, doc):
+        super().__init__(
+            prog=f"python -m {module}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse(self, arguments=None):
+        own, overrides, words = [], [], list(arguments or [])
+        while words:
+            word = words.pop(0)
+            key = word.removeprefix("--").partition("=")[0]
+            if word.startswith("--") and ("." in key or key in Config.model_fields):
+                overrides.append(word)
+                # The next word is the value, even if it is a negative number; _pairs says what is missing.
+                if "=" not in word and words and not words[0].startswith("--"):
+                    overrides.append(words.pop(0))
+            else:
+                own.append(word)
+        namespace, rest = self.parse_known_args(own)
+        return namespace, overrides + rest

@@ -1,0 +1,37 @@
+"""Where and how a run computes: device, autocast, memory layout."""
+
+import torch
+
+from cmim.engine.errors import UserError
+
+
+def choose_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_precision(name, device):
+    """The autocast dtype, or None for float32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("train.precision is fp16, which needs a CUDA device; use bf16 or fp32")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def to_device(batch, device, channels_last):
+    """A batch on the device, images (B, 3, H, W) channels-last where asked, without waiting for the copy."""
+    moved = {}
+    for name, value in batch.items():
+        value = value.to(device, non_blocking=True)
+        if channels_last and value.dim() == 4 and name.endswith("_image"):
+            value = value.contiguous(memory_format=torch.channels_last)
+        moved[name] = value
+    return moved

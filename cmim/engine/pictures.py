@@ -1,0 +1,130 @@
+"""Pictures of the method at work, and overlays of predictions."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from cmim import masking
+from cmim.config import token_stride, uses_masking
+from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.engine.evaluation import predict_logits
+from cmim.objective import MaskedViews
+from cmim.randomness import torch_generator
+from cmim_kernels import class_centroids, patch_labels, random_mask
+
+GREY = 128
+TILE = 192  # pixels per side of a tile
+
+
+@torch.no_grad()
+def save_picture(path, objective, image_set, config, class_names, colours, device, rows=6):
+    """A grid of evenly spaced images of an ImageSet: image, masked image, class-wise reconstruction, pseudo-label,
+    confidence, prediction, truth. The pseudo-label is the prediction where it is confident."""
+    objective.eval()
+    chosen = np.linspace(0, len(image_set) - 1, min(rows, len(image_set))).astype(int)
+    pairs = [_square(image_set.image(i), image_set.label(i), config.data.crop) for i in chosen]
+    images = torch.stack([image for image, _ in pairs]).to(device)
+    truth = torch.stack([label for _, label in pairs])
+    size = tuple(images.shape[-2:])
+    confidence, prediction = predict_logits(objective.evaluated(), images, size).softmax(1).max(1)
+    pseudo = torch.where(confidence >= config.mim.tau, prediction, IGNORED)
+    columns = {"image": [to_array(image) for image in images]}
+    if uses_masking(config):
+        columns |= _masked_columns(objective, images, pseudo, chosen, config)
+    columns |= {
+        "pseudo-label": [colourise(p, colours) for p in pseudo],
+        "confidence": [np.repeat((c.cpu().numpy() * 255).astype(np.uint8)[:, :, None], 3, axis=2) for c in confidence],
+        "prediction": [colourise(p, colours) for p in prediction],
+        "truth": [colourise(t, colours) for t in truth],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(columns, class_names, colours).save(path)
+
+
+def _square(image, label, side):
+    """The middle of an image and its label, scaled to side x side: (3, S, S) and (S, S) uint8 tensors."""
+    pixels = ImageOps.fit(image, (side, side), Image.BILINEAR)
+    classes = ImageOps.fit(Image.fromarray(label), (side, side), Image.NEAREST)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), torch.from_numpy(np.array(classes))
+
+
+def _masked_columns(objective, images, pseudo, chosen, config):
+    """The masked image and its reconstruction: visible tokens as they are, hidden ones as decoded from their own class,
+    grey where the class is unknown or has no visible token in the image."""
+    stride, net = token_stride(config), objective.net
+    height, width = images.shape[-2] // stride, images.shape[-1] // stride
+    masked = [
+        random_mask(1, height, width, config.mask.ratio, block=config.mask.block // stride,
+                    generator=torch_generator(config.seed, int(i), "picture"))
+        for i in chosen
+    ]  # fmt: skip
+    masked = torch.cat(masked).to(images.device)
+    tokens = patch_labels(pseudo, stride, objective.num_classes, min_share=config.reconstruction.min_share)
+    views = MaskedViews(images, pseudo, pseudo != IGNORED, masked, tokens, [len(images)])
+    seen = objective.see(views)
+    maps = net.encode(seen)
+    feature = net.decode(maps) if config.reconstruction.tokens == "decoder" else maps[-1]
+    groups = tokens if objective.class_wise else torch.where(tokens >= 0, 0, -1).int()
+    patches = objective.reconstruction(feature, groups, masked).float()
+    if config.reconstruction.normalize:
+        patches = _undo_patch_normalisation(patches, images, stride)
+    patches = patches.view(len(images), height, width, stride, stride, 3)
+    decoded = patches.permute(0, 5, 1, 3, 2, 4).reshape(len(images), 3, height * stride, width * stride)
+    count = class_centroids(feature, tokens, masked, objective.num_classes).count
+    has_visible = (count[:, :, 0] > 0).gather(1, tokens.flatten(1).clamp(min=0).long()).view_as(masked)
+    known = masking.to_pixels(has_visible & (tokens >= 0), stride)[:, None]
+    hidden = masking.to_pixels(masked, stride)[:, None]
+    decoded = torch.where(known, _denormalise(decoded), GREY)
+    both = torch.where(hidden, decoded, images.float())
+    return {"masked": [to_array(_denormalise(s[None])[0]) for s in seen], "reconstruction": [to_array(b) for b in both]}
+
+
+def _denormalise(images):
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((images * std + mean) * 255).clamp(0, 255)
+
+
+def _undo_patch_normalisation(patches, images, stride):
+    """Give normalised patches the mean and spread of the true ones, as is usual for pictures of such decoders."""
+    target = F.unfold(masking.normalise(images), stride, stride=stride).transpose(1, 2)  # entries (channel, row, column)
+    return patches * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+
+
+def to_array(image):
+    """(3, H, W) of 0..255 to (H, W, 3) uint8."""
+    return image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def colourise(classes, colours):
+    """(H, W) class ids to (H, W, 3) uint8; grey where there is no class."""
+    table = np.full((256, 3), GREY, np.uint8)
+    table[: len(colours)] = colours
+    return table[torch.as_tensor(classes).cpu().numpy().astype(np.uint8)]
+
+
+def overlay(image, classes, colours, opacity=0.5):
+    """A PIL image with its classes laid over it."""
+    base = np.asarray(image.convert("RGB"), np.float32)
+    return Image.fromarray((base * (1 - opacity) + colourise(classes, colours) * opacity).round().astype(np.uint8))
+
+
+def grid(columns, class_names, colours):
+    """One row per image, one titled column per kind of tile, and a legend of the classes."""
+    font = ImageFont.load_default(16)
+    rows, gap, head, line = len(next(iter(columns.values()))), 4, 26, 24
+    per_line = max(1, len(columns) * (TILE + gap) // 150)
+    legend = -(-len(class_names) // per_line) * line + gap
+    sheet = Image.new("RGB", (len(columns) * (TILE + gap), head + rows * (TILE + gap) + legend), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, (title, tiles) in enumerate(columns.items()):
+        draw.text((x * (TILE + gap) + gap, 4), title, fill="black", font=font)
+        for y, tile in enumerate(tiles):
+            sheet.paste(
+                Image.fromarray(tile).resize((TILE, TILE), Image.NEAREST), (x * (TILE + gap), head + y * (TILE + gap))
+            )
+    for k, name in enumerate(class_names):
+        x, y = k % per_line * 150 + gap, head + rows * (TILE + gap) + k // per_line * line
+        draw.rectangle((x, y + 3, x + 16, y + 19), fill=tuple(int(c) for c in colours[k]), outline="black")
+        draw.text((x + 22, y + 2), name[:15], fill="black", font=font)
+    return sheet

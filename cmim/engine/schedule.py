@@ -1,0 +1,14 @@
+"""What changes with the step: learning rate and weight of the masked terms."""
+
+
+def poly(step, steps, power):
+    """Factor of the learning rate at step number `step` (from 0): (1 - step / steps) ** power."""
+    return (1 - step / steps) ** power
+
+
+def ramp(step, steps, start, length):
+    """r(t): None before `start`, then linear from 0 to 1 over `length` (both fractions of `steps`), then 1."""
+    progress = step / steps
+    if progress < start:
+        return None
+    return 1.0 if progress >= start + length else (progress - start) / length

@@ -1,0 +1,43 @@
+"""Evaluate a trained run.
+
+    python -m cmim.evaluate runs/shapes-20260101-120000                 # the last weights on data.test, as training did
+    python -m cmim.evaluate RUN --checkpoint best --split val
+    python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # any setting of data, train.device, ...
+
+Prints the IoU of every class and the mean, at the original resolution.
+"""
+
+import sys
+
+from cmim.data.datasets import load_splits
+from cmim.engine.command import CommandLine
+from cmim.engine.device import choose_device, choose_precision
+from cmim.engine.errors import UserError, run_command
+from cmim.engine.evaluation import evaluate
+from cmim.engine.logging import print_table
+from cmim.engine.run import load_trained
+
+
+def main(arguments):
+    parser = CommandLine("cmim.evaluate", __doc__)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument("--split", choices=("val", "test"), help="by default test, or val where there is no test")
+    given, overrides = parser.parse(arguments)
+    trained = load_trained(given.run, given.checkpoint, overrides)
+    config = trained.config
+    splits = load_splits(config.data)
+    if list(splits.class_names) != trained.class_names:
+        raise UserError(f"the data's classes {list(splits.class_names)} are not those of the run, {trained.class_names}")
+    split = given.split or ("test" if splits.test is not None else "val")
+    image_set = splits.test if split == "test" else splits.val
+    if image_set is None:
+        raise UserError("there are no test images; use --split val")
+    device = choose_device(config.train.device)
+    dtype = choose_precision(config.train.precision, device)
+    result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
+    print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""What is hidden from the network: block masks, masks inside each class, one isolated class, and the fill colour.
+
+A mask M is (B, h, w) bool on the token grid, true where a token is hidden. The usual masks come with the batch
+(`cmim_kernels.random_mask`: whole blocks, an exact count in every image); those below need the classes.
+"""
+
+import torch
+from torch import nn
+
+from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.randomness import uniform
+
+
+def normalise(images):
+    """uint8 images (B, 3, H, W) to float32, (x / 255 - mean) / std."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def to_pixels(mask, stride):
+    """A token mask (B, h, w) at pixel resolution (B, h * stride, w * stride)."""
+    batch, height, width = mask.shape
+    wide = mask[:, :, None, :, None].expand(batch, height, stride, width, stride)
+    return wide.reshape(batch, height * stride, width * stride)
+
+
+class Fill(nn.Module):
+    """fill(v, M): hidden pixels of normalised images get one colour.
+
+    kind: `mean` (the mean colour of the data, which is zero after normalisation), `black`, or `learned`.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        black = -torch.tensor(MEAN) / torch.tensor(STD)
+        colour = black if kind == "black" else torch.zeros(3)
+        if kind == "learned":
+            self.colour = nn.Parameter(colour)
+        else:
+            self.register_buffer("colour", colour, persistent=False)
+
+    def forward(self, images, hidden):
+        """images (B, 3, H, W) float, hidden (B, H, W) bool."""
+        return torch.where(hidden[:, None], self.colour.view(1, 3, 1, 1), images)
+
+
+def per_class_mask(labels, keys, num_classes, ratio, block):
+    """Hide exactly round(ratio x n) of the n tokens of every class of every image.
+
+    Tokens are hidden in the order of a random score that whole blocks share, so that hidden tokens stay together.
+
+    Args:
+        labels: (B, h, w) token classes; those outside [0, num_classes) count as one more class.
+        keys: (B,) int64, one random key per image.
+        ratio: share of hidden tokens, in (0, 1).
+        block: side of a block in tokens.
+
+    Returns:
+        (B, h, w) bool.
+    """
+    batch, height, width = labels.shape
+    rows, columns = -(-height // block), -(-width // block)
+    draws = uniform(keys, rows * columns + height * width)
+    of_block = to_pixels(draws[:, : rows * columns].view(batch, rows, columns), block)[:, :height, :width]
+    of_token = draws[:, rows * columns :]
+    # Tokens of one block are told apart by a share too small to reorder blocks.
+    score = (of_block.reshape(batch, -1) + of_token / 1024) / 2
+
+    known = (labels >= 0) & (labels < num_classes)
+    group = torch.where(known, labels, num_classes).reshape(batch, -1).long()
+    in_group = group[:, :, None] == torch.arange(num_classes + 1, device=labels.device)
+    count = in_group.sum(1)
+    start = count.cumsum(1) - count
+    order = (group + score.double()).argsort(1)
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
+    hidden = place - start.gather(1, group) < torch.round(ratio * count).long().gather(1, group)
+    return hidden.view(batch, height, width)
+
+
+def isolate_class(classes, keys, num_classes):
+    """Keep one class per image, drawn evenly among those present: all other pixels become IGNORED.
+
+    Args:
+        classes: (B, H, W) pixel classes, IGNORED where there is none.
+        keys: (B,) int64.
+    """
+    known = torch.arange(num_classes, device=classes.device)
+    present = torch.stack([(classes == k).flatten(1).any(1) for k in known.unbind()], dim=1)
+    drawn = torch.where(present, uniform(keys, num_classes), -1).argmax(1)
+    return torch.where(classes == drawn[:, None, None], classes, IGNORED)

@@ -1,0 +1,1 @@
+"""Networks: segmenters (encoder, decoder, head) and the decoders that reconstruct pixels class by class."""

@@ -1,0 +1,219 @@
+"""Decoders that reconstruct the pixels of every token from tokens of the token's own class.
+
+Written plainly that is one pass of an ordinary decoder for each class, with all else set to zero (`decode_per_class`,
+which defines the result). Here it is one pass: every operation is token-wise or mixes tokens of one class only.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim_kernels import class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
+
+
+class _ClassDecoder(nn.Module):
+    """What the decoders share: the projection to `width`, the mask token, and the layers that predict the pixels."""
+
+    def __init__(self, in_channels, patch_size, num_classes, width, mask_token):
+        super().__init__()
+        self.num_classes = num_classes
+        self.project = nn.Linear(in_channels, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02) if mask_token else None
+        self.norm = nn.LayerNorm(width)
+        self.predict = nn.Linear(width, patch_size * patch_size * 3)
+
+    def forward(self, features, labels, masked):
+        """Pixels of every token.
+
+        Args:
+            features: (B, C, h, w) float.
+            labels: (B, h, w) class of each token, uint8, int32 or int64; outside [0, num_classes): ignored.
+            masked: (B, h, w) bool, the tokens whose pixels were hidden.
+
+        Returns:
+            (B, h w, p p 3), a patch's entries in the order (row, column, channel); zero at ignored tokens.
+        """
+        valid = _valid(labels, self.num_classes)
+        tokens = self.mix(self.embed(features, valid, masked), labels, masked)
+        return torch.where(valid[..., None], self.predict(self.norm(tokens)), 0).flatten(1, 2)
+
+    def embed(self, features, valid, masked):
+        """(B, C, h, w) -> (B, h, w, width). What nobody may see is zero, so that not even NaN reaches a gradient."""
+        seen = valid if self.mask_token is None else valid & ~masked
+        return self.project(torch.where(seen[..., None], features.permute(0, 2, 3, 1), 0))
+
+
+class ClassConvDecoder(_ClassDecoder):
+    """ConvNeXt blocks (Liu et al. 2022, arXiv 2201.03545) whose depthwise convolution sees the centre's class only.
+
+    Args:
+        in_channels: channels C of the features.
+        patch_size: pixels p per side of a token.
+        num_classes: number of classes K; 1 with labels of zero is a decoder that knows no classes.
+        width: channels inside.
+        depth: number of blocks.
+        kernel_size: side of the depthwise convolution, odd.
+        mask_token: replace the features of masked tokens by a learned token.
+    """
+
+    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, kernel_size, mask_token=True):
+        super().__init__(in_channels, patch_size, num_classes, width, mask_token)
+        self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size) for _ in range(depth)])
+
+    def mix(self, tokens, labels, masked):
+        if self.mask_token is not None:
+            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
+        for block in self.blocks:
+            tokens = block(tokens, labels, self.num_classes)
+        return tokens
+
+    def mix_one_class(self, tokens, own, masked):
+        """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
+        if self.mask_token is not None:
+            tokens = torch.where(masked[..., None], self.mask_token, tokens)
+        for block in self.blocks:
+            x = torch.where(own[..., None], tokens, 0).permute(0, 3, 1, 2)
+            weight = block.weight[:, None]
+            x = F.conv2d(x, weight, block.bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+            tokens = tokens + block.mlp(x.permute(0, 2, 3, 1))
+        return tokens
+
+
+class _ConvBlock(nn.Module):
+    def __init__(self, width, kernel_size):
+        super().__init__()
+        depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # for its initialisation
+        self.weight = nn.Parameter(depthwise.weight.detach()[:, 0].clone())
+        self.bias = nn.Parameter(depthwise.bias.detach())
+        self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
+
+    def forward(self, tokens, labels, num_classes):
+        x = tokens.permute(0, 3, 1, 2)  # channels-last as it is
+        x = same_class_conv2d(x, labels, self.weight, self.bias, num_classes=num_classes)
+        return tokens + self.mlp(x.permute(0, 2, 3, 1))
+
+
+class ClassAttentionDecoder(_ClassDecoder):
+    """Pre-norm transformer blocks in which a token attends to the tokens of its own image and class.
+
+    Args:
+        in_channels, patch_size, num_classes, width, depth, mask_token: as of `ClassConvDecoder`.
+        num_heads: attention heads; `width` is a multiple of it and of 4.
+    """
+
+    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, num_heads, mask_token=True):
+        if width % num_heads or width % 4:
+            raise ValueError(
+                f"ClassAttentionDecoder: width is {width}, expected a multiple of num_heads {num_heads} and of 4"
+            )
+        super().__init__(in_channels, patch_size, num_classes, width, mask_token)
+        self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads) for _ in range(depth)])
+
+    def mix(self, tokens, labels, masked):
+        batch, height, width, channels = tokens.shape
+        layout = pack_classes(labels.flatten(1), masked.flatten(1), self.num_classes)
+        packed = gather_class_tokens(
+            tokens.flatten(1, 2), layout, mask_token=self.mask_token, position=sine_cosine_positions(tokens)
+        )
+        for block in self.blocks:
+            packed = block(packed, lambda q, k, v: class_attention(q, k, v, layout))
+        return scatter_class_tokens(packed, layout).view(batch, height, width, channels)
+
+    def mix_one_class(self, tokens, own, masked):
+        """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
+        batch, height, width, channels = tokens.shape
+        if self.mask_token is not None:
+            tokens = torch.where(masked[..., None], self.mask_token, tokens)
+        tokens = tokens.flatten(1, 2) + sine_cosine_positions(tokens)
+        own = own.flatten(1)
+        # Whoever is outside the class attends to itself as well: a softmax over nothing would be NaN.
+        visible = own[:, None, None, :] | torch.eye(height * width, dtype=torch.bool, device=own.device)
+
+        def attention(q, k, v):
+            q, k, v = (torch.where(own[:, None, :, None], x, 0) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+        for block in self.blocks:
+            tokens = block(tokens, attention)
+        return tokens.view(batch, height, width, channels)
+
+
+class _AttentionBlock(nn.Module):
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
+
+    def forward(self, tokens, attention):
+        """tokens (B, N, width); `attention` mixes q, k, v (B, heads, N, width / heads)."""
+        q, k, v = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        tokens = tokens + self.merge(attention(q, k, v).transpose(1, 2).flatten(2))
+        return tokens + self.mlp(tokens)
+
+
+def decode_per_class(decoder, features, labels, masked):
+    """What `decoder` computes, as one pass per class of a decoder with ordinary layers: the definition, and slow.
+
+    In the pass of class k all tokens of other classes are set to zero before every operation that mixes tokens, and
+    the output is kept at the tokens of class k. Arguments and result as of `decoder(features, labels, masked)`.
+    """
+    embedded = decoder.embed(features, _valid(labels, decoder.num_classes), masked)
+    batch, height, width, _ = embedded.shape
+    pixels = embedded.new_zeros(batch, height, width, decoder.predict.out_features)
+    for k in range(decoder.num_classes):
+        own = labels == k
+        tokens = decoder.mix_one_class(embedded, own, masked)
+        pixels = torch.where(own[..., None], decoder.predict(decoder.norm(tokens)), pixels)
+    return pixels.flatten(1, 2)
+
+
+def build_reconstruction(settings, in_channels, patch_size, num_classes):
+    """The decoder of a `ReconstructionSettings`."""
+    common = dict(num_classes=num_classes, width=settings.width, depth=settings.depth, mask_token=settings.mask_token)
+    if settings.decoder == "conv":
+        return ClassConvDecoder(in_channels, patch_size, kernel_size=settings.kernel_size, **common)
+    return ClassAttentionDecoder(in_channels, patch_size, num_heads=settings.num_heads, **common)
+
+
+def receptive_warning(depth, kernel_size, block, stride):
+    """A warning where masked tokens are out of the conv decoder's reach of visible ones, else None.
+
+    Args:
+        depth, kernel_size: of `ClassConvDecoder`; together they reach depth x (kernel_size // 2) tokens.
+        block: side of a mask block in pixels. A token inside a cluster of hidden blocks needs about 1.25 of them.
+        stride: pixels per side of a token.
+    """
+    reach, needed = depth * (kernel_size // 2), 1.25 * block / stride
+    if reach >= needed:
+        return None
+    return (
+        f"the reconstruction decoder reaches {reach} tokens, but tokens inside mask blocks of {block // stride} need "
+        f"about {needed:g}: many cannot see a visible token (raise reconstruction.depth or reconstruction.kernel_size)"
+    )
+
+
+def sine_cosine_positions(tokens):
+    """Fixed positions (h w, width) for tokens (B, h, w, width), float32 (float64 for float64).
+
+    A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at wavelengths from
+    2 pi to 20,000 pi tokens (Vaswani et al. 2017, arXiv 1706.03762, in two dimensions as of MAE, arXiv 2111.06377).
+    """
+    _, height, width, channels = tokens.shape
+    quarter = channels // 4
+    exponent = torch.arange(quarter, device=tokens.device, dtype=torch.float64) / quarter
+    frequency = 10_000.0**-exponent
+    rows = torch.arange(height, device=tokens.device)[:, None, None].expand(-1, width, -1) * frequency
+    columns = torch.arange(width, device=tokens.device)[:, None].expand(height, -1, -1) * frequency
+    position = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)
+    return position.flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def _mlp(width):
+    return nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+
+
+def _valid(labels, num_classes):
+    return (labels >= 0) & (labels < num_classes)

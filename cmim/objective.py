@@ -1,0 +1,268 @@
+"""The training objective: the network, the reconstruction decoder, all views and all losses in one module.
+
+B images of H x W pixels, K classes; tokens on a grid h x w; x labelled with truth y, u_w weak and u_s strong views
+of unlabelled images; f the segmenter, G the reconstruction decoder, M a mask, [.] one where true and zero elsewhere.
+
+Pseudo-labels p and confidences conf come from u_w (by the student's own pass or an EMA teacher), `valid` is false on
+padding. u_s and its p, conf and valid are cut together by CutMix.
+
+    L_sup    = sum CE(f(x), y)                         / number of pixels with a class
+    L_strong = sum CE(f(u_s), p) [conf >= tau]         / number of valid pixels
+    L_fp     = sum CE(f_dropout(u_w), p) [conf >= tau] / number of valid pixels
+
+    supervised  L = L_sup
+    fixmatch    L = (L_sup + L_strong) / 2
+    unimatch    L = (L_sup + L_strong1 / 4 + L_strong2 / 4 + L_fp / 2) / 2
+    mim, cmim   L = (L_sup + L_strong / 2 + L_fp / 2) / 2 + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
+
+Masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once
+more with the mask filled in, F and z are the features and logits of that pass, c_t the majority class of each token:
+
+    L_pix  = masked_patch_loss(G(F, c_t, M), v, M, c_t) over hidden tokens whose (image, class) has a visible token
+    L_feat = distance of the hidden to the visible centroid of F, mean over (image, class) pairs
+    L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
+
+`mim` is `cmim` with every valid token in one class. Every term is S / max(1, n); a term without anything to count is
+a zero that is still connected to the graph.
+"""
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cmim import masking
+from cmim.config import token_stride, uses_masking, uses_unlabelled
+from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.diagnostics import coverage, mean_colour_error, separation
+from cmim.models.reconstruction import build_reconstruction
+from cmim.models.segmenter import batch_norm_mode, build_segmenter
+from cmim.pseudo_labels import cutmix, drop_channels, pseudo_labels
+from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
+
+
+class Ratio(NamedTuple):
+    """S and n of a term, vectors: its value is the mean of S / n over the entries with n > 0."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def value(self):
+        return (self.total / self.count.clamp(min=1)).sum() / (self.count > 0).sum().clamp(min=1)
+
+
+class MaskedViews(NamedTuple):
+    image: torch.Tensor  # (V, 3, H, W) uint8, unmasked
+    classes: torch.Tensor  # (V, H, W) pixel classes, IGNORED where unknown
+    valid: torch.Tensor  # (V, H, W) bool, the pixels that L_sem divides by
+    masked: torch.Tensor  # (V, h, w) bool
+    token_classes: torch.Tensor  # (V, h, w) int32, -1 where there is none
+    sizes: list[int]  # number of images of each view in mim.views
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]  # weighted, so that they add up to the loss
+    figures: dict[str, torch.Tensor]  # for the log, without gradient
+    features: list[torch.Tensor]  # of each pass, with diagnostics only
+
+
+class Objective(nn.Module):
+    """forward(batch, ramp, diagnostics=False) -> Output.
+
+    batch: a dict of `cmim.data.batches.TrainBatches`.
+    ramp: r(t), a scalar tensor; None before mim.start, where the masked pass is left out.
+    diagnostics: also compute the figures that cost time, and keep what `gradient_norms` needs.
+    """
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.net = build_segmenter(config.model, num_classes)
+        if config.teacher.kind == "ema":
+            self.teacher = deepcopy(self.net).eval().requires_grad_(False)
+        if uses_masking(config):
+            self.class_wise = config.method.preset == "cmim"
+            self.fill = masking.Fill(config.mask.fill)
+            self.reconstruction = build_reconstruction(
+                config.reconstruction,
+                self.net.feature_channels if config.reconstruction.tokens == "decoder" else self.net.encoder_channels,
+                token_stride(config),
+                num_classes if self.class_wise else 1,
+            )
+
+    def evaluated(self):
+        """The weights that evaluation and prediction use."""
+        return (
+            self.teacher if self.config.teacher.kind == "ema" and self.config.evaluation.weights == "teacher" else self.net
+        )
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.config.teacher.kind == "ema":
+            self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def update_teacher(self, step):
+        """EMA of weights and buffers after optimiser step number `step` (from 0), decay min(1 - 1 / (step + 1), decay)."""
+        decay = min(1 - 1 / (step + 1), self.config.teacher.decay)
+        ours, theirs = self.teacher.state_dict().values(), self.net.state_dict().values()
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True)]
+        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+        for a, b in pairs:
+            if not a.is_floating_point():
+                a.copy_(b)
+
+    def forward(self, batch, ramp, diagnostics=False):
+        config, net = self.config, self.net
+        x, y = batch["labelled_image"], batch["label"]
+        if not uses_unlabelled(config):
+            feature = net.decode(net.encode(masking.normalise(x)))
+            return self.finish({"sup": (1.0, self.supervised(net.classify(feature), y))}, {}, [feature], diagnostics)
+
+        # x and u_w share a pass; so do, in the decoder, the clean and the dropped-out features of u_w.
+        u_w, strong = batch["weak_image"], batch["strong_image"]
+        maps = net.encode(masking.normalise(torch.cat([x, u_w])))
+        perturbed = config.method.preset != "fixmatch"
+        if perturbed:
+            dropped = drop_channels([m[len(x) :] for m in maps], batch["key"], config.method.dropout)
+            maps = [torch.cat([m, d]) for m, d in zip(maps, dropped, strict=True)]
+        feature = net.decode(maps)
+        sizes = [len(x), len(u_w)] + [len(u_w)] * perturbed
+        logits_x, logits_w, *logits_fp = net.classify(feature).split(sizes)
+        if config.teacher.kind == "ema":
+            with torch.no_grad():
+                logits_w = self.teacher(masking.normalise(u_w))
+        weak = pseudo_labels(logits_w, batch["valid"], net.align_corners)
+
+        # Every strong view has its own box; image and pseudo-label are cut together.
+        mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
+        u_s = [image for image, *_ in mixed]
+        strong_labels = [type(weak)(*rest) for _, *rest in mixed]
+        feature_s = net.decode(net.encode(masking.normalise(torch.cat(u_s))))
+        logits_s = net.classify(feature_s).split(len(u_w))
+
+        terms = {"sup": (0.5, self.supervised(logits_x, y))}
+        strong_weight = {"fixmatch": 0.5, "unimatch": 0.125}.get(config.method.preset, 0.25)
+        for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
+            terms[f"strong{i + 1}" if len(u_s) > 1 else "strong"] = (strong_weight, self.consistency(logits, labels))
+        if perturbed:
+            terms["fp"] = (0.25, self.consistency(logits_fp[0], weak))
+        figures = coverage(weak, config.method.tau, config.data.background)
+        features = [feature, feature_s]
+        if uses_masking(config) and ramp is not None:
+            masked_terms, masked_figures, masked_feature = self.masked(batch, weak, u_s[0], strong_labels[0], diagnostics)
+            terms |= {name: (ramp * weight, term) for name, (weight, term) in masked_terms.items()}
+            figures |= masked_figures
+            features.append(masked_feature)
+        return self.finish(terms, figures, features, diagnostics)
+
+    def supervised(self, logits, y):
+        """L_sup; with OHEM only over pixels whose true class has a probability of at most the threshold, or at most
+        that of the min_kept-th hardest pixel if that is larger."""
+        error = upsample_cross_entropy(logits, y, align_corners=self.net.align_corners)
+        counted = y < self.num_classes
+        if self.config.method.ohem is not None:
+            settings = self.config.method.ohem
+            probability = torch.where(counted, torch.exp(-error.detach()), 1).flatten()
+            least = probability.kthvalue(min(settings.min_kept, probability.numel())).values
+            counted = counted & (probability <= least.clamp(min=settings.threshold)).view_as(counted)
+        return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
+
+    def consistency(self, logits, labels):
+        """L_strong and L_fp: the confident pixels count, all valid pixels divide."""
+        target = labels.classes(self.config.method.tau)
+        error = upsample_cross_entropy(logits, target, align_corners=self.net.align_corners)
+        return Ratio(error.sum()[None], labels.valid.sum()[None])
+
+    def masked_views(self, batch, weak, u_s, strong_labels):
+        """The views of `mim.views`, one after another, with their class maps and masks."""
+        config = self.config
+        y, tau = batch["label"], config.mim.tau
+        known = y < self.num_classes
+        available = {
+            "labelled": (batch["labelled_image"], torch.where(known, y, IGNORED).int(), known, batch["labelled_mask"]),
+            "weak": (batch["weak_image"], weak.classes(tau), weak.valid, batch["weak_mask"]),
+            "strong": (u_s, strong_labels.classes(tau), strong_labels.valid, batch["strong_mask"]),
+        }
+        keys = {"labelled": batch["labelled_key"], "weak": batch["key"], "strong": batch["key"] + 1}
+        chosen = [available[name] for name in config.mim.views]
+        image, classes, valid, masked = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        key = torch.cat([keys[name] for name in config.mim.views])
+        stride = token_stride(config)
+        if config.mim.isolate == "input":
+            classes = masking.isolate_class(classes, key, self.num_classes)
+        token_classes = patch_labels(classes, stride, self.num_classes, min_share=config.reconstruction.min_share)
+        if config.mask.per_class:
+            block = config.mask.block // stride
+            masked = masking.per_class_mask(token_classes, key, self.num_classes, config.mask.ratio, block)
+        return MaskedViews(image, classes, valid, masked, token_classes, [len(part[0]) for part in chosen])
+
+    def see(self, views):
+        """fill(v, M) as the encoder sees it; with mim.isolate=input, other classes are hidden too."""
+        hidden = masking.to_pixels(views.masked, token_stride(self.config))
+        if self.config.mim.isolate == "input":
+            hidden = hidden | (views.classes == IGNORED)
+        return self.fill(masking.normalise(views.image), hidden)
+
+    def masked(self, batch, weak, u_s, strong_labels, diagnostics):
+        """The masked pass: {name: (weight, term)} of L_pix, L_feat and L_sem, figures for the log, and F."""
+        config, net = self.config, self.net
+        views = self.masked_views(batch, weak, u_s, strong_labels)
+        with batch_norm_mode(net, config.mim.batch_norm):
+            maps = net.encode(self.see(views))
+            feature = net.decode(maps)
+            logits = net.classify(feature)
+        tokens = feature if config.reconstruction.tokens == "decoder" else maps[-1]
+        masked = views.masked.flatten(1)
+        labels = views.token_classes.flatten(1)
+
+        # A hidden token can be reconstructed only if its (image, class) has a visible one.
+        present = class_centroids(tokens, labels, masked, self.num_classes)
+        visible = (present.count[:, :, 0] > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
+        if self.class_wise:
+            groups, num_groups, centroids = labels, self.num_classes, present
+        else:
+            groups, num_groups = torch.where(labels >= 0, 0, -1).int(), 1
+            centroids = class_centroids(tokens, groups, masked, 1)
+        prediction = self.reconstruction(tokens, groups.view_as(views.token_classes), views.masked)
+        target = dict(
+            image=views.image, masked=masked, labels=torch.where(visible, groups, -1), num_classes=num_groups,
+            patch_size=token_stride(config), distance=config.reconstruction.distance,
+            normalize=config.reconstruction.normalize, balance=config.reconstruction.balance, mean=MEAN, std=STD,
+        )  # fmt: skip
+        patches = masked_patch_loss(prediction, **target)
+        pix = Ratio(patches.class_sum, patches.class_count)
+        if config.reconstruction.balance == "token":
+            pix = Ratio(pix.total.sum()[None], pix.count.sum()[None])
+        pairs = centroid_distance(
+            centroids,
+            distance=config.centroids.distance,
+            detach=config.centroids.detach,
+            min_tokens=config.centroids.min_tokens,
+        )
+        terms = {
+            "pix": (config.mim.w_pix, pix),
+            "feat": (config.mim.w_feat, Ratio(pairs.pair_sum[None], pairs.pair_count[None])),
+        }
+        error = upsample_cross_entropy(logits, views.classes, align_corners=net.align_corners)
+        each = zip(config.mim.views, error.split(views.sizes), views.valid.split(views.sizes), strict=True)
+        for name, part, valid in each:
+            share = 0.5 if name == "labelled" else 0.25
+            terms[f"sem_{name}"] = (config.mim.w_sem * share, Ratio(part.sum()[None], valid.sum()[None]))
+        figures = {"valid_tokens": (labels >= 0).float().mean(), "pairs": pairs.pair_count.float()}
+        if diagnostics:
+            figures["pix_vs_mean_colour"] = patches.loss.detach() / mean_colour_error(target).clamp(min=1e-8)
+            figures["separation"] = separation(present)
+        return terms, figures, tokens
+
+    def finish(self, terms, figures, features, diagnostics):
+        """Divide every S by its n, weight, and add up."""
+        weighted = {name: weight * ratio.value() for name, (weight, ratio) in terms.items()}
+        loss = torch.stack(list(weighted.values())).sum()
+        if diagnostics:
+            return Output(loss, weighted, figures, features)
+        return Output(loss, {name: value.detach() for name, value in weighted.items()}, figures, [])

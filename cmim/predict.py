@@ -1,0 +1,85 @@
+"""Predict masks of your own images with a trained run.
+
+    python -m cmim.predict runs/shapes-20260101-120000 IMAGES -o OUT
+
+IMAGES is a folder (searched for images at any depth) or one image. OUT/masks gets a palette PNG of class ids for
+each image, at its original resolution; OUT/overlays gets the classes laid over the image.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+
+from cmim.data.folder import IMAGE_SUFFIXES, open_image
+from cmim.engine.command import CommandLine
+from cmim.engine.device import autocast, choose_device, choose_precision
+from cmim.engine.errors import UserError, run_command
+from cmim.engine.evaluation import predict_logits
+from cmim.engine.logging import console
+from cmim.engine.pictures import overlay
+from cmim.engine.run import load_trained
+
+
+def main(arguments):
+    parser = CommandLine("cmim.predict", __doc__)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("images", type=Path, help="an image or a folder of images")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    given, overrides = parser.parse(arguments)
+    paths = find_images(given.images)
+    trained = load_trained(given.run, given.checkpoint, overrides)
+    device = choose_device(trained.config.train.device)
+    dtype = choose_precision(trained.config.train.precision, device)
+    net = trained.net.to(device).eval()
+    colours = np.asarray(trained.colours, np.uint8)
+    root = given.images if given.images.is_dir() else given.images.parent
+    for path in track(paths, "predict"):
+        image = open_image(path)
+        classes = predict(net, image, trained.config.data.size, device, dtype)
+        # The suffix stays in the name: a.jpg and a.png in one folder are two images.
+        name = path.relative_to(root)
+        name = name.with_name(name.name + ".png") if _shares_stem(path, paths) else name.with_suffix(".png")
+        write_mask(given.output / "masks" / name, classes, colours)
+        target = given.output / "overlays" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        overlay(image, classes, colours).save(target)
+    console.print(f"{len(paths)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
+
+
+@torch.inference_mode()
+def predict(net, image, size, device, dtype):
+    """Class ids (H, W) uint8 of a PIL image at its own resolution; `size` (height, width) is what the net is shown."""
+    shown = image if size is None else image.resize((size[1], size[0]), Image.BILINEAR)
+    tensor = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
+    with autocast(device, dtype):
+        logits = predict_logits(net, tensor, (image.height, image.width))
+    return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def write_mask(path, classes, colours):
+    mask = Image.fromarray(classes, mode="P")
+    mask.putpalette(colours.flatten().tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask.save(path)
+
+
+def find_images(path):
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give an image or a folder of images")
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def _shares_stem(path, paths):
+    return sum(p.with_suffix("") == path.with_suffix("") for p in paths) > 1
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Pseudo-labels of weak views, CutMix of strong views, and channel dropout of features."""
+
+from typing import NamedTuple
+
+import torch
+
+from cmim.data.datasets import IGNORED
+from cmim.randomness import uniform
+from cmim_kernels import upsample_pseudo_labels
+
+
+class PseudoLabels(NamedTuple):
+    label: torch.Tensor  # (B, H, W) int32
+    confidence: torch.Tensor  # (B, H, W) float32, the largest softmax probability
+    valid: torch.Tensor  # (B, H, W) bool, false on padding
+
+    def classes(self, tau):
+        """The label where it is valid and confidence >= tau, IGNORED elsewhere."""
+        return torch.where(self.valid & (self.confidence >= tau), self.label, IGNORED)
+
+
+def pseudo_labels(logits, valid, align_corners):
+    """Labels and confidences at the resolution of `valid` from logits (B, K, h, w); no gradient."""
+    label, confidence = upsample_pseudo_labels(logits.detach(), tuple(valid.shape[-2:]), align_corners=align_corners)
+    return PseudoLabels(label, confidence, valid)
+
+
+def cutmix(box, *tensors):
+    """Paste the box of each sample's partner, number i XOR 1 of the batch, into the sample.
+
+    Args:
+        box: (B, 4) int64 top, left, bottom, right, exclusive ends; an empty box pastes nothing. B even.
+        tensors: (B, H, W) or (B, C, H, W); all are cut alike.
+    """
+    height, width = tensors[0].shape[-2:]
+    row = torch.arange(height, device=box.device)[None, :, None]
+    column = torch.arange(width, device=box.device)[None, None, :]
+    top, left, bottom, right = box[:, :, None, None].unbind(1)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    partner = torch.arange(len(box), device=box.device) ^ 1
+    return [torch.where(inside if t.dim() == 3 else inside[:, None], t[partner], t) for t in tensors]
+
+
+def drop_channels(maps, keys, probability):
+    """Channel dropout (Dropout2d) of encoder maps, each (B, C, h, w): whole channels become zero, the rest grow.
+
+    Which channels depends on the samples' keys (B,) alone, so that any number of processes drops the same ones.
+    """
+    draws = uniform(keys, sum(m.shape[1] for m in maps)).split([m.shape[1] for m in maps], dim=1)
+    keep = [(d >= probability)[:, :, None, None].to(m.dtype) / (1 - probability) for d, m in zip(draws, maps, strict=True)]
+    return [m * k for m, k in zip(maps, keep, strict=True)]

@@ -1,0 +1,61 @@
+"""Randomness keyed by (seed, global sample position, purpose).
+
+Nothing is drawn from a stream that somebody else advances, so the number of workers, a resume or another number of
+ranks changes nothing. A purpose is a few words ("strong 0", "labelled mask"): draws with other purposes are independent.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def key(seed, position, purpose):
+    """A non-negative 63-bit integer, the same in every process and on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def numpy_generator(seed, position, purpose):
+    """A fresh `np.random.Generator`."""
+    return np.random.Generator(np.random.PCG64(key(seed, position, purpose)))
+
+
+def torch_generator(seed, position, purpose):
+    """A fresh CPU `torch.Generator`."""
+    return torch.Generator().manual_seed(key(seed, position, purpose))
+
+
+def uniform(keys, count):
+    """Uniform numbers: row b holds the first `count` numbers of the generator `keys[b]`.
+
+    A hash of key and counter by the finaliser of SplitMix64 (Steele, Lea and Flood 2014). Integer arithmetic only: the
+    same values on every device, inside and outside `torch.compile`.
+
+    Args:
+        keys: (B,) int64.
+        count: numbers per key.
+
+    Returns:
+        (B, count) float32 in [0, 1), multiples of 2^-24.
+    """
+    # The counter is mixed, not multiplied: the compiler's C++ takes a product of indices for one that never overflows.
+    counter = _mix(torch.arange(1, count + 1, device=keys.device))
+    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted, or key 3 and counter 5 would meet key 5 and counter 3
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24
+
+
+def _mix(z):
+    """A bijection of the 64-bit integers that scatters neighbours; products wrap around."""
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z, bits):
+    """Logical shift to the right: torch's own copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(unsigned):
+    return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned

@@ -1,0 +1,75 @@
+"""Argument checks of the public functions: one line that names the argument, what came and what was expected.
+
+They read metadata only (no host sync) and are skipped while `torch.compile` traces.
+"""
+
+import math
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABELS = (torch.uint8, torch.int32, torch.int64)
+enabled = lambda: not torch.compiler.is_compiling()  # noqa: E731
+
+
+def tensor(op, name, value, *, dtypes, shape=None, like=None):
+    """Check that `value` is a tensor with one of `dtypes`, on the device of `like`, of `shape`.
+
+    `shape` is a tuple of ints (exact) and strings (any size, shown in the message): `("B", 3, "H", "W")`.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected one of {expected}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device} like the first argument")
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+        )
+        if not fits:
+            expected = "(" + ", ".join(str(s) for s in shape) + ")"
+            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {expected}")
+
+
+def choice(op, name, value, options):
+    if value not in options:
+        raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(map(repr, options))}")
+
+
+def integer(op, name, value, *, at_least=1):
+    """Check an int (bool excluded) of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{op}: {name} is {value}, expected at least {at_least}")
+
+
+def number(op, name, value, *, low, high):
+    """Check a number in the closed interval [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} is {value}, expected a value from {low} to {high}")
+
+
+def flag(op, name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def numbers(op, name, value, *, length, positive=False):
+    """Check a sequence of `length` finite numbers."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
+        raise TypeError(f"{op}: {name} must be a sequence of numbers, got {value!r}")
+    if len(value) != length:
+        raise ValueError(f"{op}: {name} has {len(value)} numbers, expected {length}")
+    if not all(math.isfinite(v) and (v > 0 or not positive) for v in value):
+        raise ValueError(f"{op}: {name} is {value!r}, expected {'positive' if positive else 'finite'} numbers")
+
+
+def upsampling(op, logits, size):
+    """Check that (B, K, h, w) logits with pixels to fill have a class and a token to fill them from."""
+    if 0 not in (logits.shape[0], *size) and 0 in logits.shape[1:]:
+        raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}, expected no empty dimension but B")

@@ -1,0 +1,81 @@
+"""Packing of tokens by (class, visible or masked): schema, fake tensors, public function, layout checks."""
+
+from typing import NamedTuple
+
+import torch
+
+from cmim_kernels.ops import checks
+from cmim_kernels.ops.library import declare
+from cmim_kernels.reference import pack_classes as reference
+
+
+class ClassLayout(NamedTuple):
+    """Where each token goes when the tokens of every image are packed by class.
+
+    Segment 2k holds the visible tokens of class k, segment 2k + 1 its masked ones, segment 2K the ignored ones.
+
+    Attributes:
+        order: (B, N) int32, the original place of each packed token. Stable within a segment.
+        inverse: (B, N) int32, the packed position of each original token.
+        segment: (B, N) int32, the segment of each packed position.
+        offsets: (B, 2K + 2) int32, the packed position where each of the 2K + 1 segments starts, then N.
+        cu_seqlens: (B (K + 1) + 1) int32 over the flat B N packed tokens: the start of each (image, class) and of
+            each image's ignored tokens, then B N. The cumulative sequence lengths of variable-length attention.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    segment: torch.Tensor
+    offsets: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+def _fake(labels, masked, num_classes):
+    batch, tokens = labels.shape
+    shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
+    return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+_forward = declare(
+    "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    torch_backend=reference.pack_classes_forward,
+    fake=_fake,
+)
+
+
+def pack_classes(labels, masked, num_classes):
+    """The packing of each image's tokens by (class, visible before masked), ignored tokens last.
+
+    With one class (labels all zero) it is the shuffle of a masked autoencoder: `order[:, :L]` are the L visible
+    tokens to keep, `inverse` restores the original order.
+
+    Args:
+        labels: (B, N) uint8, int32 or int64. Values outside [0, num_classes) are ignored.
+        masked: (B, N) bool.
+        num_classes: number of classes K.
+
+    Returns:
+        `ClassLayout(order, inverse, segment, offsets, cu_seqlens)`.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it), or B N
+            does not fit in int32.
+    """
+    if checks.enabled():
+        op = "pack_classes"
+        checks.tensor(op, "labels", labels, dtypes=checks.LABELS, shape=("B", "N"))
+        checks.tensor(op, "masked", masked, dtypes=(torch.bool,), shape=tuple(labels.shape), like=labels)
+        checks.integer(op, "num_classes", num_classes)
+        if labels.numel() >= 2**31:
+            raise ValueError(f"{op}: labels has {labels.numel()} entries, expected fewer than 2**31 (cu_seqlens is int32)")
+    return ClassLayout(*_forward(labels, masked, num_classes))
+
+
+def check_layout(op, layout, *, batch, tokens, like):
+    """Check that `layout` is a ClassLayout of `batch` images with `tokens` tokens each, on the device of `like`."""
+    if not isinstance(layout, ClassLayout):
+        raise TypeError(f"{op}: layout must be a ClassLayout from pack_classes, got {type(layout).__name__}")
+    for name in ("order", "inverse", "segment"):
+        value = getattr(layout, name)
+        checks.tensor(op, f"layout.{name}", value, dtypes=(torch.int32,), shape=(batch, tokens), like=like)
+    checks.tensor(op, "layout.offsets", layout.offsets, dtypes=(torch.int32,), shape=(batch, "2K + 2"), like=like)

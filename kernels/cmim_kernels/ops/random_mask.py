@@ -1,0 +1,58 @@
+"""Random block masks: schema, fake tensors, public function."""
+
+import torch
+
+from cmim_kernels.ops import checks
+from cmim_kernels.ops.library import declare
+from cmim_kernels.reference import random_mask as reference
+
+
+def _fake(noise, height, width, ratio, block):
+    return noise.new_empty((noise.shape[0], height, width), dtype=torch.bool)
+
+
+_forward = declare(
+    "random_mask_forward(Tensor noise, SymInt height, SymInt width, float ratio, SymInt block) -> Tensor",
+    torch_backend=reference.random_mask_forward,
+    fake=_fake,
+)
+
+
+def random_mask(batch, height, width, ratio, *, block=1, generator=None, device=None):
+    """Random masks of whole blocks, with the same number of masked blocks in every image.
+
+    The grid has ceil(height / block) x ceil(width / block) blocks; those at the lower and right border are cut to
+    height x width. Exactly `round(ratio * blocks)` of them are masked (Python's `round`: halves go to the even
+    number), every choice being equally likely.
+
+    Args:
+        batch: number of masks B.
+        height, width: size h x w of the token grid.
+        ratio: share of masked blocks, 0 to 1.
+        block: side of a block, in tokens.
+        generator: source of randomness, on `device`; None means PyTorch's default generator. `torch.compile` cannot
+            trace a generator: inside a compiled function leave it None.
+        device: device of the mask; None means that of `generator`, else PyTorch's default device.
+
+    Returns:
+        (B, h, w) bool, True where masked.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value (the message names it).
+    """
+    if checks.enabled():
+        op = "random_mask"
+        for name, value in (("batch", batch), ("height", height), ("width", width)):
+            checks.integer(op, name, value, at_least=0)
+        checks.number(op, "ratio", ratio, low=0, high=1)
+        checks.integer(op, "block", block)
+        if generator is not None:
+            if not isinstance(generator, torch.Generator):
+                raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
+            if device is not None and torch.device(device).type != generator.device.type:
+                raise ValueError(f"{op}: generator is on {generator.device}, expected device {device}")
+    if device is None and generator is not None:
+        device = generator.device
+    rows, columns = -(-height // block), -(-width // block)
+    noise = torch.empty(batch, rows, columns, device=device, dtype=torch.float32).uniform_(generator=generator)
+    return _forward(noise, height, width, ratio, block)

@@ -1,0 +1,70 @@
+"""Cross-entropy of bilinearly upsampled logits: schema, fake tensors, autograd, public function."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cmim_kernels.ops import checks
+from cmim_kernels.ops.library import accumulation_dtype, declare, empty_like_layout
+from cmim_kernels.reference import upsample_cross_entropy as reference
+
+
+def _forward_fake(logits, target, align_corners):
+    return logits.new_empty(target.shape, dtype=accumulation_dtype(logits))
+
+
+def _backward_fake(grad, logits, target, align_corners):
+    return empty_like_layout(logits)
+
+
+_forward = declare(
+    "upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners) -> Tensor",
+    torch_backend=reference.upsample_cross_entropy_forward,
+    fake=_forward_fake,
+)
+_backward = declare(
+    "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, bool align_corners) -> Tensor",
+    torch_backend=reference.upsample_cross_entropy_backward,
+    fake=_backward_fake,
+)
+
+
+class _UpsampleCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, target, align_corners):
+        return _forward(logits, target, align_corners)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, ctx.align_corners = inputs
+        ctx.save_for_backward(logits, target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _backward(grad, *ctx.saved_tensors, ctx.align_corners), None, None
+
+
+def upsample_cross_entropy(logits, target, *, align_corners=False):
+    """Cross-entropy, at each pixel of `target`, of the logits upsampled to its size.
+
+    Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target, reduction="none")`, but the
+    full-resolution logits exist neither in forward nor in backward.
+
+    Args:
+        logits: (B, K, h, w), contiguous or channels-last; float16, bfloat16, float32 or float64.
+        target: (B, H, W) uint8, int32 or int64; values outside [0, K) are ignored. H and W need not exceed h and w.
+        align_corners: as in `F.interpolate`.
+
+    Returns:
+        (B, H, W) float32 (float64 for float64 logits), in nats: 0, with no gradient, where the target is ignored.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).
+    """
+    if checks.enabled():
+        op = "upsample_cross_entropy"
+        checks.tensor(op, "logits", logits, dtypes=checks.FLOATS, shape=("B", "K", "h", "w"))
+        checks.tensor(op, "target", target, dtypes=checks.LABELS, shape=(logits.shape[0], "H", "W"), like=logits)
+        checks.flag(op, "align_corners", align_corners)
+        checks.upsampling(op, logits, target.shape[1:])
+    return _UpsampleCrossEntropy.apply(logits, target, align_corners)

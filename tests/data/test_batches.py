@@ -1,0 +1,205 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmim.config import Config
+from cmim.data.batches import TrainBatches, default_workers, evaluation_loader, train_loader
+from cmim.data.datasets import Splits, load_splits
+from cmim.engine.errors import UserError
+
+
+class Numbered:
+    """Image i has the flat colour i; its label is i % 3 at `detail` times the resolution."""
+
+    def __init__(self, sizes, detail=1, labelled=True):
+        self.sizes, self.detail, self.labelled = list(sizes), detail, labelled
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def name(self, i):
+        return str(i)
+
+    def image(self, i):
+        return Image.new("RGB", self.sizes[i], (i, i, i))
+
+    def label(self, i):
+        assert self.labelled, "the label of an unlabelled image was read"
+        width, height = self.sizes[i]
+        return np.full((height * self.detail, width * self.detail), i % 3, np.uint8)
+
+    def subset(self, indices):
+        return Numbered([self.sizes[i] for i in indices], self.detail, self.labelled)
+
+
+class Broken(Numbered):
+    def label(self, i):
+        raise UserError(f"/data/mask_{i}.png holds the value 77: map it with data.label_map")
+
+
+def settings(preset="cmim", seed=0, labelled=2, unlabelled=4, **data):
+    data = {"format": "shapes", "crop": 32, "shapes": {"labelled": 5, "unlabelled": 7, "val": 3, "test": 3}} | data
+    return Config(
+        seed=seed,
+        data=data,
+        method={"preset": preset},
+        mask={"block": 8},
+        train={"labelled_batch": labelled, "unlabelled_batch": unlabelled},
+    )
+
+
+def numbered(labelled=5, unlabelled=7, **options):
+    return Splits(
+        Numbered([(32, 32)] * labelled, **options), Numbered([(32, 32)] * unlabelled, labelled=False), None, None, (), None
+    )
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_splits(settings().data)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+SUPERVISED = {"labelled_image", "label", "labelled_key"}
+UNLABELLED = SUPERVISED | {"weak_image", "valid", "key", "strong_image", "box"}
+MASKED = UNLABELLED | {"labelled_mask", "weak_mask", "strong_mask"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "names", "views"),
+    [
+        ("supervised", SUPERVISED, 0),
+        ("fixmatch", UNLABELLED, 1),
+        ("unimatch", UNLABELLED, 2),
+        ("mim", MASKED, 1),
+        ("cmim", MASKED, 1),
+    ],
+)
+def test_contents(splits, preset, names, views):
+    batch = TrainBatches(splits, settings(preset))[3]
+    assert set(batch) == names
+    expected = {
+        "labelled_image": ((2, 3, 32, 32), torch.uint8),
+        "label": ((2, 32, 32), torch.uint8),
+        "labelled_key": ((2,), torch.int64),
+        "weak_image": ((4, 3, 32, 32), torch.uint8),
+        "valid": ((4, 32, 32), torch.bool),
+        "key": ((4,), torch.int64),
+        "strong_image": ((views, 4, 3, 32, 32), torch.uint8),
+        "box": ((views, 4, 4), torch.int64),
+        "labelled_mask": ((2, 8, 8), torch.bool),
+        "weak_mask": ((4, 8, 8), torch.bool),
+        "strong_mask": ((4, 8, 8), torch.bool),
+    }
+    assert {name: (tuple(x.shape), x.dtype) for name, x in batch.items()} == {name: expected[name] for name in names}
+    for name in names & {"labelled_mask", "weak_mask", "strong_mask"}:
+        blocks = batch[name].view(-1, 4, 2, 4, 2).float().mean((2, 4))
+        assert ((blocks == 0) | (blocks == 1)).all() and (blocks.sum((1, 2)) == 10).all()  # round(0.6 x 16)
+
+
+def test_presets_share_their_draws(splits):
+    small, large = TrainBatches(splits, settings("supervised"))[2], TrainBatches(splits, settings("cmim"))[2]
+    assert all(torch.equal(small[name], large[name]) for name in small)
+
+
+def test_draws_differ_between_samples_purposes_and_seeds(splits):
+    a, b = TrainBatches(splits, settings("unimatch"))[0], TrainBatches(splits, settings("unimatch", seed=1))[0]
+    keys = torch.cat([x for batch in (a, b) for x in (batch["key"], batch["labelled_key"])])
+    assert len(torch.unique(keys)) == 12
+    assert not torch.equal(a["strong_image"][0], a["strong_image"][1]) and not torch.equal(a["box"][0], a["box"][1])
+    assert not torch.equal(a["weak_image"], b["weak_image"])
+    masks = TrainBatches(splits, settings())[0]
+    masks = torch.cat([masks[name] for name in ("labelled_mask", "weak_mask", "strong_mask")])
+    assert len(torch.unique(masks.flatten(1), dim=0)) == 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_resume_change_nothing(splits, workers):
+    batches = TrainBatches(splits, settings())
+    before = torch.get_rng_state()
+    loaded = list(train_loader(batches, 3, 8, workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(loaded) == 5 and all(equal(a, batches[m]) for a, m in zip(loaded, range(3, 8), strict=True))
+    assert equal(next(iter(train_loader(batches, 5, 6, 0))), loaded[2])
+    assert not equal(loaded[0], loaded[1])
+
+
+def test_ranks_change_nothing(splits):
+    one = TrainBatches(splits, settings("unimatch", labelled=4, unlabelled=4))
+    two = [TrainBatches(splits, settings("unimatch", labelled=2, unlabelled=2), rank, 2) for rank in (0, 1)]
+    for step in (0, 5):
+        parts = [t[step] for t in two]
+        joined = {
+            name: torch.cat([p[name] for p in parts], dim=1 if name in ("strong_image", "box") else 0) for name in parts[0]
+        }
+        assert equal(one[step], joined)
+
+
+def test_every_epoch_is_a_permutation():
+    batches = TrainBatches(numbered(), settings("fixmatch", scale=(1, 1)))
+    labelled = torch.cat([batches[m]["labelled_image"][:, 0, 0, 0] for m in range(10)]).tolist()  # 20 = 4 epochs of 5
+    epochs = [labelled[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(e) == list(range(5)) for e in epochs) and len({tuple(e) for e in epochs}) > 1
+    unlabelled = torch.cat([batches[m]["weak_image"][:, 0, 0, 0] for m in range(7)]).tolist()  # 28 = 4 epochs of 7
+    assert all(sorted(unlabelled[i : i + 7]) == list(range(7)) for i in range(0, 28, 7))
+
+
+def test_a_batch_larger_than_the_set():
+    batch = TrainBatches(numbered(labelled=1, unlabelled=1), settings("fixmatch"))[0]
+    assert not batch["labelled_image"].any() and len(batch["weak_image"]) == 4
+
+
+def test_label_belongs_to_its_image():
+    batches = TrainBatches(numbered(detail=2), settings("supervised", size=(20, 24), scale=(1, 1)))
+    for m in range(4):
+        batch = batches[m]
+        inside = batch["label"] != 255
+        assert (inside.sum((1, 2)) == 20 * 24).all()  # resized by data.size, then padded to 32
+        assert torch.equal(batch["label"][inside], (batch["labelled_image"][:, 0] % 3)[inside])
+        assert not batch["labelled_image"].permute(0, 2, 3, 1)[~inside].any()
+
+
+def test_valid_is_what_is_not_padded():
+    splits = Splits(*[Numbered([(20, 10)] * 300, labelled=flag) for flag in (True, False)], None, None, (), None)
+    batch = TrainBatches(splits, settings("fixmatch", scale=(1, 1)))[30]
+    assert (batch["valid"].sum((1, 2)) == 200).all()
+    seen = batch["weak_image"][:, 0] > 0
+    assert torch.equal(seen | (batch["weak_image"].amax((1, 2, 3)) == 0)[:, None, None], batch["valid"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_mistake_in_a_worker_stays_one_line(workers):
+    splits = Splits(Broken([(32, 32)] * 3), Numbered([(32, 32)] * 3), None, None, (), None)
+    message = ""
+    try:  # pytest.raises would keep the loader alive, until the garbage collector waits for its workers
+        list(train_loader(TrainBatches(splits, settings("supervised", labelled=1)), 0, 2, workers))
+    except UserError as error:
+        message = str(error)
+    assert message.startswith("/data/mask_") and message.endswith("data.label_map")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_groups_images_of_equal_size(workers):
+    sizes = [(8, 6), (8, 6), (8, 6), (6, 8), (8, 6), (8, 6)]
+    groups = list(evaluation_loader(Numbered(sizes, detail=2), settings().data, 2, workers))
+    assert [indices for _, _, indices in groups] == [[0, 1], [2], [3], [4, 5]]
+    for images, labels, indices in groups:
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, *sizes[indices[0]][::-1])
+        for image, label, i in zip(images, labels, indices, strict=True):
+            assert (image == i).all() and (label == i % 3).all()
+            assert label.dtype == torch.uint8 and label.shape == (2 * sizes[i][1], 2 * sizes[i][0])
+
+
+def test_evaluation_resizes_images_but_not_labels():
+    sizes = [(8, 6), (6, 8)]
+    ((images, labels, indices),) = evaluation_loader(Numbered(sizes), settings(size=(12, 10)).data, 8, 0)
+    assert images.shape == (2, 3, 12, 10) and indices == [0, 1]
+    assert [tuple(label.shape) for label in labels] == [(6, 8), (8, 6)]
+
+
+def test_default_workers():
+    assert 0 <= default_workers() <= 8

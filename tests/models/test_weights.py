@@ -1,0 +1,174 @@
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cmim.engine.errors import UserError
+from cmim.models.weights import create_encoder
+
+
+def load(weights, name="test_byobnet", strides=(4, 16)):
+    return create_encoder(name, str(weights), strides=strides)
+
+
+def whole_model(name="test_byobnet", classes=7):
+    """A timm model of whose tensors no two are equal, running statistics included."""
+    torch.manual_seed(3)
+    model = timm.create_model(name, num_classes=classes)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_same_maps(encoder, model):
+    """The encoder's maps at strides 4 and 32 are the last ones of that size inside the model."""
+    images = torch.randn(1, 3, 64, 64)
+    inside = model.eval().forward_intermediates(images, intermediates_only=True)
+    for stride, got in zip((4, 32), encoder.eval()(images), strict=True):
+        want = [m for m in inside if m.shape[-1] == 64 // stride][-1]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["test_byobnet", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_a_whole_timm_model_as_a_file(tmp_path, name, suffix):
+    model = whole_model(name)
+    path = tmp_path / f"model{suffix}"
+    state = model.state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    encoder = load(path, name, strides=(4, 32))  # at stride 32 nothing is dilated: comparable with timm's own
+    assert_same_maps(encoder, model)
+    given = [t for t in state.values() if t.is_floating_point()]
+    for tensor in encoder.state_dict().values():
+        if tensor.is_floating_point():
+            assert any(tensor.shape == t.shape and torch.equal(tensor, t) for t in given)
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_the_classifier_may_be_there_or_not(tmp_path, classes):
+    path = tmp_path / "encoder.pt"
+    torch.save(whole_model("resnet10t", classes).state_dict(), path)
+    assert_same_maps(load(path, "resnet10t", strides=(4, 32)), whole_model("resnet10t", classes))
+
+
+def test_an_encoder_saved_by_itself(tmp_path):
+    path = tmp_path / "encoder.pt"
+    for name in ("test_byobnet", "test_efficientnet"):  # timm renames the one and cuts the other
+        first = load("none", name)
+        torch.save(first.state_dict(), path)
+        second = load(path, name)
+        for key, tensor in first.state_dict().items():
+            assert torch.equal(second.state_dict()[key], tensor), key
+
+
+def test_a_count_of_batches_may_be_missing(tmp_path):
+    model = whole_model()
+    torch.save({k: v for k, v in model.state_dict().items() if "num_batches" not in k}, tmp_path / "old.pt")
+    assert_same_maps(load(tmp_path / "old.pt", strides=(4, 32)), model)
+
+
+def test_random_weights_differ_and_every_map_has_its_stride():
+    encoder, other = load("none"), load("none", strides=(4, 8))
+    assert encoder.feature_info.reduction() == [4, 16] and other.feature_info.reduction() == [4, 8]
+    assert any(not torch.equal(a, b) for a, b in zip(encoder.parameters(), load("none").parameters(), strict=True))
+
+
+def changed(change):
+    state = whole_model().state_dict()
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("stem.conv.weight"), r"lacks stem.conv.weight \(1 in all\)"),
+        (lambda s: s.pop("stem.bn.running_var"), "lacks stem.bn.running_var"),
+        (lambda s: s.update(rubbish=torch.zeros(1)), r"has unknown rubbish \(1 in all\)"),
+        (lambda s: s.update({"stem.conv.weight": torch.zeros(1)}), "has other shapes of stem.conv.weight"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("stages.0")],
+            r"lacks stages.0\S+, stages.0\S+, stages.0\S+ \(",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path, change, message):
+    path = tmp_path / "broken.pt"
+    torch.save(changed(change), path)
+    with pytest.raises(UserError, match=rf"{path} does not fit test_byobnet: it {message}"):
+        load(path)
+
+
+def test_the_file_of_another_model(tmp_path):
+    torch.save(whole_model("test_resnet").state_dict(), tmp_path / "resnet.pt")
+    with pytest.raises(UserError, match=r"does not fit test_byobnet: it lacks .*; has unknown"):
+        load(tmp_path / "resnet.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "list", "nested"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_that_hold_no_state_dict(tmp_path, content, suffix):
+    path = tmp_path / f"file{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save([torch.zeros(1)] if content == "list" else {"model": {"a": torch.zeros(1)}}, path)
+    with pytest.raises(UserError, match=str(path)):
+        load(path)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save({"a": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match=r"cannot read .*bomb.pt"):
+        load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_file():
+    with pytest.raises(UserError, match=r"there is no file imagenet; give timm, none, or a .pt"):
+        load("imagenet")
+
+
+def test_no_network_is_an_error_and_never_a_random_start(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"could not fetch the weights of test_byobnet.r160_in1k.*--model.weights PATH.*none"
+    ):
+        load("timm", "test_byobnet.r160_in1k")
+
+
+def test_fetched_weights_are_those_of_the_model(monkeypatch, tmp_path):
+    """With timm's cache in place of the network."""
+    model = whole_model(classes=1000)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    cached = lambda *a, **k: str(tmp_path / "model.safetensors")  # noqa: E731
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", cached)
+    assert_same_maps(load("timm", "test_byobnet.r160_in1k", strides=(4, 32)), model)
+
+
+def test_a_model_without_published_weights():
+    name = next(n for n in timm.list_models("resnet*") if not timm.get_pretrained_cfg(n).has_weights)
+    with pytest.raises(UserError, match=f"could not fetch the weights of {name}"):
+        load("timm", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet101ss", "no model resnet101ss; did you mean resnet101"),
+        ("resnet101s.gluon_in2k", "did you mean resnet101s.gluon_in1k"),
+        ("qqqqqqqqqqqqqqqqqqqqqq", "timm has no model qqq"),
+        ("test_vit", "model.encoder: test_vit cannot return feature maps at output stride 16"),
+        ("swin_tiny_patch4_window7_224", "cannot return feature maps at output stride 16"),
+    ],
+)
+def test_encoders_that_cannot_serve(name, message):
+    with pytest.raises(UserError, match=message):
+        load("none", name)
