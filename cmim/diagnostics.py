@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from cmim.data.datasets import MEAN, STD
 from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
 
 
@@ -19,23 +18,22 @@ def coverage(labels, tau, background):
 
 
 @torch.no_grad()
-def mean_colour_error(target):
+def mean_colour_error(images, target):
     """`masked_patch_loss` of the simplest guess: the mean colour of the visible tokens of the same (image, class).
 
     A decoder that does not beat it has learnt a colour look-up. With normalised patches the guess is each patch's
     own mean, which is zero.
 
     Args:
+        images: (B, 3, H, W) normalised.
         target: the keyword arguments of the loss but the prediction.
     """
-    image, patch = target["image"], target["patch_size"]
-    batch, _, height, width = image.shape
-    tokens = (height // patch) * (width // patch)
+    patch = target["patch_size"]
+    batch, _, height, width = images.shape
     if target["normalize"]:
-        guess = torch.zeros(batch, tokens, 3 * patch**2, device=image.device)
+        guess = images.new_zeros(batch, (height // patch) * (width // patch), 3 * patch**2)
     else:
-        mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-        colours = F.avg_pool2d((image.float() / 255 - mean) / std, patch).flatten(2).transpose(1, 2)
+        colours = F.avg_pool2d(images, patch).flatten(2).transpose(1, 2)
         centroids = class_centroids(colours.contiguous(), target["labels"], target["masked"], target["num_classes"])
         index = target["labels"].clamp(min=0).long()[:, :, None].expand(-1, -1, 3)
         guess = centroids.mean[:, :, 0].gather(1, index).repeat(1, 1, patch**2)

@@ -11,12 +11,6 @@ from cmim.data.datasets import IGNORED, MEAN, STD
 from cmim.randomness import uniform
 
 
-def normalise(images):
-    """uint8 images (B, 3, H, W) to float32, (x / 255 - mean) / std."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
-
-
 def to_pixels(mask, stride):
     """A token mask (B, h, w) at pixel resolution (B, h * stride, w * stride)."""
     batch, height, width = mask.shape
@@ -47,7 +41,8 @@ class Fill(nn.Module):
 def per_class_mask(labels, keys, num_classes, ratio, block):
     """Hide exactly round(ratio x n) of the n tokens of every class of every image.
 
-    Tokens are hidden in the order of a random score that whole blocks share, so that hidden tokens stay together.
+    Within a class, blocks are hidden one after another in a random order, so that hidden tokens stay together: only the
+    last block may be hidden in part.
 
     Args:
         labels: (B, h, w) token classes; those outside [0, num_classes) count as one more class.
@@ -61,19 +56,18 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     batch, height, width = labels.shape
     rows, columns = -(-height // block), -(-width // block)
     draws = uniform(keys, rows * columns + height * width)
-    of_block = to_pixels(draws[:, : rows * columns].view(batch, rows, columns), block)[:, :height, :width]
+    rank = draws[:, : rows * columns].argsort(1, stable=True).argsort(1).view(batch, rows, columns)
+    of_block = to_pixels(rank, block)[:, :height, :width].reshape(batch, -1)
     of_token = draws[:, rows * columns :]
-    # Tokens of one block are told apart by a share too small to reorder blocks.
-    score = (of_block.reshape(batch, -1) + of_token / 1024) / 2
 
     known = (labels >= 0) & (labels < num_classes)
     group = torch.where(known, labels, num_classes).reshape(batch, -1).long()
     in_group = group[:, :, None] == torch.arange(num_classes + 1, device=labels.device)
     count = in_group.sum(1)
     start = count.cumsum(1) - count
-    order = (group + score.double()).argsort(1)
+    order = (group * rows * columns + of_block + of_token.double()).argsort(1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
-    hidden = place - start.gather(1, group) < torch.round(ratio * count).long().gather(1, group)
+    hidden = place - start.gather(1, group) < torch.round(ratio * count.double()).long().gather(1, group)
     return hidden.view(batch, height, width)
 
 

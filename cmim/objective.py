@@ -120,12 +120,12 @@ class Objective(nn.Module):
         config, net = self.config, self.net
         x, y = batch["labelled_image"], batch["label"]
         if not uses_unlabelled(config):
-            feature = net.decode(net.encode(masking.normalise(x)))
+            feature = net.decode(net.encode(net.normalise(x)))
             return self.finish({"sup": (1.0, self.supervised(net.classify(feature), y))}, {}, [feature], diagnostics)
 
         # x and u_w share a pass; so do, in the decoder, the clean and the dropped-out features of u_w.
         u_w, strong = batch["weak_image"], batch["strong_image"]
-        maps = net.encode(masking.normalise(torch.cat([x, u_w])))
+        maps = net.encode(net.normalise(torch.cat([x, u_w])))
         perturbed = config.method.preset != "fixmatch"
         if perturbed:
             dropped = drop_channels([m[len(x) :] for m in maps], batch["key"], config.method.dropout)
@@ -135,14 +135,14 @@ class Objective(nn.Module):
         logits_x, logits_w, *logits_fp = net.classify(feature).split(sizes)
         if config.teacher.kind == "ema":
             with torch.no_grad():
-                logits_w = self.teacher(masking.normalise(u_w))
+                logits_w = self.teacher(net.normalise(u_w))
         weak = pseudo_labels(logits_w, batch["valid"], net.align_corners)
 
         # Every strong view has its own box; image and pseudo-label are cut together.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
         u_s = [image for image, *_ in mixed]
         strong_labels = [type(weak)(*rest) for _, *rest in mixed]
-        feature_s = net.decode(net.encode(masking.normalise(torch.cat(u_s))))
+        feature_s = net.decode(net.encode(net.normalise(torch.cat(u_s))))
         logits_s = net.classify(feature_s).split(len(u_w))
 
         terms = {"sup": (0.5, self.supervised(logits_x, y))}
@@ -188,7 +188,8 @@ class Objective(nn.Module):
             "weak": (batch["weak_image"], weak.classes(tau), weak.valid, batch["weak_mask"]),
             "strong": (u_s, strong_labels.classes(tau), strong_labels.valid, batch["strong_mask"]),
         }
-        keys = {"labelled": batch["labelled_key"], "weak": batch["key"], "strong": batch["key"] + 1}
+        # Every draw has a key of its own: batch["key"] is that of the dropped channels.
+        keys = {"labelled": batch["labelled_key"], "weak": batch["key"] + 1, "strong": batch["key"] + 2}
         chosen = [available[name] for name in config.mim.views]
         image, classes, valid, masked = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         key = torch.cat([keys[name] for name in config.mim.views])
@@ -198,7 +199,7 @@ class Objective(nn.Module):
         token_classes = patch_labels(classes, stride, self.num_classes, min_share=config.reconstruction.min_share)
         if config.mask.per_class:
             block = config.mask.block // stride
-            masked = masking.per_class_mask(token_classes, key, self.num_classes, config.mask.ratio, block)
+            masked = masking.per_class_mask(token_classes, key + 2, self.num_classes, config.mask.ratio, block)
         return MaskedViews(image, classes, valid, masked, token_classes, [len(part[0]) for part in chosen])
 
     def see(self, views):
@@ -206,7 +207,7 @@ class Objective(nn.Module):
         hidden = masking.to_pixels(views.masked, token_stride(self.config))
         if self.config.mim.isolate == "input":
             hidden = hidden | (views.classes == IGNORED)
-        return self.fill(masking.normalise(views.image), hidden)
+        return self.fill(self.net.normalise(views.image), hidden)
 
     def masked(self, batch, weak, u_s, strong_labels, diagnostics):
         """The masked pass: {name: (weight, term)} of L_pix, L_feat and L_sem, figures for the log, and F."""
@@ -255,7 +256,8 @@ class Objective(nn.Module):
             terms[f"sem_{name}"] = (config.mim.w_sem * share, Ratio(part.sum()[None], valid.sum()[None]))
         figures = {"valid_tokens": (labels >= 0).float().mean(), "pairs": pairs.pair_count.float()}
         if diagnostics:
-            figures["pix_vs_mean_colour"] = patches.loss.detach() / mean_colour_error(target).clamp(min=1e-8)
+            guess = mean_colour_error(net.normalise(views.image), target)
+            figures["pix_vs_mean_colour"] = patches.loss.detach() / guess.clamp(min=1e-8)
             figures["separation"] = separation(present)
         return terms, figures, tokens
 

@@ -10,7 +10,6 @@ from rich.progress import Progress
 from cmim.data.batches import default_workers, evaluation_loader
 from cmim.engine.device import autocast
 from cmim.engine.metrics import Confusion, Scores, scores
-from cmim.masking import normalise
 
 
 class Evaluation(NamedTuple):
@@ -27,7 +26,7 @@ def upsample(logits, size, net):
 
 def predict_logits(net, images, size):
     """Logits (n, K, H, W) in float32 at `size` of uint8 images (n, 3, h, w)."""
-    return upsample(net(normalise(images)), size, net)
+    return upsample(net(net.normalise(images)), size, net)
 
 
 @torch.inference_mode()
@@ -44,7 +43,7 @@ def evaluate(net, image_set, config, num_classes, device, dtype, title):
         task = progress.add_task(title, total=len(image_set))
         for images, labels, _ in loader:
             with autocast(device, dtype):
-                logits = net(normalise(images.to(device, non_blocking=True)))
+                logits = net(net.normalise(images.to(device, non_blocking=True)))
             # Labels of one batch may differ in size where the images were resized.
             for size in dict.fromkeys(tuple(label.shape) for label in labels):
                 chosen = [i for i, label in enumerate(labels) if tuple(label.shape) == size]

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmim import masking
 from cmim.config import token_stride, uses_masking
-from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.data.datasets import IGNORED
 from cmim.engine.evaluation import predict_logits
 from cmim.objective import MaskedViews
 from cmim.randomness import torch_generator
@@ -68,26 +68,25 @@ def _masked_columns(objective, images, pseudo, chosen, config):
     groups = tokens if objective.class_wise else torch.where(tokens >= 0, 0, -1).int()
     patches = objective.reconstruction(feature, groups, masked).float()
     if config.reconstruction.normalize:
-        patches = _undo_patch_normalisation(patches, images, stride)
+        patches = _undo_patch_normalisation(patches, net.normalise(images), stride)
     patches = patches.view(len(images), height, width, stride, stride, 3)
     decoded = patches.permute(0, 5, 1, 3, 2, 4).reshape(len(images), 3, height * stride, width * stride)
     count = class_centroids(feature, tokens, masked, objective.num_classes).count
     has_visible = (count[:, :, 0] > 0).gather(1, tokens.flatten(1).clamp(min=0).long()).view_as(masked)
     known = masking.to_pixels(has_visible & (tokens >= 0), stride)[:, None]
     hidden = masking.to_pixels(masked, stride)[:, None]
-    decoded = torch.where(known, _denormalise(decoded), GREY)
+    decoded = torch.where(known, _denormalise(decoded, net), GREY)
     both = torch.where(hidden, decoded, images.float())
-    return {"masked": [to_array(_denormalise(s[None])[0]) for s in seen], "reconstruction": [to_array(b) for b in both]}
+    return {"masked": [to_array(_denormalise(s[None], net)[0]) for s in seen], "reconstruction": [to_array(b) for b in both]}
 
 
-def _denormalise(images):
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((images * std + mean) * 255).clamp(0, 255)
+def _denormalise(images, net):
+    return ((images * net.std + net.mean) * 255).clamp(0, 255)
 
 
 def _undo_patch_normalisation(patches, images, stride):
     """Give normalised patches the mean and spread of the true ones, as is usual for pictures of such decoders."""
-    target = F.unfold(masking.normalise(images), stride, stride=stride).transpose(1, 2)  # entries (channel, row, column)
+    target = F.unfold(images, stride, stride=stride).transpose(1, 2)  # entries (channel, row, column)
     return patches * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 

@@ -2,9 +2,11 @@
 
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cmim.data.datasets import MEAN, STD
 from cmim.models.deeplabv3plus import DeepLabV3PlusDecoder
 from cmim.models.weights import create_encoder
 
@@ -32,6 +34,12 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(feature_channels, num_classes, 1)
         self.feature_channels, self.feature_stride = feature_channels, feature_stride
         self.encoder_channels, self.encoder_stride = encoder_channels, encoder_stride
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, images):
+        """uint8 images (B, 3, H, W) as the encoder expects them: float32, (x / 255 - mean) / std."""
+        return (images.float() / 255 - self.mean) / self.std
 
     def encode(self, images):
         """(B, 3, H, W) -> tuple of encoder maps, the deepest last."""
@@ -87,17 +95,17 @@ def batch_norm_mode(net, mode):
     """
     if mode not in ("batch", "shared", "running"):
         raise ValueError(f"batch_norm_mode: mode is {mode!r}, expected 'batch', 'shared' or 'running'")
-    layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    layers = [m for m in _batch_norms(net) if m.training and m.track_running_stats]
     buffers = [(m.running_mean, m.running_var) for m in layers]
+    copies = _snapshot([b for pair in buffers for b in pair]) if mode == "running" and layers else []
     try:
-        for layer in layers:
+        for i, layer in enumerate(layers):
             if mode == "batch":
                 # Momentum 0 would still count batches, and turn an infinite batch statistic into NaN.
                 layer.track_running_stats = False
             elif mode == "running":
                 layer.training = False
-                # Backward reads the running statistics again: a later pass in train mode must not have changed them.
-                layer.running_mean, layer.running_var = layer.running_mean.clone(), layer.running_var.clone()
+                layer.running_mean, layer.running_var = copies[2 * i], copies[2 * i + 1]
         yield
     finally:
         for layer, (mean, variance) in zip(layers, buffers, strict=True):
@@ -106,3 +114,22 @@ def batch_norm_mode(net, mode):
             elif mode == "running":
                 layer.training = True
                 layer.running_mean, layer.running_var = mean, variance
+
+
+@torch.library.custom_op("cmim::snapshot", mutates_args=())
+def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies. Backward reads running statistics again, and by then a later pass in train mode may have changed them;
+    nothing warns. The op is opaque because a compiler drops a plain clone and reads the changed original."""
+    return [t.clone() for t in tensors]
+
+
+@_snapshot.register_fake
+def _(tensors):
+    return [torch.empty_like(t) for t in tensors]
+
+
+def _batch_norms(module):
+    """`module.modules()` would ask BatchNorm layers for children, which a compiler refuses once their flags changed."""
+    if isinstance(module, _BatchNorm):
+        return [module]
+    return [layer for child in module.children() for layer in _batch_norms(child)]

@@ -17,13 +17,14 @@ from cmim_kernels.ops.random_mask import random_mask
 from cmim_kernels.ops.same_class_conv2d import same_class_conv2d
 from cmim_kernels.ops.scatter_class_tokens import scatter_class_tokens
 from cmim_kernels.ops.upsample_cross_entropy import upsample_cross_entropy
-from cmim_kernels.ops.upsample_pseudo_labels import upsample_pseudo_labels
+from cmim_kernels.ops.upsample_pseudo_labels import PseudoLabels, upsample_pseudo_labels
 
 __all__ = [
     "CentroidDistance",
     "ClassCentroids",
     "ClassLayout",
     "PatchLoss",
+    "PseudoLabels",
     "centroid_distance",
     "class_attention",
     "class_centroids",

@@ -146,6 +146,8 @@ def test_every_epoch_is_a_permutation():
     assert all(sorted(e) == list(range(5)) for e in epochs) and len({tuple(e) for e in epochs}) > 1
     unlabelled = torch.cat([batches[m]["weak_image"][:, 0, 0, 0] for m in range(7)]).tolist()  # 28 = 4 epochs of 7
     assert all(sorted(unlabelled[i : i + 7]) == list(range(7)) for i in range(0, 28, 7))
+    other = TrainBatches(numbered(), settings("fixmatch", seed=1, scale=(1, 1)))
+    assert torch.cat([other[m]["labelled_image"][:, 0, 0, 0] for m in range(10)]).tolist() != labelled
 
 
 def test_a_batch_larger_than_the_set():

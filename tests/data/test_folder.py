@@ -71,7 +71,7 @@ def test_unlabelled_masks_are_never_opened(root):
         train={"unlabelled_batch": 8},
     )
     splits = load_splits(config.data)
-    assert len(splits.labelled) == 1 and len(splits.unlabelled) == 6
+    assert len(splits.labelled) == 1 and splits.unlabelled.masks == [None] * 6
     batches = TrainBatches(splits, config)
     assert all(batches._unlabelled(p)["weak_image"].shape == (3, 4, 4) for p in range(6))
     with pytest.raises(UserError, match="masks"):

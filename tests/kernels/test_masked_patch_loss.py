@@ -134,13 +134,14 @@ def test_the_image_gets_no_gradient():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("as_image", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_other_tokens_do_not_matter(poison, as_image, normalize):
+@pytest.mark.parametrize("distance", ["l1", "mse"])
+def test_other_tokens_do_not_matter(poison, as_image, normalize, distance):
     pred, image, masked, labels = make(as_image=as_image)
     idle = ~masked | (labels < 0) | (labels >= 3)
     entries = idle[..., None].expand(-1, -1, 12)
     pixels = to_image(entries, torch.empty_like(image, dtype=torch.bool), 2)
     op = lambda p, i: run(  # noqa: E731
-        lambda p: masked_patch_loss(p, i, masked, labels, 3, patch_size=2, normalize=normalize), [p]
+        lambda p: masked_patch_loss(p, i, masked, labels, 3, patch_size=2, normalize=normalize, distance=distance), [p]
     )
     want = op(pred, image)
     got = op(torch.where(pixels if as_image else entries, poison, pred), torch.where(pixels, poison, image))

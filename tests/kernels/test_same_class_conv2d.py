@@ -116,3 +116,26 @@ def test_wrong_arguments(change, error, message):
     arguments = dict(x=x, labels=labels, weight=weight, bias=b, num_classes=3) | change
     with pytest.raises(error, match=message):
         same_class_conv2d(**arguments)
+
+
+def test_autocast_does_not_reach_inside():
+    x, labels, weight, b = make(dtype=torch.float32)
+    op = lambda *a: same_class_conv2d(a[0], labels, a[1], a[2], num_classes=3)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(op, [x, weight, b])
+    assert_equal(inside, run(op, [x, weight, b]), rtol=0, atol=0)
+
+
+def test_more_classes_than_a_uint8_holds():
+    x, labels, weight, b = make(dtype=torch.float32)
+    labels = torch.where(labels == 1, 200, labels.clamp(min=0)).to(torch.uint8)
+    got = same_class_conv2d(x, labels, weight, b, num_classes=300)
+    assert torch.equal(got, same_class_conv2d(x, labels.long(), weight, b, num_classes=300)) and got.abs().min() > 0
+
+
+def test_the_definition_off_the_cpu_matches_the_loop_over_classes():
+    """Other devices convolve tap by tap, the CPU class by class."""
+    inputs = make()
+    torch.testing.assert_close(
+        reference.same_class_conv2d(*inputs, num_classes=3), same_class_conv2d(*inputs, num_classes=3)
+    )

@@ -83,11 +83,12 @@ def test_no_feature_reaches_another_class(kind, poison, mask_token, per_class):
     assert not torch.equal(tokens_of(dirty, labels == 1), tokens_of(clean, labels == 1))
 
 
+@pytest.mark.parametrize("mask_token", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_nobody_may_see_reaches_no_gradient(kind):
-    decoder = make_decoder(kind)
+def test_what_nobody_may_see_reaches_no_gradient(kind, mask_token):
+    decoder = make_decoder(kind, mask_token=mask_token)
     features, labels, masked = make_inputs()
-    hidden = masked | (labels < 0) | (labels > 2)
+    hidden = (masked & mask_token) | (labels < 0) | (labels > 2)
     _, clean = gradients(decoder, decoder, features, labels, masked)
     dirty_features = torch.where(hidden[:, None], float("nan"), features)
     _, dirty = gradients(decoder, decoder, dirty_features, labels, masked)

@@ -191,7 +191,7 @@ def all_modes(net):
     return loss
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_modes_inside_a_compiled_graph(backend):
     torch._dynamo.reset()
     eager, net = trained(Stack()), trained(Stack())

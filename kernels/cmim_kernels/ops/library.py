@@ -75,9 +75,9 @@ def segment_count(segment, num_segments):
 
 
 @contextlib.contextmanager
-def float32_matmul(device):
-    """Matrix products of float32 in float32 inside a backend, which autocast and TF32 would otherwise reach."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+def full_float32(device):
+    """Products and convolutions of float32 in float32 inside a backend, which autocast and TF32 would otherwise reach."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
     before = [s.fp32_precision for s in settings]
     try:
         for setting in settings:

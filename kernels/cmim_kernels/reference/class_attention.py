@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype, float32_matmul
+from cmim_kernels.ops.library import accumulation_dtype, full_float32
 
 
 def class_attention(q, k, v, offsets):
@@ -30,7 +30,7 @@ def class_attention_forward(q, k, v, segment, offsets):
     dtype = accumulation_dtype(q, k, v)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device)
-    with float32_matmul(q.device):
+    with full_float32(q.device):
         for part, same in _parts(q, segment, offsets):
             scores = _scores(q[part].to(dtype), k[part].to(dtype), same)
             logsumexp[part] = scores.logsumexp(dim=-1)
@@ -46,7 +46,7 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
     """
     dtype, scale = logsumexp.dtype, 1 / math.sqrt(q.shape[-1])
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    with float32_matmul(q.device):
+    with full_float32(q.device):
         for part, same in _parts(q, segment, offsets):
             g, wide_q, wide_k, wide_v, wide_out = (x[part].to(dtype) for x in (grad, q, k, v, out))
             p = _probabilities(_scores(wide_q, wide_k, same), logsumexp[part], same)
@@ -68,7 +68,7 @@ def _parts(q, segment, offsets):
 def _segments(offsets):
     """The index of each (image, class) that has tokens."""
     for image, starts in enumerate(offsets[:, ::2].tolist()):
-        # All but the last class start at an even offset; the last one, 2K, starts the ignored tokens.
+        # The last start, offsets[2K], is that of the ignored tokens: they only end the last class.
         for start, stop in itertools.pairwise(starts):
             if start < stop:
                 yield image, slice(None), slice(start, stop)

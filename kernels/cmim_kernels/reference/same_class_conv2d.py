@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from cmim_kernels.ops.library import accumulation_dtype, as_layout
+from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, full_float32
 
 
 def same_class_conv2d(x, labels, weight, bias=None, *, num_classes):
@@ -27,7 +27,8 @@ def same_class_conv2d(x, labels, weight, bias=None, *, num_classes):
 
 def same_class_conv2d_forward(x, labels, weight, bias, num_classes):
     if x.device.type == "cpu":
-        return as_layout(_convolve_each_class(x, labels, weight, bias, num_classes), x)
+        with full_float32(x.device):
+            return as_layout(_convolve_each_class(x, labels, weight, bias, num_classes), x)
     return as_layout(same_class_conv2d(x, labels, weight, bias, num_classes=num_classes), x)
 
 
@@ -44,9 +45,9 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
         padding = weight.shape[-1] // 2
         for images, own in _images_of_each_class(labels, num_classes):
             inputs, outputs = (torch.where(own, t[images].to(dtype), 0) for t in (x, wide))
-            grad_weight += conv2d_weight(
-                inputs, (len(weight), 1, *weight.shape[1:]), outputs, padding=padding, groups=len(weight)
-            )[:, 0]
+            shape = (len(weight), 1, *weight.shape[1:])
+            with full_float32(x.device):
+                grad_weight += conv2d_weight(inputs, shape, outputs, padding=padding, groups=len(weight))[:, 0]
     else:
         for (i, j), neighbour, same in _window(x.to(dtype), labels, weight.shape[-1], num_classes):
             grad_weight[:, i, j] = (torch.where(same, neighbour, 0) * wide).sum(dim=(0, 2, 3))
@@ -69,26 +70,27 @@ def _convolve_each_class(x, labels, weight, bias, num_classes):
 
 def _images_of_each_class(labels, num_classes):
     """For each class that occurs: the indices of the images that have it, and where in them, (n, 1, h, w) bool."""
-    for k in range(num_classes):
+    for k in labels.unique().tolist():
+        if not 0 <= k < num_classes:
+            continue
         own = labels == k
         images = own.flatten(1).any(1).nonzero()[:, 0]
-        if len(images):
-            yield images, own[images][:, None]
+        yield images, own[images][:, None]
 
 
 def _valid(labels, num_classes):
-    return ((labels >= 0) & (labels < num_classes))[:, None]
+    return (class_ids(labels, num_classes) < num_classes)[:, None]
 
 
 def _window(x, labels, size, num_classes):
     """For each offset of the window: its index, x shifted by it, and where the shifted label equals the centre's."""
     height, width = x.shape[-2:]
     reach = size // 2
-    labels = torch.where(_valid(labels, num_classes)[:, 0], labels.to(torch.int64), -1)
+    labels = class_ids(labels, num_classes)
     padded = F.pad(x, (reach,) * 4)
-    padded_labels = F.pad(labels, (reach,) * 4, value=-1)
+    padded_labels = F.pad(labels, (reach,) * 4, value=num_classes)
     for i in range(size):
         for j in range(size):
             neighbour = padded[:, :, i : i + height, j : j + width]
-            same = (padded_labels[:, i : i + height, j : j + width] == labels) & (labels >= 0)
+            same = (padded_labels[:, i : i + height, j : j + width] == labels) & (labels < num_classes)
             yield (i, j), neighbour, same[:, None]

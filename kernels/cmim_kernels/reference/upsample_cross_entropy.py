@@ -7,7 +7,7 @@ X. So the logits of a band of rows, and their gradient Y^T g_k X, are dense prod
 import torch
 import torch.nn.functional as F
 
-from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, float32_matmul
+from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, full_float32
 
 _BAND = 2**20  # logits that exist at once
 
@@ -24,7 +24,7 @@ def upsample_cross_entropy_forward(logits, target, align_corners):
     num_classes = logits.shape[1]
     loss = torch.empty(target.shape, dtype=accumulation_dtype(logits), device=logits.device)
     ids = class_ids(target, num_classes)
-    with float32_matmul(logits.device):
+    with full_float32(logits.device):
         for images, rows, z, *_ in _bands(logits, target, align_corners):
             band = ids[images, rows]
             each = F.cross_entropy(z, band.flatten(0, 1), ignore_index=num_classes, reduction="none")
@@ -37,7 +37,7 @@ def upsample_cross_entropy_backward(grad, logits, target, align_corners):
     batch, num_classes, height, width = logits.shape
     ids = class_ids(target, num_classes)
     total = torch.zeros(batch, height, num_classes * width, dtype=accumulation_dtype(logits), device=logits.device)
-    with float32_matmul(logits.device):
+    with full_float32(logits.device):
         for images, rows, z, y, x in _bands(logits, target, align_corners):
             band = ids[images, rows].flatten(0, 1)[:, None]
             valid = band < num_classes

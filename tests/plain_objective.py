@@ -1,0 +1,301 @@
+"""The training objective once more, straight from its formulas: loops over images, tokens and classes, logits at full
+resolution, one decoder pass per class. And a tiny network and batch to compare it on."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim import objective as objective_module
+from cmim.config import config_from, token_stride, uses_masking
+from cmim.masking import isolate_class, per_class_mask
+from cmim.models.reconstruction import decode_per_class
+from cmim.models.segmenter import Segmenter
+from cmim.pseudo_labels import drop_channels
+from cmim_kernels import random_mask
+
+CLASSES, CROP, BLOCK = 3, 32, 8
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+class TinyEncoder(nn.Module):
+    """Maps at strides 4 and 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.BatchNorm2d(6), nn.GELU())
+        self.deep = nn.Sequential(nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.GELU())
+
+    def forward(self, images):
+        low = self.low(images)
+        return low, self.deep(low)
+
+
+class TinyDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fuse = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU())
+
+    def forward(self, maps):
+        low, deep = maps
+        return self.fuse(torch.cat([low, F.interpolate(deep, size=low.shape[-2:])], dim=1))
+
+
+def tiny_segmenter(settings, num_classes):
+    torch.manual_seed(0)
+    net = Segmenter(
+        TinyEncoder(), TinyDecoder(), num_classes,
+        feature_channels=8, feature_stride=4, encoder_channels=10, encoder_stride=8,
+    )  # fmt: skip
+    net.head.weight.data *= 4  # confidences of many sizes
+    return net
+
+
+def make_config(preset="cmim", **options):
+    """Settings of the tiny network; options as section__key=value."""
+    values = {
+        "data": {"format": "shapes", "crop": CROP},
+        "model": {"output_stride": 8},
+        "method": {"preset": preset, "tau": 0.6},
+        "mim": {"tau": 0.5},
+        "mask": {"block": BLOCK, "ratio": 0.5},
+        "reconstruction": {"width": 8, "depth": 1, "kernel_size": 3, "num_heads": 2},
+        "centroids": {"min_tokens": 2},
+    }
+    for name, value in options.items():
+        section, key = name.split("__")
+        values.setdefault(section, {})[key] = value
+    return config_from(values, "test")
+
+
+def make_objective(monkeypatch, config):
+    monkeypatch.setattr(objective_module, "build_segmenter", tiny_segmenter)
+    return objective_module.Objective(config, CLASSES)
+
+
+def make_batch(config, seed=0, labelled=2, unlabelled=2):
+    """What `TrainBatches` gives, drawn at random: ignored labels, padding, one view with a box and one without."""
+    g = torch.Generator().manual_seed(seed)
+
+    def images(count):
+        coarse = torch.rand(count, 3, 4, 4, generator=g) * 200
+        fine = torch.rand(count, 3, CROP, CROP, generator=g) * 55
+        return (F.interpolate(coarse, size=CROP) + fine).to(torch.uint8)
+
+    def keys(count):
+        return torch.randint(0, 2**62, (count,), generator=g)
+
+    label = torch.randint(0, CLASSES + 1, (labelled, 1, 5, 5), generator=g).float()
+    label = F.interpolate(label, size=CROP)[:, 0].to(torch.uint8)
+    batch = {
+        "labelled_image": images(labelled),
+        "label": torch.where(label == CLASSES, 255, label).to(torch.uint8),
+        "labelled_key": keys(labelled),
+    }
+    if config.method.preset == "supervised":
+        return batch
+    views = 2 if config.method.preset == "unimatch" else 1
+    valid = torch.ones(unlabelled, CROP, CROP, dtype=torch.bool)
+    valid[0, 25:] = False
+    box = torch.zeros(views, unlabelled, 4, dtype=torch.int64)
+    box[0, 0] = torch.tensor([3, 6, 29, 27])
+    box[-1, 1] = torch.tensor([10, 0, 32, 9])
+    batch |= {
+        "weak_image": images(unlabelled),
+        "valid": valid,
+        "key": keys(unlabelled),
+        "strong_image": torch.stack([images(unlabelled) for _ in range(views)]),
+        "box": box,
+    }
+    if uses_masking(config):
+        stride = token_stride(config)
+        for name, count in (("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled)):
+            side, block = CROP // stride, config.mask.block // stride
+            batch[f"{name}_mask"] = random_mask(count, side, side, config.mask.ratio, block=block, generator=g)
+    return batch
+
+
+def plain_terms(objective, batch, ramp):
+    """{name: weighted term} of an `Objective`'s network, reconstruction decoder, fill colour and teacher."""
+    config, net = objective.config, objective.net
+    preset, tau = config.method.preset, config.method.tau
+    x, y = batch["labelled_image"], batch["label"]
+    if preset == "supervised":
+        return {"sup": supervised(net(normalise(x)), y, config.method.ohem)}
+
+    u_w = batch["weak_image"]
+    clean = net.encode(normalise(torch.cat([x, u_w])))
+    both = clean
+    if preset != "fixmatch":
+        dropped = drop_channels([m[len(x) :] for m in clean], batch["key"], config.method.dropout)
+        both = [torch.cat(pair) for pair in zip(clean, dropped, strict=True)]
+    logits = net.classify(net.decode(both))
+    logits_x, logits_w, logits_fp = logits[: len(x)], logits[len(x) : len(x) + len(u_w)], logits[len(x) + len(u_w) :]
+    judge = logits_w
+    if config.teacher.kind == "ema":
+        judge = objective.teacher.eval()(normalise(u_w))
+    confidence, label = upsample(judge.detach()).softmax(1).max(1)
+    weak = (label, confidence, batch["valid"])
+
+    strong = []
+    for images, boxes in zip(batch["strong_image"], batch["box"], strict=True):
+        before, after = (images, *weak), tuple(t.clone() for t in (images, *weak))
+        for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
+            for old, new in zip(before, after, strict=True):
+                new[i][..., top:bottom, left:right] = old[i ^ 1][..., top:bottom, left:right]
+        strong.append(after)
+    logits_s = net(normalise(torch.cat([view[0] for view in strong]))).split(len(u_w))
+
+    l_sup = supervised(logits_x, y, config.method.ohem)
+    l_strong = [consistency(z, view[1:], tau) for z, view in zip(logits_s, strong, strict=True)]
+    if preset == "fixmatch":
+        return {"sup": l_sup / 2, "strong": l_strong[0] / 2}
+    l_fp = consistency(logits_fp, weak, tau)
+    if preset == "unimatch":
+        return {"sup": l_sup / 2, "strong1": l_strong[0] / 8, "strong2": l_strong[1] / 8, "fp": l_fp / 4}
+    base = {"sup": l_sup / 2, "strong": l_strong[0] / 4, "fp": l_fp / 4}
+    if ramp is None:
+        return base
+    return base | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong[0]).items()}
+
+
+def masked_terms(objective, batch, weak, strong):
+    config, net = objective.config, objective.net
+    stride, settings = token_stride(config), config.reconstruction
+    y = batch["label"].long()
+    views = {
+        "labelled": (batch["labelled_image"], y, y != 255, batch["labelled_mask"], batch["labelled_key"]),
+        "weak": (batch["weak_image"], sure(weak, config.mim.tau), weak[2], batch["weak_mask"], batch["key"] + 1),
+        "strong": (strong[0], sure(strong[1:], config.mim.tau), strong[3], batch["strong_mask"], batch["key"] + 2),
+    }
+    image, classes, valid, masked, key = (torch.cat(parts) for parts in zip(*[views[v] for v in config.mim.views]))
+    isolate = config.mim.isolate == "input"
+    if isolate:
+        classes = isolate_class(classes, key, CLASSES)
+    token_classes = vote(classes, stride, settings.min_share)
+    if config.mask.per_class:
+        masked = per_class_mask(token_classes, key + 2, CLASSES, config.mask.ratio, config.mask.block // stride)
+
+    colour = {"mean": torch.zeros(3, 1, 1), "black": -MEAN / STD}.get(config.mask.fill)
+    if colour is None:
+        colour = objective.fill.colour.view(3, 1, 1)
+    images = normalise(image)
+    seen = []
+    for i in range(len(image)):
+        hidden = masked[i].repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+        if isolate:
+            hidden = hidden | (classes[i] == 255)
+        seen.append(torch.where(hidden, colour, images[i]))
+
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in layers]
+    for layer in layers:
+        layer.train(config.mim.batch_norm != "running")
+    maps = net.encode(torch.stack(seen))
+    feature = net.decode(maps)
+    logits = net.classify(feature)
+    for layer, (mean, variance, count) in zip(layers, before, strict=True):
+        layer.train()
+        if config.mim.batch_norm == "batch":
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
+
+    tokens = maps[-1] if settings.tokens == "encoder" else feature
+    groups = token_classes if config.method.preset == "cmim" else token_classes.clamp(max=0)
+    reconstructed = decode_per_class(objective.reconstruction, tokens, groups, masked)
+    terms = {
+        "pix": config.mim.w_pix * pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings),
+        "feat": config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids),
+    }
+    first = 0
+    for name in config.mim.views:
+        part = slice(first, first + len(views[name][0]))
+        share = {"labelled": 1 / 2, "weak": 1 / 4, "strong": 1 / 4}[name]
+        terms[f"sem_{name}"] = (
+            config.mim.w_sem * share * cross_entropy(logits[part], classes[part]) / max(1, int(valid[part].sum()))
+        )
+        first = part.stop
+    return terms
+
+
+def pixel_term(reconstructed, images, masked, token_classes, groups, p, settings):
+    errors = [[] for _ in range(CLASSES)]
+    columns = masked.shape[2]
+    for b, row, column in masked.nonzero().tolist():
+        k = token_classes[b, row, column]
+        if k < 0 or not (~masked[b] & (token_classes[b] == k)).any():
+            continue
+        patch = images[b, :, row * p : row * p + p, column * p : column * p + p].permute(1, 2, 0).flatten()
+        if settings.normalize:
+            patch = (patch - patch.mean()) / (patch.var(correction=1) + 1e-6).sqrt()
+        difference = reconstructed[b, row * columns + column] - patch
+        error = {
+            "l1": difference.abs(),
+            "mse": difference**2,
+            "smooth_l1": torch.where(difference.abs() < 1, difference**2 / 2, difference.abs() - 0.5),
+        }[settings.distance].mean()
+        errors[groups[b, row, column]].append(error)
+    if settings.balance == "token":
+        errors = [sum(errors, [])]
+    means = [torch.stack(e).mean() for e in errors if e]
+    return torch.stack(means).mean() if means else reconstructed.sum() * 0
+
+
+def feature_term(tokens, masked, groups, settings):
+    distances = []
+    for b in range(len(tokens)):
+        for k in range(CLASSES):
+            own = groups[b] == k
+            visible, hidden = tokens[b][:, own & ~masked[b]], tokens[b][:, own & masked[b]]
+            if min(visible.shape[1], hidden.shape[1]) < settings.min_tokens:
+                continue
+            visible, hidden = visible.mean(1), hidden.mean(1)
+            if settings.detach == "visible":
+                visible = visible.detach()
+            elif settings.detach == "masked":
+                hidden = hidden.detach()
+            cosine = (visible @ hidden) / (visible.norm() * hidden.norm())
+            distances.append(1 - cosine if settings.distance == "cosine" else ((visible - hidden) ** 2).mean())
+    return torch.stack(distances).mean() if distances else tokens.sum() * 0
+
+
+def vote(classes, p, min_share):
+    """Majority of each patch, the smaller class among equals; -1 below `min_share` of the patch."""
+    result = torch.full((len(classes), CROP // p, CROP // p), -1)
+    for b, row, column in torch.ones_like(result).nonzero().tolist():
+        patch = classes[b, row * p : row * p + p, column * p : column * p + p]
+        counts = [int((patch == k).sum()) for k in range(CLASSES)]
+        if max(counts) > 0 and max(counts) >= min_share * p * p:
+            result[b, row, column] = counts.index(max(counts))
+    return result
+
+
+def supervised(logits, y, ohem):
+    y = y.long()
+    known = y != 255
+    if ohem is not None:
+        probability = upsample(logits.detach()).softmax(1).gather(1, torch.where(known, y, 0)[:, None])[:, 0]
+        ranked = sorted(probability[known].tolist())
+        limit = ranked[ohem.min_kept - 1] if len(ranked) >= ohem.min_kept else 1.0
+        known = known & (probability <= max(limit, ohem.threshold))
+    return cross_entropy(logits, torch.where(known, y, 255)) / max(1, int(known.sum()))
+
+
+def consistency(logits, labels, tau):
+    return cross_entropy(logits, sure(labels, tau)) / max(1, int(labels[2].sum()))
+
+
+def sure(labels, tau):
+    label, confidence, valid = labels
+    return torch.where(valid & (confidence >= tau), label, 255)
+
+
+def cross_entropy(logits, target):
+    return F.cross_entropy(upsample(logits), target, ignore_index=255, reduction="sum")
+
+
+def upsample(logits):
+    return F.interpolate(logits, size=(CROP, CROP), mode="bilinear", align_corners=True)
+
+
+def normalise(images):
+    return (images / 255.0 - MEAN) / STD
