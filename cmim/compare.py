@@ -22,7 +22,7 @@ from cmim.config import default_config_path, load_config
 from cmim.engine.command import CommandLine
 from cmim.engine.errors import UserError, run_command
 from cmim.engine.logging import console
-from cmim.engine.run import Run, write_text
+from cmim.engine.run import Run, changed_setting, write_text
 
 PRESETS = ("supervised", "fixmatch", "unimatch", "mim", "cmim")
 
@@ -35,6 +35,11 @@ def main(arguments):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
     given, overrides = parser.parse(arguments)
+    for key in ("seed", "method.preset"):
+        if any(word.partition("=")[0] == f"--{key}" for word in overrides):
+            raise UserError(f"--{key} is set for each run; give --seeds and --presets")
+    if given.jobs < 1:
+        raise UserError(f"--jobs is {given.jobs}, expected at least 1")
     load_config(given.config, overrides)
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]
@@ -48,11 +53,11 @@ def main(arguments):
 def train(given, overrides, preset, seed):
     """One run in a process of its own; its output goes to OUTPUT/<preset>-<seed>.log."""
     folder = given.output / f"{preset}-{seed}"
-    if Run(folder).result.exists():
+    settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
+    if finished(Run(folder), load_config(given.config, settings)):
         return
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
-    command = [sys.executable, "-m", "cmim.train", str(given.config), "--output", str(folder), "--resume"]
-    command += ["--method.preset", preset, "--seed", str(seed), *overrides]
+    command = [sys.executable, "-m", "cmim.train", str(given.config), "--output", str(folder), "--resume", *settings]
     if given.jobs > 1:
         command += ["--data.workers", "0"]
     started = time.perf_counter()
@@ -63,6 +68,14 @@ def train(given, overrides, preset, seed):
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {last[0]} (see {log.name})")
     miou = json.loads(Run(folder).result.read_text())["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def finished(run, config):
+    """Whether the folder holds the result of these settings; what it holds of others, cmim.train refuses or continues."""
+    if not run.result.exists():
+        return False
+    same = changed_setting(load_config(run.config), config) is None
+    return same and json.loads(run.result.read_text())["step"] == config.train.steps
 
 
 def make_table(given):

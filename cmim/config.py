@@ -6,7 +6,8 @@ comes from is in the README's table. Unknown and ill-typed keys are errors that 
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cmim.engine.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ShapesSettings(Section):
@@ -41,8 +42,9 @@ class DataSettings(Section):
     """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
     background: Annotated[int, Field(ge=0)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
-    labelled: Path | Positive | Annotated[float, Field(gt=0, le=1)] = 0.125
-    """Labelled share of train/, number of labelled images, or a text file of their names; the rest is unlabelled."""
+    labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
+    """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
+    unlabelled."""
     split_seed: int = 0
     """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
     val: str = "val"
@@ -209,25 +211,35 @@ def load_config(path, overrides=()):
             settings that contradict each other.
     """
     values = _read_yaml(path)
-    for key, text in _pairs(overrides):
-        section = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise UserError(f"--{key}: {parent} is a value, not a section")
-        section[last] = _parse(text, f"--{key}")
-    return config_from(values, path)
+    config = _validate(values, path)  # before the overrides, so that an error names the file or the command line
+    if overrides:
+        for key, text in _pairs(overrides):
+            section = values
+            *parents, last = key.split(".")
+            for parent in parents:
+                if section.get(parent) is None:
+                    section[parent] = {}
+                section = section[parent]
+                if not isinstance(section, dict):
+                    raise UserError(f"--{key}: {parent} is a value, not a section")
+            section[last] = _parse(text, f"--{key}")
+        config = _validate(values, "command line")
+    _check(config)
+    return config
 
 
 def config_from(values, source):
     """Validated settings from nested dictionaries; `source` names them in errors."""
-    try:
-        config = Config(**values)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+    config = _validate(values, source)
     _check(config)
     return config
+
+
+def _validate(values, source):
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
 
 
 def dump_config(config):
@@ -249,8 +261,8 @@ def _read_yaml(path):
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if values is not None and not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as 'train:', got a {type(values).__name__}")
-    return values or {}
+        raise UserError(f"{path}: expected sections such as 'train:', got {values!r}")
+    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section: its defaults
 
 
 def _pairs(words):
@@ -276,26 +288,46 @@ def _parse(text, where):
 
 def _explain(error):
     """The first problem of a ValidationError in one line, with the nearest key for an unknown one."""
-    problem = error.errors()[0]
+    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # of a whole value rather than of an entry in it
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return unknown_key(".".join(str(p) for p in problem["loc"] if p != "[key]"))
+    fields = _fields(Config)
     place = [str(p) for p in problem["loc"]]
+    while ".".join(place) not in fields:  # an entry of a list, or the name of one of several types
+        place.pop()
     key = ".".join(place)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(Config)
-        nearest = difflib.get_close_matches(key, known, 1, 0.5) or [
-            k for k in known if k.rpartition(".")[2] == place[-1]
-        ]  # a right key in the wrong section
-        return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    # A value that fits none of several types is reported once for each: keep the key, without the type's name.
-    key = ".".join(place[:2])
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"{key}: expected settings of its own, got {problem['input']!r}"
+    if _is_choice(fields[key].annotation):  # pydantic complains once for each type: say what they stand for
+        return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 
-def _known_keys(section, prefix=""):
+def unknown_key(key):
+    """What to say of a key that is not a setting, with the nearest one that is."""
+    fields = _fields(Config)
+    name, names = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(fields)}
+    if name in names:  # a right key in the wrong section
+        return f"unknown key {key}; did you mean {names[name]}?"
+    nearest = difflib.get_close_matches(key, fields, 1, 0.7)
+    nearest += [names[n] for n in difflib.get_close_matches(name, names, 1, 0.75)]
+    return f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+def _is_choice(annotation):
+    """Whether it is a union of several types, None aside."""
+    return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
+
+
+def _fields(section, prefix=""):
+    """Every key of a section and of the sections in it, with its pydantic field."""
+    fields = {}
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        yield prefix + name
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _known_keys(kind, f"{prefix}{name}.")
+        fields[prefix + name] = field
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                fields |= _fields(kind, f"{prefix}{name}.")
+    return fields
 
 
 def token_stride(config):
@@ -336,6 +368,8 @@ def _check(config):
         raise UserError(f"mask.ratio {mask.ratio} of {blocks} blocks hides {hidden}; change it, mask.block or data.crop")
     if not config.mim.views:
         raise UserError("mim.views is empty: name at least one of labelled, weak, strong")
+    if len(set(config.mim.views)) < len(config.mim.views):
+        raise UserError(f"mim.views names a view twice: {', '.join(config.mim.views)}")
     if config.reconstruction.kernel_size % 2 == 0:
         raise UserError(f"reconstruction.kernel_size is {config.reconstruction.kernel_size}, expected an odd number")
     if config.reconstruction.decoder == "attention" and config.reconstruction.width % (4 * config.reconstruction.num_heads):

@@ -56,7 +56,7 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     batch, height, width = labels.shape
     rows, columns = -(-height // block), -(-width // block)
     draws = uniform(keys, rows * columns + height * width)
-    rank = draws[:, : rows * columns].argsort(1, stable=True).argsort(1).view(batch, rows, columns)
+    rank = draws[:, : rows * columns].argsort(dim=1, stable=True).argsort(1).view(batch, rows, columns)
     of_block = to_pixels(rank, block)[:, :height, :width].reshape(batch, -1)
     of_token = draws[:, rows * columns :]
 
@@ -65,7 +65,7 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     in_group = group[:, :, None] == torch.arange(num_classes + 1, device=labels.device)
     count = in_group.sum(1)
     start = count.cumsum(1) - count
-    order = (group * rows * columns + of_block + of_token.double()).argsort(1, stable=True)
+    order = (group * rows * columns + of_block + of_token.double()).argsort(dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, torch.arange(height * width, device=order.device).expand_as(order))
     hidden = place - start.gather(1, group) < torch.round(ratio * count.double()).long().gather(1, group)
     return hidden.view(batch, height, width)

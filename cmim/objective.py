@@ -22,8 +22,9 @@ more with the mask filled in, F and z are the features and logits of that pass, 
     L_feat = distance of the hidden to the visible centroid of F, mean over (image, class) pairs
     L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
 
-`mim` is `cmim` with every valid token in one class. Every term is S / max(1, n); a term without anything to count is
-a zero that is still connected to the graph.
+`mim` is `cmim` with every valid token in one class, for G, for L_feat and for balance; the tokens that L_pix counts
+are the same. Every term is S / max(1, n); a term without anything to count is a zero that is still connected to the
+graph.
 """
 
 from copy import deepcopy

@@ -7,6 +7,7 @@ each image, at its original resolution; OUT/overlays gets the classes laid over 
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,13 @@ def main(arguments):
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
     root = given.images if given.images.is_dir() else given.images.parent
+    stems = Counter(path.with_suffix("") for path in paths)
     for path in track(paths, "predict"):
         image = open_image(path)
         classes = predict(net, image, trained.config.data.size, device, dtype)
-        # The suffix stays in the name: a.jpg and a.png in one folder are two images.
         name = path.relative_to(root)
-        name = name.with_name(name.name + ".png") if _shares_stem(path, paths) else name.with_suffix(".png")
+        # Where a.jpg and a.png lie in one folder, they keep their suffixes: two images, two masks.
+        name = name.with_name(name.name + ".png") if stems[path.with_suffix("")] > 1 else name.with_suffix(".png")
         write_mask(given.output / "masks" / name, classes, colours)
         target = given.output / "overlays" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +73,14 @@ def write_mask(path, classes, colours):
 def find_images(path):
     if not path.exists():
         raise UserError(f"{path} does not exist; give an image or a folder of images")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p))
     if not found:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 
-def _shares_stem(path, paths):
-    return sum(p.with_suffix("") == path.with_suffix("") for p in paths) > 1
+def _is_image(path):
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.pictures import save_picture
-from cmim.engine.run import Run, cut_metrics, default_folder, open_run, write_text
+from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
 from cmim.engine.schedule import poly, ramp
 from cmim.models.reconstruction import receptive_warning
 from cmim.objective import Objective
@@ -52,17 +52,18 @@ class Trainer:
         self.step, self.best_miou = 0, 0.0
         if run.last.exists():
             self.load()
+        cut_metrics(run.metrics, self.step)
 
     def train(self):
         config, settings = self.config, self.config.train
         batches, micro = TrainBatches(self.splits, config), settings.accumulate
         loader = iter(train_loader(batches, self.step * micro, settings.steps * micro, self.workers()))
         images = settings.labelled_batch + settings.unlabelled_batch * uses_unlabelled(config)
-        log = RunLog(self.run, self.step, settings.steps, images * micro, self.device)
+        log = RunLog(self.run, self.step, settings.steps, images, self.device)
         while self.step < settings.steps:
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-            # Reported before each checkpoint, so that none is written of weights that are not finite.
-            report = self.due("log_every") or picture or save
+            # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
+            report = self.due("log_every") or picture or save or evaluate
             weight = ramp(self.step, settings.steps, config.mim.start, config.mim.ramp)
             weight = None if weight is None else torch.full((), weight, device=self.device)
             factor = poly(self.step, settings.steps, config.optimizer.poly_power)
@@ -87,6 +88,8 @@ class Trainer:
 
             if report:
                 log.write(self.step, config.optimizer.lr * factor, norms)
+            if save or evaluate:
+                self.refuse_broken_weights()
             if evaluate:
                 self.evaluate(log)
             if picture:
@@ -126,7 +129,8 @@ class Trainer:
         """The last step's weights on data.test (data.val where there is none) are the result."""
         split, image_set = ("test", self.splits.test) if self.splits.test is not None else ("val", self.splits.val)
         result = self.measure(image_set, split)
-        log.evaluation(self.step, result, split, self.splits.class_names)
+        if split == "test":  # val has been logged
+            log.evaluation(self.step, result, split, self.splits.class_names)
         summary = {
             "miou": result.scores.miou,
             "best_miou": self.best_miou,
@@ -144,6 +148,15 @@ class Trainer:
         path = self.run.pictures / f"step_{self.step:06d}.png"
         names, colours = self.splits.class_names, self.splits.colours
         save_picture(path, self.objective, self.splits.val, self.config, names, colours, self.device)
+
+    def refuse_broken_weights(self):
+        """The last update may have broken weights whose loss was finite: no checkpoint is written of them."""
+        values = [v for v in self.objective.state_dict().values() if v.is_floating_point()]
+        if not torch.stack([v.isfinite().all() for v in values]).all():
+            raise UserError(
+                f"the weights are not finite after step {self.step}; lower optimizer.lr, or use --train.precision fp32; "
+                "the last checkpoint is from before"
+            )
 
     def about(self):
         return {"step": self.step, "class_names": list(self.splits.class_names), "colours": self.splits.colours.tolist()}
@@ -171,7 +184,6 @@ class Trainer:
         self.step, self.best_miou = state["step"], state["best_miou"]
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps is {self.config.train.steps}, but {self.run.last} is at step {self.step}")
-        cut_metrics(self.run.metrics, self.step)
         console.print(f"continuing {self.run.folder} at step {self.step}")
 
 
@@ -190,9 +202,10 @@ def main(arguments):
     splits = load_splits(config.data)
     check_counts(config, splits)
     run = open_run(given.output or default_folder(config_path), config, given.resume)
-    write_text(run.folder / "labelled.txt", "".join(f"{splits.labelled.name(i)}\n" for i in range(len(splits.labelled))))
     describe(config, splits, run)
-    Trainer(config, splits, run).train()
+    trainer = Trainer(config, splits, run)
+    start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
+    trainer.train()
 
 
 def check_counts(config, splits):

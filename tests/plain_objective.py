@@ -14,6 +14,9 @@ from cmim.pseudo_labels import drop_channels
 from cmim_kernels import random_mask
 
 CLASSES, CROP, BLOCK = 3, 32, 8
+BASE_TERMS = {"sup", "strong", "fp"}
+UNLABELLED_SEM = {"sem_weak", "sem_strong"}
+OHEM = {"threshold": 0.05, "min_kept": 300}
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -115,6 +118,10 @@ def make_batch(config, seed=0, labelled=2, unlabelled=2):
     return batch
 
 
+def ramp():
+    return torch.tensor(0.3)
+
+
 def plain_terms(objective, batch, ramp):
     """{name: weighted term} of an `Objective`'s network, reconstruction decoder, fill colour and teacher."""
     config, net = objective.config, objective.net
@@ -168,7 +175,8 @@ def masked_terms(objective, batch, weak, strong):
         "weak": (batch["weak_image"], sure(weak, config.mim.tau), weak[2], batch["weak_mask"], batch["key"] + 1),
         "strong": (strong[0], sure(strong[1:], config.mim.tau), strong[3], batch["strong_mask"], batch["key"] + 2),
     }
-    image, classes, valid, masked, key = (torch.cat(parts) for parts in zip(*[views[v] for v in config.mim.views]))
+    chosen = [views[name] for name in config.mim.views]
+    image, classes, valid, masked, key = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     isolate = config.mim.isolate == "input"
     if isolate:
         classes = isolate_class(classes, key, CLASSES)
@@ -235,7 +243,7 @@ def pixel_term(reconstructed, images, masked, token_classes, groups, p, settings
         }[settings.distance].mean()
         errors[groups[b, row, column]].append(error)
     if settings.balance == "token":
-        errors = [sum(errors, [])]
+        errors = [[error for of_class in errors for error in of_class]]
     means = [torch.stack(e).mean() for e in errors if e]
     return torch.stack(means).mean() if means else reconstructed.sum() * 0
 

@@ -4,7 +4,6 @@ A mask has the name of its image with another suffix. In train/ an image without
 they are stored (an EXIF orientation is not applied), because masks are drawn over stored pixels.
 """
 
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from cmim.engine.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow raises for files that are truncated, damaged, too large or no images at all.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def load_folder(settings):
@@ -63,11 +62,11 @@ class FolderSet:
         return self.images[i].stem
 
     def image(self, i):
-        return read_image(self.images[i])
+        return open_image(self.images[i])
 
     def label(self, i):
         mask = self.masks[i]
-        values = read_mask(mask)
+        values = open_mask(mask)
         with _open(self.images[i]) as image:
             size = image.size
         if values.shape != size[::-1]:
@@ -89,7 +88,7 @@ class FolderSet:
         return FolderSet([self.images[i] for i in indices], [self.masks[i] for i in indices], self.table)
 
 
-def read_image(path):
+def open_image(path):
     """An image file as PIL RGB."""
     try:
         return _open(path).convert("RGB")
@@ -97,7 +96,7 @@ def read_image(path):
         raise _unreadable(path, error) from None
 
 
-def read_mask(path):
+def open_mask(path):
     """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
     mask = _open(path)
     try:

@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, read with weights_only."""
 
 import os
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,11 +24,15 @@ def save(state, path):
 def load(path, device="cpu"):
     """Read a checkpoint; nothing in it can run code."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of foreign files; the error below says it
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be damaged") from None
+    if not isinstance(state, dict) or "class_names" not in state:
+        raise UserError(f"{path} is not a checkpoint of cmim.train; give another run folder")
+    return state
 
 
 def load_into(module, state, path):

@@ -1,8 +1,9 @@
 """Command lines: a command's own options, and `--section.key VALUE` overrides of the config."""
 
 import argparse
+import difflib
 
-from cmim.config import Config
+from cmim.config import Config, unknown_key
 from cmim.engine.errors import UserError
 
 
@@ -36,4 +37,11 @@ class CommandLine(argparse.ArgumentParser):
             else:
                 own.append(word)
         namespace, rest = self.parse_known_args(own)
-        return namespace, overrides + rest
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(word, self._option_string_actions, 1, 0.75)
+            self.error(f"unknown option {word}; did you mean {nearest[0]}?" if nearest else unknown_key(word.lstrip("-")))
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return namespace, overrides

@@ -3,6 +3,12 @@
 import errno
 import sys
 
+# What the system says of a place that cannot be written: full, closed to us, or a file where a folder is needed.
+_OF_THE_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
@@ -22,11 +28,10 @@ def run_command(main):
     except UserError as error:
         sys.exit(_say(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _OF_THE_PLACE:
             raise
-        sys.exit(
-            _say(f"{error.strerror}: {error.filename or 'the output folder'}; free some space or give another --output")
-        )
+        place = error.filename2 or error.filename or "the output folder"
+        sys.exit(_say(f"{error.strerror}: {place}; free some space or give another --output"))
     except KeyboardInterrupt:
         sys.exit(130)
 

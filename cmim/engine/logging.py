@@ -16,10 +16,11 @@ console = Console(highlight=False, soft_wrap=True)
 class RunLog:
     """Collects figures on the device and reads them once per interval, so that no other step waits for it."""
 
-    def __init__(self, run, first_step, steps, images_per_step, device):
+    def __init__(self, run, first_step, steps, images, device):
+        """`images`: how many each call of `add` stands for."""
         self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
-        self.device, self.steps, self.images_per_step = device, steps, images_per_step
+        self.device, self.steps, self.images = device, steps, images
         self.started, self.first_step = time.perf_counter(), first_step
         self._begin_interval()
 
@@ -27,7 +28,7 @@ class RunLog:
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
 
     def add(self, figures):
-        """Add one step's figures, a dict of scalar tensors."""
+        """Add a micro-batch's figures, a dict of scalar tensors."""
         names = tuple(figures)
         vector = torch.stack([v.detach().float() for v in figures.values()])
         total, times = self.sums.get(names, (0, 0))
@@ -40,14 +41,17 @@ class RunLog:
         Raises:
             UserError: a loss term is not finite (the message names it).
         """
-        figures = {}
+        sums = {}
         for names, (total, times) in self.sums.items():
-            figures |= dict(zip(names, (total / times).tolist(), strict=True))
+            for name, value in zip(names, total.tolist(), strict=True):
+                before, count = sums.get(name, (0.0, 0))
+                sums[name] = (before + value, count + times)
+        figures = {name: total / times for name, (total, times) in sums.items()}
         figures |= {name: float(value) for name, value in extra.items()}
         elapsed = time.perf_counter() - self.interval_start
         line = {"step": step, "lr": lr, **figures}
         speed = {
-            "images_per_second": self.count * self.images_per_step / elapsed,
+            "images_per_second": self.count * self.images / elapsed,
             "data_wait": self.data_wait / elapsed,
             "seconds": round(time.perf_counter() - self.started, 1),
         }
@@ -66,8 +70,8 @@ class RunLog:
         broken = [k.removeprefix("loss_") for k, v in figures.items() if k.startswith("loss_") and v - v != 0]
         if broken or figures["loss"] - figures["loss"] != 0:
             raise UserError(
-                f"the loss term {broken[0] if broken else 'sum'} is not finite at or before step {step}; lower optimizer.lr, "
-                "or use --train.precision fp32; the last checkpoint is from before"
+                f"the loss term {broken[0] if broken else 'sum'} is not finite at or before step {step}; "
+                "lower optimizer.lr, or use --train.precision fp32; the last checkpoint is from before"
             )
         self._begin_interval()
 

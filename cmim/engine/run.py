@@ -6,6 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from cmim.config import Config, dump_config, load_config
 from cmim.engine import checkpoint
 from cmim.engine.errors import UserError
@@ -34,7 +36,7 @@ def default_folder(config_path):
 
 
 def open_run(folder, config, resume):
-    """Create the folder, or continue what it holds.
+    """The run of a folder, new or to be continued; nothing is written yet.
 
     Raises:
         UserError: the folder holds a run and `resume` is false; or the run had another config.
@@ -43,26 +45,33 @@ def open_run(folder, config, resume):
     if run.config.exists():
         if not resume:
             raise UserError(f"{run.folder} holds a run; continue it with --resume, or give another --output")
-        _refuse_other_config(load_config(run.config), config, run.config)
-    elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        key = changed_setting(load_config(run.config), config)
+        if key is not None:
+            raise UserError(f"{key} differs from {run.config}; resume with the same settings, or give another --output")
+    elif run.folder.exists() and (not run.folder.is_dir() or any(p.suffix != ".partial" for p in run.folder.iterdir())):
         raise UserError(f"{run.folder} exists and is not a run folder; give another --output")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, dump_config(config))
     return run
 
 
-def _refuse_other_config(old, new, path):
+def start_run(run, config, labelled):
+    """Write the settings and the names of the labelled images."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.config, dump_config(config))  # first: it makes the folder one of a run
+    write_text(run.folder / "labelled.txt", "".join(f"{name}\n" for name in labelled))
+
+
+def changed_setting(old, new):
+    """The first key, of those that matter, in which two configs differ; None where there is none."""
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for values in (old, new):
-        for section, key in FREE_ON_RESUME:
-            values[section].pop(key)
     for section in old:
-        if isinstance(old[section], dict):
-            changed = [f"{section}.{key}" for key in old[section] if old[section][key] != new[section][key]]
-        else:
-            changed = [section] if old[section] != new[section] else []
-        if changed:
-            raise UserError(f"{changed[0]} differs from {path}; resume with the same settings, or give another --output")
+        if not isinstance(old[section], dict):
+            if old[section] != new[section]:
+                return section
+            continue
+        for key in old[section]:
+            if (section, key) not in FREE_ON_RESUME and old[section][key] != new[section][key]:
+                return f"{section}.{key}"
+    return None
 
 
 def write_text(path, text):
@@ -73,16 +82,17 @@ def write_text(path, text):
 
 
 def cut_metrics(path, step):
-    """Drop the lines of metrics.jsonl after `step`, and a last line that was cut off."""
+    """Drop the lines of metrics.jsonl after `step`, the closing one on test, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+            figures = json.loads(line)
+        except json.JSONDecodeError:
             continue
+        if figures["step"] <= step and figures.get("split") != "test":
+            kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -114,4 +124,6 @@ def load_trained(folder, which, overrides=()):
         weights = state["net"]
     net = build_segmenter(config.model.model_copy(update={"weights": "none"}), len(state["class_names"]))
     checkpoint.load_into(net, weights, path)
+    if config.train.channels_last:  # as in training: another layout may round differently
+        net.to(memory_format=torch.channels_last)
     return Trained(net, config, state["class_names"], state["colours"], state["step"])

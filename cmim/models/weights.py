@@ -70,14 +70,12 @@ def _load_file(encoder, name, path):
     wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
-    # The encoder has none of the layers after its last map, above all the classifier, whose size is anyone's.
-    classifiers = whole.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    known = set(whole.state_dict()) | set(wanted)
+    # The encoder ends at its last map; a file may hold the rest, above all a classifier, whose size is anyone's.
+    known = {_model_key(key) for key in whole.state_dict()}
     problems = {
         # Files older than PyTorch 0.4.1 do not count batches; nothing here reads the count.
         "lacks": [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")],
-        "has unknown": [k for k in given if k not in known and not k.startswith(tuple(f"{c}." for c in classifiers))],
+        "has unknown": [k for k in given if k not in known],
         "has other shapes of": [k for k in wanted if k in given and given[k].shape != wanted[k][1].shape],
     }
     problems = {what: keys for what, keys in problems.items() if keys}

@@ -11,7 +11,7 @@ from PIL import Image
 from cmim.config import Config
 from cmim.data.batches import TrainBatches, evaluation_loader
 from cmim.data.datasets import load_splits
-from cmim.data.folder import colour_map, read_image, read_mask
+from cmim.data.folder import colour_map, open_image, open_mask
 from cmim.engine.errors import UserError
 
 
@@ -164,18 +164,18 @@ def indexed(values):
 def test_one_bit_masks(tmp_path):
     bits = np.array([[True, False], [False, True]])
     Image.fromarray(bits).save(tmp_path / "m.png")
-    assert Image.open(tmp_path / "m.png").mode == "1" and (read_mask(tmp_path / "m.png") == bits).all()
+    assert Image.open(tmp_path / "m.png").mode == "1" and (open_mask(tmp_path / "m.png") == bits).all()
 
 
 def test_images_of_other_modes_become_rgb_as_stored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").size == (8, 6)
+    assert open_image(tmp_path / "turned.jpg").size == (8, 6)
     for mode in ("L", "P", "RGBA", "CMYK", "1"):
         path = tmp_path / (mode + ".tif")
         Image.new(mode, (3, 2)).save(path)
-        assert read_image(path).mode == "RGB"
+        assert open_image(path).mode == "RGB"
 
 
 def test_colour_map():
@@ -297,7 +297,14 @@ def test_stray_files_are_no_images(root):
     save(root / "train/masks/nobody.png", np.zeros((6, 8)))
     (root / "train/images/._a.png").write_bytes(b"")
     (root / "train/images/Thumbs.db").write_bytes(b"")
-    assert names(load(root, labelled=1.0).labelled) == ["a", "b", "c", "d"]
+    splits = load(root, labelled=1.0)
+    assert names(splits.labelled) == ["a", "b", "c", "d"] and names(splits.unlabelled) == ["e", "f", "u"]
+
+
+def test_an_image_beyond_pillows_limit(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match=r"images/x\.png: "):
+        load(root).val.image(0)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -312,7 +319,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, data, kind):
     else:
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
-    for read in (read_image, read_mask):
+    for read in (open_image, open_mask):
         try:
             assert read(path) is not None
         except UserError as error:

@@ -71,6 +71,7 @@ def test_a_count_of_batches_may_be_missing(tmp_path):
 def test_random_weights_differ_and_every_map_has_its_stride():
     encoder, other = load("none"), load("none", strides=(4, 8))
     assert encoder.feature_info.reduction() == [4, 16] and other.feature_info.reduction() == [4, 8]
+    assert encoder.feature_info.channels() == [32, 256]  # the deepest of the two maps at stride 16
     assert any(not torch.equal(a, b) for a, b in zip(encoder.parameters(), load("none").parameters(), strict=True))
 
 

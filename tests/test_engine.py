@@ -1,0 +1,205 @@
+"""The parts of the engine one by one, against plain loops."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from cmim.config import config_from, default_config_path, load_config
+from cmim.data.batches import TrainBatches
+from cmim.data.datasets import load_splits
+from cmim.engine import checkpoint, logging
+from cmim.engine.evaluation import evaluate
+from cmim.engine.metrics import Confusion, scores
+from cmim.engine.optimizer import build_optimizer, set_learning_rate
+from cmim.engine.run import Run, cut_metrics
+from cmim.engine.schedule import poly, ramp
+from cmim.objective import Objective
+from tests.tiny_runs import read_metrics, run_tiny, tiny, write_folder
+
+
+def tiny_config(**settings):
+    return load_config(default_config_path(), tiny("unused", **settings)[2:])
+
+
+def plain_scores(prediction, truth, size):
+    """mIoU, IoU, pixel accuracy and mean accuracy of two flat lists, one pixel after another."""
+    pixels = [(p, t) for p, t in zip(prediction, truth, strict=True) if 0 <= t < size]
+    iou, accuracy = [], []
+    for k in range(size):
+        union = sum(p == k or t == k for p, t in pixels)
+        hit = sum(p == k and t == k for p, t in pixels)
+        iou.append(hit / union if union else None)
+        if any(t == k for _, t in pixels):
+            accuracy.append(hit / sum(t == k for _, t in pixels))
+    present = [v for v in iou if v is not None]
+    mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
+    return mean(present), iou, mean([p == t for p, t in pixels]), mean(accuracy)
+
+
+@given(st.integers(2, 5), st.lists(st.tuples(st.integers(0, 4), st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 255])), max_size=40))
+def test_scores_equal_a_plain_count(size, pixels):
+    prediction, truth = [p % size for p, _ in pixels], [t for _, t in pixels]
+    confusion = Confusion(size, "cpu")
+    half = len(pixels) // 2
+    for part in (slice(half), slice(half, None)):
+        confusion.add(torch.tensor(prediction[part], dtype=torch.int64), torch.tensor(truth[part], dtype=torch.int64))
+    miou, iou, pixel_accuracy, mean_accuracy = plain_scores(prediction, truth, size)
+    result = scores(confusion.matrix)
+    assert result.iou == pytest.approx(iou)
+    assert result[0::2][:2] + result[3:] == pytest.approx((miou, pixel_accuracy, mean_accuracy))
+
+
+def test_schedules():
+    assert [poly(s, 4, 0.9) for s in (0, 2)] == [1.0, pytest.approx(0.5**0.9)]
+    assert poly(3, 4, 0) == 1.0
+    assert [ramp(s, 10, 0.2, 0.4) for s in (0, 1)] == [None, None]
+    assert [ramp(s, 10, 0.2, 0.4) for s in (2, 3, 4, 6, 9)] == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert ramp(0, 10, 0, 0) == 1.0 and ramp(9, 10, 1, 0) is None
+
+
+def test_optimizer_groups():
+    config = tiny_config(teacher__kind="ema", mask__fill="learned", optimizer__lr=0.5, optimizer__head_lr_factor=3)
+    objective = Objective(config, 5)
+    optimizer = build_optimizer(config.optimizer, objective)
+    names = {id(p): name for name, p in objective.named_parameters()}
+    encoder, rest = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert encoder == {n for n in names.values() if n.startswith("net.encoder.")}
+    assert rest == {n for n in names.values() if not n.startswith(("net.encoder.", "teacher."))}
+    assert {"fill.colour", "net.head.weight"} < rest and any(n.startswith("reconstruction.") for n in rest)
+    set_learning_rate(optimizer, 0.1)
+    set_learning_rate(optimizer, 0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.75]
+
+
+def test_accumulation_takes_the_mean_of_the_gradients(tmp_path, monkeypatch):
+    logged = []
+
+    class Log(logging.RunLog):
+        def __init__(self, run, first_step, steps, images, device):
+            super().__init__(run, first_step, steps, images, device)
+            logged.append(images)
+
+        def add(self, figures):
+            logged.append(figures["loss"].item())
+            super().add(figures)
+
+    monkeypatch.setattr("cmim.train.RunLog", Log)
+    settings = dict(
+        train__steps=1, train__accumulate=2, teacher__kind="student", optimizer__name="sgd", optimizer__momentum=0,
+        optimizer__weight_decay=0, optimizer__lr=0.25, optimizer__head_lr_factor=2,
+    )  # fmt: skip
+    run = run_tiny(tmp_path / "run", **settings)
+    config = tiny_config(**settings)
+    batches = TrainBatches(load_splits(config.data), config)
+    torch.manual_seed(config.seed)
+    objective = Objective(config, 5).to(memory_format=torch.channels_last).train()
+    expected = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    losses = []
+    for m in (0, 1):
+        batch = {
+            k: v.contiguous(memory_format=torch.channels_last) if k.endswith("_image") and v.dim() == 4 else v
+            for k, v in batches[m].items()
+        }
+        objective.zero_grad()
+        loss = objective(batch, torch.tensor(1.0)).loss
+        loss.backward()
+        losses.append(loss.item())
+        for name, p in objective.named_parameters():
+            if p.grad is not None:
+                expected[name] -= (0.25 if name.startswith("net.encoder.") else 0.5) * p.grad / 2
+    trained = checkpoint.load(run.last)["objective"]
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6)
+    assert logged == [4, *losses]  # images of a micro-batch, then one call for each
+    assert read_metrics(run)[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+class ColourNet(nn.Module):
+    """Logits on a grid of 4 pixels that follow the colour."""
+
+    align_corners = True
+
+    def normalise(self, images):
+        return images.float() / 64 - 2
+
+    def forward(self, images):
+        return nn.functional.avg_pool2d(images, 4, ceil_mode=True)
+
+
+@pytest.mark.parametrize("size", [None, (24, 20)])
+@pytest.mark.parametrize("background", [None, 1])
+def test_evaluation_compares_at_the_original_resolution(tmp_path, size, background):
+    root = write_folder(tmp_path / "data", sizes=((40, 48), (33, 29), (33, 29), (52, 31)), train=1, val=6)
+    config = config_from(
+        {"data": {"root": root, "labelled": 1, "size": size, "workers": 0, "background": background},
+         "evaluation": {"batch": 4}, "method": {"tau": 0.6}}, "test",
+    )  # fmt: skip
+    image_set = load_splits(config.data).val
+    result = evaluate(ColourNet(), image_set, config, 3, torch.device("cpu"), None, "val")
+    predictions, truths, sure = [], [], []
+    for path in sorted((root / "val" / "images").iterdir()):
+        image, truth = Image.open(path), np.asarray(Image.open(root / "val" / "masks" / path.name))
+        shown = image if size is None else image.resize((size[1], size[0]), Image.BILINEAR)
+        logits = ColourNet()(torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 64 - 2)
+        full = nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=True)[0]
+        predictions += full.argmax(0).flatten().tolist()
+        sure += (full.softmax(0).amax(0) >= 0.6).flatten().tolist()
+        truths += truth.flatten().tolist()
+    miou, iou, pixel_accuracy, mean_accuracy = plain_scores(predictions, truths, 3)
+    assert result.scores.iou == pytest.approx(iou) and result.scores.miou == pytest.approx(miou)
+    assert (result.scores.pixel_accuracy, result.scores.mean_accuracy) == pytest.approx((pixel_accuracy, mean_accuracy))
+    figures = {}
+    for name, skipped in [("", 255)] + [("_foreground", 1)] * (background is not None):
+        area = [(p, t, s) for p, t, s in zip(predictions, truths, sure, strict=True) if t not in (255, skipped)]
+        right = [p == t for p, t, s in area if s]
+        figures[f"pseudo_label_coverage{name}"] = len(right) / len(area)
+        figures[f"pseudo_label_accuracy{name}"] = sum(right) / len(right)
+    assert result.pseudo_labels == pytest.approx(figures)
+    assert 0 < figures["pseudo_label_coverage"] < 1
+
+
+def test_cut_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cut_metrics(path, 3)
+    assert not path.exists()
+    lines = [{"step": 2}, {"step": 3, "a": 1}, {"step": 3, "split": "val"}, {"step": 3, "split": "test"}, {"step": 4}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "los')
+    cut_metrics(path, 3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
+
+
+def test_a_logged_figure_is_its_mean_over_the_interval(tmp_path, monkeypatch, capsys):
+    """Also where the last step has figures that the others lack; speed counts every call."""
+    now = [0.0]
+    monkeypatch.setattr(logging, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    log = logging.RunLog(Run(tmp_path), 0, 8, 6, torch.device("cpu"))
+    for loss in (1.0, 2.0):
+        log.add({"loss": torch.tensor(loss), "loss_sup": torch.tensor(loss)})
+    log.add({"loss": torch.tensor(6.0), "loss_sup": torch.tensor(6.0), "separation": torch.tensor(4.0)})
+    now[0], log.data_wait = 2.0, 0.5
+    log.write(3, 0.1, {"gradient_sup": torch.tensor(7.0)})
+    log.add({"loss": torch.tensor(9.0), "loss_sup": torch.tensor(9.0)})
+    now[0] = 3.0
+    log.write(4, 0.1, {})
+    log.close()
+    first, second = read_metrics(Run(tmp_path))
+    assert first == {
+        "step": 3, "lr": 0.1, "loss": 3.0, "loss_sup": 3.0, "separation": 4.0, "gradient_sup": 7.0,
+        "images_per_second": 9.0, "data_wait": 0.25, "seconds": 2.0,
+    }  # fmt: skip
+    assert second["loss"] == 9.0 and second["images_per_second"] == 6.0 and second["data_wait"] == 0
+    assert "step 4/8  loss 9.000  sup 9.000" in capsys.readouterr().out
+
+
+def test_workers_change_nothing(tmp_path):
+    runs = [run_tiny(tmp_path / str(n), data__workers=n, train__picture_every=9) for n in (0, 1)]
+    first, second = (checkpoint.load(run.last)["objective"] for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads(runs[0].result.read_text()) == json.loads(runs[1].result.read_text())

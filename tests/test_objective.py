@@ -1,0 +1,298 @@
+"""The objective against its plain rendering, and the edges."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from cmim import masking, pseudo_labels
+from cmim.diagnostics import gradient_norms
+from cmim.objective import Objective
+from tests.plain_objective import (
+    BASE_TERMS,
+    CLASSES,
+    OHEM,
+    UNLABELLED_SEM,
+    make_batch,
+    make_config,
+    make_objective,
+    plain_terms,
+    ramp,
+)
+
+CASES = [
+    ("supervised", {}),
+    ("supervised", {"method__ohem": OHEM}),
+    ("supervised", {"method__ohem": {"threshold": 0.4, "min_kept": 10}}),
+    ("supervised", {"method__ohem": {"threshold": 0.1, "min_kept": 5000}}),
+    ("fixmatch", {}),
+    ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
+    ("unimatch", {}),
+    ("unimatch", {"teacher__kind": "ema", "method__dropout": 0.2}),
+    ("mim", {}),
+    ("mim", {"reconstruction__balance": "class", "centroids__distance": "l2", "mask__per_class": True}),
+    ("mim", {"reconstruction__tokens": "encoder", "reconstruction__decoder": "attention"}),
+    ("cmim", {}),
+    ("cmim", {"mim__views": ["strong"]}),
+    ("cmim", {"mim__views": ["weak", "labelled"], "mim__w_pix": 2.0, "mim__w_feat": 3.0, "mim__w_sem": 5.0}),
+    ("cmim", {"reconstruction__balance": "class", "reconstruction__min_share": 0.95}),
+    ("cmim", {"reconstruction__normalize": True, "reconstruction__distance": "mse"}),
+    ("cmim", {"reconstruction__distance": "smooth_l1", "reconstruction__mask_token": False, "mim__tau": 0.7}),
+    ("cmim", {"reconstruction__decoder": "attention"}),
+    ("cmim", {"reconstruction__tokens": "encoder", "centroids__min_tokens": 1}),
+    ("cmim", {"mim__isolate": "input", "mask__per_class": True, "mask__fill": "black", "centroids__min_tokens": 1}),
+    ("cmim", {"mask__fill": "learned", "mim__isolate": "input"}),
+    ("cmim", {"mask__per_class": True, "mask__ratio": 0.75, "mask__block": 16}),
+    ("cmim", {"teacher__kind": "ema", "mim__batch_norm": "running"}),
+    ("cmim", {"centroids__distance": "l2", "centroids__detach": "none", "mim__batch_norm": "shared"}),
+    ("cmim", {"centroids__detach": "masked", "centroids__min_tokens": 6}),
+]
+
+
+def name_of(case):
+    preset, options = case
+    return "-".join([preset, *(f"{k.split('__')[1]}={v}" for k, v in options.items())])
+
+
+@pytest.mark.parametrize(("preset", "options"), CASES, ids=map(name_of, CASES))
+def test_equals_the_plain_rendering(monkeypatch, preset, options):
+    config = make_config(preset, **options)
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    if config.teacher.kind == "ema":
+        with torch.no_grad():
+            objective.teacher.head.weight.mul_(-6)  # a sure teacher that disagrees with the student
+    plain = deepcopy(objective)
+
+    output = objective(batch, ramp())
+    output.loss.backward()
+    expected = plain_terms(plain, batch, ramp())
+    sum(expected.values()).backward()
+
+    assert output.terms.keys() == expected.keys()
+    for name, term in expected.items():
+        assert term > 0, f"{name} is empty: the comparison would be void"
+        torch.testing.assert_close(
+            output.terms[name], term.detach(), rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    torch.testing.assert_close(output.loss, sum(expected.values()), rtol=1e-5, atol=0)
+    for (name, ours), theirs in zip(objective.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None or not ours.grad.any(), name
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, ours), theirs in zip(objective.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_box_reaches_the_strong_view_alone(monkeypatch):
+    config = make_config("cmim")
+    batch = make_batch(config)
+    objective = make_objective(monkeypatch, config)
+    old = objective(batch, ramp()).terms
+    new = objective(batch | {"box": torch.zeros_like(batch["box"])}, ramp()).terms
+    assert {name for name in old if old[name] != new[name]} == {"strong", "pix", "feat", "sem_labelled"} | UNLABELLED_SEM
+
+
+class Recorder(dict):
+    """A batch that knows which of its entries were read."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+LABELLED = {"labelled_image", "label"}
+UNLABELLED = {"weak_image", "strong_image", "box", "valid"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("supervised", LABELLED),
+        ("fixmatch", LABELLED | UNLABELLED),
+        ("unimatch", LABELLED | UNLABELLED | {"key"}),
+        ("mim", LABELLED | UNLABELLED | {"key", "labelled_key", "labelled_mask", "weak_mask", "strong_mask"}),
+    ],
+)
+def test_what_is_read(monkeypatch, preset, expected):
+    config = make_config(preset)
+    batch = Recorder(make_batch(config))
+    make_objective(monkeypatch, config)(batch, ramp())
+    assert batch.read == expected  # no truth of an unlabelled image
+
+
+def test_every_draw_has_its_own_keys(monkeypatch):
+    drawn = []
+
+    def record(keys, count):
+        drawn.extend(keys.tolist())
+        return original(keys, count)
+
+    original = masking.uniform
+    monkeypatch.setattr(masking, "uniform", record)
+    monkeypatch.setattr(pseudo_labels, "uniform", record)
+    config = make_config("cmim", mim__isolate="input", mask__per_class=True)
+    make_objective(monkeypatch, config)(make_batch(config), ramp())
+    assert len(drawn) == 2 + 6 + 6 and len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("unimatch", {}),
+        ("cmim", {}),
+        ("cmim", {"mim__isolate": "input", "mask__per_class": True, "reconstruction__balance": "class"}),
+        ("cmim", {"reconstruction__decoder": "attention", "reconstruction__normalize": True, "method__ohem": OHEM}),
+    ],
+)
+@pytest.mark.parametrize("empty", ["confidence", "labels", "padding", "everything"])
+def test_empty_terms_are_connected_zeros(monkeypatch, preset, empty, options):
+    tau = {"method__tau": 1.0, "mim__tau": 1.0} if empty == "confidence" else {}
+    config = make_config(preset, **options, **tau)
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    unlabelled = {"strong", "strong1", "strong2", "fp"} | UNLABELLED_SEM
+    zero = {"confidence": unlabelled, "labels": {"sup", "sem_labelled"}, "padding": unlabelled}.get(empty)
+    if empty in ("labels", "everything"):
+        batch["label"] = torch.full_like(batch["label"], 255)
+    if empty in ("padding", "everything"):
+        batch["valid"] = torch.zeros_like(batch["valid"])
+    output = objective(batch, ramp(), diagnostics=True)
+    for name, term in output.terms.items():
+        assert term.requires_grad and term.isfinite(), name
+        assert (term == 0) == (zero is None or name in zero), name
+    assert all(figure.isfinite() for figure in output.figures.values())
+    assert all(norm.isfinite() for norm in gradient_norms(output).values())
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    trained = [p.grad is not None and bool(p.grad.any()) for p in objective.net.parameters()]
+    assert any(trained) == (empty != "everything")
+
+
+def test_supervised_without_a_label(monkeypatch):
+    config = make_config("supervised")
+    batch = make_batch(config)
+    batch["label"] = torch.full_like(batch["label"], 255)
+    output = make_objective(monkeypatch, config)(batch, None)
+    assert output.loss == 0 and output.loss.requires_grad
+
+
+def test_without_ramp_there_is_no_masked_pass(monkeypatch):
+    config = make_config("cmim", mask__fill="learned")
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    before = deepcopy(objective)
+    whole = objective(batch, ramp())
+    monkeypatch.setattr(Objective, "masked", lambda *_: pytest.fail("masked pass"))
+    output = before(batch, None)
+    assert output.terms == {name: whole.terms[name] for name in ("sup", "strong", "fp")}
+    output.loss.backward()
+    assert before.fill.colour.grad is None and before.reconstruction.predict.weight.grad is None
+    # Batch statistics of the masked pass leave no trace in the running ones.
+    for (name, ours), theirs in zip(objective.named_buffers(), before.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_ramp_scales_the_masked_terms(monkeypatch):
+    config = make_config("cmim")
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    low, high = (objective(batch, torch.tensor(r)) for r in (0.25, 1.0))
+    for name in low.terms:
+        factor = 1 if name in BASE_TERMS else 0.25
+        torch.testing.assert_close(low.terms[name], factor * high.terms[name])
+
+
+@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "cmim"])
+def test_diagnostics_and_gradient_norms(monkeypatch, preset):
+    config = make_config(preset, data__background=0)
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    short, full = deepcopy(objective)(batch, ramp()), objective(batch, ramp(), diagnostics=True)
+    torch.testing.assert_close(short.loss, full.loss, rtol=0, atol=0)
+    assert short.features == [] and not any(t.requires_grad for t in short.terms.values())
+    more = {"pix_vs_mean_colour", "separation"} if preset == "cmim" else set()
+    assert set(full.figures) - set(short.figures) == more
+    assert not any(figure.requires_grad or figure.dim() for figure in full.figures.values())
+    assert len(full.features) == {"supervised": 1, "fixmatch": 2, "unimatch": 2, "cmim": 3}[preset]
+
+    torch.testing.assert_close(sum(full.terms.values()), full.loss)
+    norms = gradient_norms(full)
+    assert set(norms) == {f"gradient_{name}" for name in full.terms}
+    together = [torch.zeros_like(f) for f in full.features]
+    for name, term in full.terms.items():
+        parts = torch.autograd.grad(term, full.features, retain_graph=True, materialize_grads=True)
+        together = [a + b for a, b in zip(together, parts, strict=True)]
+        expected = torch.cat([p.flatten() for p in parts]).norm()
+        assert expected > 0, name
+        torch.testing.assert_close(norms[f"gradient_{name}"], expected, msg=lambda m, n=name: f"{n}: {m}")
+    whole = torch.autograd.grad(full.loss, full.features)
+    for a, b in zip(together, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_teacher(monkeypatch):
+    config = make_config("cmim", teacher__kind="ema", teacher__decay=0.6)
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    assert make_config().evaluation.weights == "teacher" and objective.evaluated() is objective.teacher
+    generator = torch.Generator().manual_seed(1)
+    expected = None
+    for step in range(4):
+        objective.train()
+        assert objective.net.training and not any(m.training for m in objective.teacher.modules())
+        objective(batch, ramp()).loss.backward()
+        with torch.no_grad():
+            for p in objective.net.parameters():
+                p += torch.randn(p.shape, generator=generator)
+        now = {k: v.clone() for k, v in objective.net.state_dict().items()}
+        decay = [0, 1 / 2, 0.6, 0.6][step]
+        if step == 0:
+            expected = now
+        else:
+            expected = {k: decay * expected[k] + (1 - decay) * v if v.is_floating_point() else v for k, v in now.items()}
+        objective.update_teacher(step)
+        for name, value in objective.teacher.state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert all(p.grad is None and not p.requires_grad for p in objective.teacher.parameters())
+    assert objective.teacher.encoder.low[1].num_batches_tracked == 8  # two clean passes a step, of the student
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher__kind": "ema", "evaluation__weights": "student"}])
+def test_the_student_is_evaluated(monkeypatch, options):
+    objective = make_objective(monkeypatch, make_config("cmim", **options))
+    assert objective.evaluated() is objective.net
+    assert hasattr(objective, "teacher") == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("masked", "options"),
+    [(False, {}), (True, {"mask__per_class": True, "mim__isolate": "input", "method__ohem": OHEM})],
+)
+def test_compiled_equals_eager(monkeypatch, masked, options):
+    torch._dynamo.reset()
+    config = make_config("cmim", **options)
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    eager = deepcopy(objective)
+    weight = ramp() if masked else None
+    output = torch.compile(objective, fullgraph=True, backend="aot_eager")(batch, weight)
+    output.loss.backward()
+    expected = eager(batch, weight)
+    expected.loss.backward()
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.terms, expected.terms)
+    torch.testing.assert_close(output.figures, expected.figures)
+    for (name, ours), theirs in zip(objective.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for ours, theirs in zip(objective.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_real_network():
+    config = make_config(
+        "cmim", model__encoder="test_efficientnet", model__weights="none", model__decoder_width=16, model__output_stride=16
+    )
+    torch.manual_seed(0)
+    objective, batch = Objective(config, CLASSES), make_batch(config)
+    output = objective(batch, ramp())
+    output.loss.backward()
+    assert output.loss.isfinite() and all(p.grad.isfinite().all() for p in objective.parameters())

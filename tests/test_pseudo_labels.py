@@ -1,0 +1,98 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
+
+
+def keys(count, seed=0):
+    return torch.randint(0, 2**62, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_pseudo_labels_are_those_of_the_upsampled_logits(align_corners):
+    logits = (3 * torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    valid = torch.ones(2, 12, 20, dtype=torch.bool)
+    valid[1, 7:] = False
+    labels = pseudo_labels(logits, valid, align_corners)
+    probability = F.interpolate(logits, size=(12, 20), mode="bilinear", align_corners=align_corners).softmax(1)
+    confidence, label = probability.max(1)
+    assert torch.equal(labels.label, label.int()) and labels.label.dtype == torch.int32
+    torch.testing.assert_close(labels.confidence, confidence.detach())
+    assert torch.equal(labels.valid, valid) and not labels.confidence.requires_grad
+
+
+def test_a_confidence_of_exactly_tau_is_enough_and_padding_never():
+    tau = 0.75
+    confidence = torch.tensor([[[0.5, 0.75, 1.0, 1.0]]])
+    labels = PseudoLabels(
+        torch.tensor([[[3, 2, 1, 1]]], dtype=torch.int32), confidence, torch.tensor([[[True, True, True, False]]])
+    )
+    assert labels.classes(tau).tolist() == [[[255, 2, 1, 255]]]
+    assert labels.classes(0.0).tolist() == [[[3, 2, 1, 255]]]
+    assert labels.classes(1.0).tolist() == [[[255, 255, 1, 255]]]
+
+
+def boxes(size):
+    edge = st.tuples(st.integers(0, size), st.integers(0, size)).map(sorted)
+    return st.tuples(edge, edge).map(lambda e: [e[0][0], e[1][0], e[0][1], e[1][1]])
+
+
+@given(box=st.lists(boxes(6), min_size=4, max_size=4), seed=st.integers(0, 99))
+def test_cutmix_pastes_the_partners_box(box, seed):
+    g = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (4, 3, 6, 6), generator=g, dtype=torch.uint8)
+    label, confidence = torch.randint(0, 9, (4, 6, 6), generator=g), torch.rand(4, 6, 6, generator=g)
+    valid = torch.rand(4, 6, 6, generator=g) < 0.5
+    before = [image, label, confidence, valid]
+    after = cutmix(torch.tensor(box), *before)
+    for old, new in zip(before, after, strict=True):
+        assert new.dtype == old.dtype
+        for i, (top, left, bottom, right) in enumerate(box):
+            for row in range(6):
+                for column in range(6):
+                    inside = top <= row < bottom and left <= column < right
+                    source = [1, 0, 3, 2][i] if inside else i
+                    assert torch.equal(new[i, ..., row, column], old[source, ..., row, column])
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0, 0], [3, 2, 3, 5], [2, 4, 5, 4]])
+def test_an_empty_box_pastes_nothing(box):
+    image = torch.arange(2 * 3 * 36).view(2, 3, 6, 6)
+    (mixed,) = cutmix(torch.tensor([box, box]), image)
+    assert torch.equal(mixed, image)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 0.5])
+def test_dropped_channels(probability):
+    drawn = keys(50)
+    maps = [torch.ones(50, 40, 2, 3, requires_grad=True), torch.ones(50, 60, 1, 1, requires_grad=True)]
+    dropped = drop_channels(maps, drawn, probability)
+    assert [d.shape for d in dropped] == [m.shape for m in maps]
+    share = []
+    for d in dropped:
+        zero = d == 0
+        assert torch.equal(zero.flatten(2).any(2), zero.flatten(2).all(2))  # whole channels
+        torch.testing.assert_close(d[~zero], torch.full_like(d[~zero], 1 / (1 - probability)))
+        share.append(zero[:, :, 0, 0].float())
+    assert abs(torch.cat(share, 1).mean() - probability) < 0.03
+    sum(d.sum() for d in dropped).backward()
+    for m, d in zip(maps, dropped, strict=True):
+        assert torch.equal(m.grad, d)
+    if probability:
+        assert not torch.equal(share[0], share[1][:, :40])  # every map draws its own
+        assert len(share[0].unique(dim=0)) == 50  # and every sample
+
+
+def test_dropped_channels_depend_on_the_key_alone():
+    drawn = keys(6)
+    maps = [torch.randn(6, 8, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(6, 9, 1, 1)]
+    whole = drop_channels(maps, drawn, 0.5)
+    order = torch.tensor([4, 1])
+    some = drop_channels([m[order] for m in maps], drawn[order], 0.5)
+    for a, b in zip(some, whole, strict=True):
+        assert torch.equal(a, b[order])
+    half = drop_channels([m.bfloat16() for m in maps], drawn, 0.5)
+    assert all(torch.equal(h, w.bfloat16()) for h, w in zip(half, whole, strict=True))

@@ -1,0 +1,144 @@
+"""What a training run leaves in its folder."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cmim.config import load_config
+from cmim.engine import checkpoint
+from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
+
+CLASSES = ["ground", "square", "triangle", "ring", "cross"]
+TERMS = {
+    "supervised": {"sup"},
+    "fixmatch": {"sup", "strong"},
+    "unimatch": {"sup", "strong1", "strong2", "fp"},
+    "mim": {"sup", "strong", "fp", "pix", "feat", "sem_strong"},
+    "cmim": {"sup", "strong", "fp", "pix", "feat", "sem_labelled", "sem_weak", "sem_strong"},
+}
+SPEED = {"images_per_second", "data_wait", "seconds"}
+MASKED = {"valid_tokens", "pairs", "pix_vs_mean_colour", "separation"}
+COVERAGE = {"coverage", "coverage_foreground"}
+
+
+def terms_of(line):
+    return {key.removeprefix("loss_") for key in line if key.startswith("loss_")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four steps of cmim with an EMA teacher."""
+    views = ["labelled", "weak", "strong"]
+    every = dict(train__evaluate_every=2, train__picture_every=2, train__checkpoint_every=3)
+    return run_tiny(tmp_path_factory.mktemp("train") / "run", train__steps=4, mim__views=views, **every)
+
+
+def test_config_and_labelled_images(run):
+    config = load_config(run.config)
+    assert (config.train.steps, config.method.preset, config.data.crop) == (4, "cmim", 32)
+    assert (run.folder / "labelled.txt").read_text().split() == [f"shapes_{i}" for i in range(6)]
+
+
+def test_every_log_line_has_the_figures_of_the_method(run):
+    lines = [line for line in read_metrics(run) if "split" not in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert terms_of(line) == TERMS["cmim"]
+        assert MASKED | COVERAGE | SPEED | {"lr", "loss"} <= set(line)
+        assert sum(line[f"loss_{name}"] for name in TERMS["cmim"]) == pytest.approx(line["loss"], rel=1e-5)
+        assert line["coverage"] == 1 and 0 < line["valid_tokens"] <= 1 and line["pairs"] > 0
+        assert min(line["separation"], line["pix_vs_mean_colour"], line["loss_pix"], line["images_per_second"]) > 0
+        gradients = {key.removeprefix("gradient_") for key in line if key.startswith("gradient_")}
+        assert gradients == (TERMS["cmim"] if line["step"] in (2, 4) else set())
+        assert all(line[f"gradient_{name}"] > 0 for name in gradients)
+    lr = [0.003 * (1 - step / 4) ** 0.9 for step in range(4)]
+    assert [line["lr"] for line in lines] == pytest.approx(lr)
+
+
+def test_evaluations_and_the_result(run):
+    evaluations = [line for line in read_metrics(run) if "split" in line]
+    assert [(line["step"], line["split"]) for line in evaluations] == [(2, "val"), (4, "val"), (4, "test")]
+    for line in evaluations:
+        assert list(line["iou"]) == CLASSES
+        known = [v for v in line["iou"].values() if v is not None]
+        assert line["miou"] == pytest.approx(sum(known) / len(known))
+        for name in ("", "_foreground"):
+            assert line[f"pseudo_label_coverage{name}"] == 1 and 0 <= line[f"pseudo_label_accuracy{name}"] <= 1
+        assert line["pseudo_label_accuracy"] == pytest.approx(line["pixel_accuracy"])
+    result = json.loads(run.result.read_text())
+    assert (result["split"], result["step"]) == ("test", 4)
+    assert {key: result[key] for key in ("miou", "iou", "pixel_accuracy", "mean_accuracy")} == {
+        key: evaluations[-1][key] for key in ("miou", "iou", "pixel_accuracy", "mean_accuracy")
+    }
+    assert result["best_miou"] == max(line["miou"] for line in evaluations[:2])
+
+
+def test_checkpoints(run):
+    last, best = checkpoint.load(run.last), checkpoint.load(run.best)
+    assert last["step"] == 4 and best["step"] in (2, 4)
+    for state in (last, best):
+        assert state["class_names"] == CLASSES and len(state["colours"]) == 5
+    assert all(torch.isfinite(v).all() for v in last["objective"].values())
+    teacher = {k.removeprefix("teacher."): v for k, v in last["objective"].items() if k.startswith("teacher.")}
+    assert teacher.keys() == best["net"].keys()
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_pictures_open(run):
+    assert [path.name for path in sorted(run.pictures.iterdir())] == ["step_000002.png", "step_000004.png"]
+    with Image.open(run.pictures / "step_000004.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 7 * 190
+        assert len(picture.getcolors(1 << 20)) > 1000
+
+
+def test_tensorboard(run):
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    scalars = {name: [(e.step, e.value) for e in board.Scalars(name)] for name in ("loss_pix", "coverage", "val/miou")}
+    lines = read_metrics(run)
+    assert scalars["loss_pix"] == [(n["step"], pytest.approx(n["loss_pix"])) for n in lines if "loss_pix" in n]
+    assert scalars["val/miou"] == [(n["step"], pytest.approx(n["miou"])) for n in lines if n.get("split") == "val"]
+    assert len(scalars["coverage"]) == 4
+
+
+@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "mim"])
+def test_the_other_presets(preset, tmp_path, capsys):
+    run = run_tiny(tmp_path / "run", train__steps=1, method__preset=preset, teacher__kind="student")
+    line = read_metrics(run)[0]
+    assert terms_of(line) == TERMS[preset]
+    assert MASKED.isdisjoint(line) == (preset != "mim") and COVERAGE.isdisjoint(line) == (preset == "supervised")
+    assert not any(name.startswith("teacher.") for name in checkpoint.load(run.last)["objective"])
+    printed = capsys.readouterr().out
+    assert f"{preset}: 6 labelled and 8 unlabelled images, 3 val, 4 test, 5 classes" in printed
+    assert ("reconstruction decoder reaches" in printed) == (preset == "mim")
+    assert f"{preset}, step 1, test" in printed and "mIoU" in printed and "cross" in printed
+
+
+def test_masked_terms_are_left_out_before_mim_start(tmp_path):
+    run = run_tiny(tmp_path / "run", mim__start=0.5, train__picture_every=9)
+    first, second = (line for line in read_metrics(run) if "split" not in line)
+    assert (terms_of(first), terms_of(second)) == (TERMS["fixmatch"] | {"fp"}, TERMS["mim"])
+
+
+def test_a_folder_without_test_images_reports_val(tmp_path, capsys):
+    root = write_folder(tmp_path / "data", sizes=((40, 48), (31, 52)), test=0)
+    run = run_tiny(tmp_path / "run", **FOLDER, data__root=str(root), method__preset="fixmatch")
+    result = json.loads(run.result.read_text())
+    evaluations = [line for line in read_metrics(run) if "split" in line]
+    assert result["split"] == "val" and list(result["iou"]) == ["sky", "road", "tree"]
+    assert [(line["step"], line["split"], line["miou"]) for line in evaluations] == [(2, "val", result["miou"])]
+    assert "no test images: the result is on val" in capsys.readouterr().out
+    assert len((run.folder / "labelled.txt").read_text().split()) == 2
+
+
+def test_the_default_output_names_config_and_time(tmp_path, monkeypatch):
+    from cmim import train
+    from tests.tiny_runs import tiny
+
+    monkeypatch.chdir(tmp_path)
+    train.main(tiny("x", train__steps=1, method__preset="supervised")[2:])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("shapes-20") and (folder / "result.json").exists()
