@@ -1,0 +1,287 @@
+"""A user's mistake is one line on stderr that names it, and exit code 2; never a traceback."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmim import compare, evaluate, predict, train
+from cmim.engine import checkpoint
+from cmim.engine.errors import UserError, run_command
+from cmim.engine.run import Run
+from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def said_by(capfd, main, *arguments):
+    """The one line that a command says before it stops with exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(a) for a in arguments]))
+    stderr = capfd.readouterr().err
+    # Ends the workers of a DataLoader at once: left to the garbage collector, they wait for seconds.
+    traceback.clear_frames(stop.value.__context__.__traceback__)
+    assert stop.value.code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n")
+    return stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    return run_tiny(folder / "run", method__preset="supervised", train__steps=1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "a.png")
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run that a test may damage."""
+    return Run(shutil.copytree(run.folder, tmp_path / "copy"))
+
+
+def folder_run(output, root, *more, **settings):
+    settings = FOLDER | {"data__root": str(root), "method__preset": "supervised", "train__steps": 1} | settings
+    return tiny(output, *more, **settings)
+
+
+def test_mistakes_in_the_settings(tmp_path, capfd):
+    output = tmp_path / "run"
+    say = lambda *words, **settings: said_by(capfd, train.main, *words, *tiny(output, **settings))  # noqa: E731
+    assert say("none.yaml") == "cannot read the config none.yaml: No such file or directory"
+    assert say("--train.stps", "4") == "command line: unknown key train.stps; did you mean train.steps?"
+    assert say("--outptu", "x").startswith("unknown option --outptu; did you mean --output?")
+    assert say(train__steps="many") == "command line: train.steps: input should be a valid integer, got 'many'"
+    assert "crop is 40, which is not a multiple of mask.block 16; try 32" in say(data__crop=40)
+    assert say(model__encoder="resnet49").startswith("model.encoder")
+    assert say(train__precision="fp16") == "train.precision is fp16, which needs a CUDA device; use bf16 or fp32"
+    assert "7 labelled images are fewer than train.labelled_batch 8" in say(
+        **{"data__shapes__labelled": 7, "train__labelled_batch": 8}
+    )
+    assert "5 unlabelled images are fewer than train.unlabelled_batch 6" in say(
+        **{"data__shapes__unlabelled": 5, "train__unlabelled_batch": 6}
+    )
+    assert said_by(capfd, train.main, "--resume") == "--resume needs --output RUN"
+    assert not output.exists()  # nothing stands in the way of a second try
+
+
+def test_cuda_without_a_device(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = said_by(capfd, train.main, *tiny(tmp_path / "run", train__device="cuda"))
+    assert said == "train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu"
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folders_that_hold_something(run, tmp_path, capfd):
+    say = lambda *words, **settings: said_by(capfd, train.main, *tiny(*words, **settings))  # noqa: E731
+    assert say(run.folder) == f"{run.folder} holds a run; continue it with --resume, or give another --output"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("text")
+    for more in ((), ("--resume",)):
+        assert say(foreign, *more) == f"{foreign} exists and is not a run folder; give another --output"
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+    said = say(run.folder, "--resume", method__preset="supervised", train__steps=1, optimizer__lr=1)
+    assert said.startswith(f"optimizer.lr differs from {run.config}; resume with the same settings")
+
+
+def test_places_that_cannot_be_written(run, images, tmp_path, capfd):
+    file = tmp_path / "file"
+    file.write_text("text")
+    inside = file / "run"
+    assert str(file) in said_by(capfd, train.main, *tiny(file))
+    for main, words in (
+        (train.main, tiny(inside, method__preset="supervised", train__steps=1)),
+        (predict.main, [run.folder, images, "-o", inside]),
+        (predict.main, [run.folder, images, "-o", file]),
+        (compare.main, ["--output", inside]),
+        (compare.main, ["--output", file]),
+    ):
+        said = said_by(capfd, main, *words)
+        assert str(file) in said and said.endswith("give another --output")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which stands in for a full disk")
+def test_a_full_disk(tmp_path, capfd):
+    """last.partial leads to a device that is always full; the checkpoint before it stays."""
+    run = run_tiny(tmp_path / "run", method__preset="supervised", train__steps=1)
+    before = run.last.read_bytes()
+    run.last.with_suffix(".partial").symlink_to("/dev/full")
+    said = said_by(capfd, train.main, "--output", run.folder, "--resume", "--train.steps", "2")
+    assert said.startswith("No space left on device") and said.endswith("free some space or give another --output")
+    assert run.last.read_bytes() == before and checkpoint.load(run.last)["step"] == 1
+
+
+def test_only_errors_of_the_place_are_the_users(capfd):
+    def main(number):
+        raise OSError(number, os.strerror(number), "file")
+
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        assert said_by(capfd, lambda _, n=number: main(n)).startswith(f"{os.strerror(number)}: file; ")
+    with pytest.raises(OSError, match="Input/output"):
+        run_command(lambda: main(errno.EIO))
+    with pytest.raises(ValueError, match="a bug"):
+        run_command(lambda: (_ for _ in ()).throw(ValueError("a bug")))
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert stop.value.code == 130 and capfd.readouterr().err == ""
+
+
+def test_a_message_is_one_line():
+    assert str(UserError("two\n  lines")) == "two lines"
+
+
+def break_size(root):
+    path = root / "train" / "masks" / "train1.png"
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(path)
+    return f"{path} is 12 x 9 pixels, its image train1.png is 48 x 40"
+
+
+def break_label(root):
+    path = root / "train" / "masks" / "train1.png"
+    Image.fromarray(np.full((40, 48), 7, np.uint8)).save(path)
+    return f"{path} holds the value 7, which is no class"
+
+
+def break_image(root):
+    path = root / "train" / "images" / "train1.png"
+    path.write_bytes(path.read_bytes()[:200])
+    return f"cannot read {path}"
+
+
+def break_val(root):
+    path = root / "val" / "masks" / "val1.png"
+    path.write_bytes(b"no image")
+    return f"cannot read {path}"
+
+
+@pytest.mark.parametrize("damage", [break_size, break_label, break_image, break_val])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_data(damage, workers, tmp_path, capfd):
+    root = write_folder(tmp_path / "data", train=2)
+    expected = damage(root)
+    said = said_by(capfd, train.main, *folder_run(tmp_path / "run", root, data__workers=workers))
+    assert said.startswith(expected) and "Traceback" not in said and "worker" not in said
+
+
+def test_missing_data(tmp_path, capfd):
+    root = write_folder(tmp_path / "data", train=2)
+    say = lambda **settings: said_by(capfd, train.main, *folder_run(tmp_path / "run", root, **settings))  # noqa: E731
+    assert say(data__root=str(tmp_path / "none")) == f"data.root: there is no folder {tmp_path / 'none'}"
+    assert say(data__labelled=9).startswith("data.labelled is 9, but only 2 images of train/ have a mask")
+    assert say(data__labelled=1).startswith("1 labelled images are fewer than train.labelled_batch 2")
+    assert "there is no folder" in say(data__val="validation")
+    shutil.copy(root / "train/images/train0.png", root / "val/images/val0.png")
+    assert "is a labelled image and also in val" in say()
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_run(run, images, copy, tmp_path, capfd):
+    for main, words in ((evaluate.main, []), (predict.main, [images, "-o", tmp_path / "out"])):
+        assert said_by(capfd, main, images, *words) == f"{images} is not a run folder: it has no config.yaml"
+        copy.best.unlink(missing_ok=True)
+        said = said_by(capfd, main, copy.folder, *words, "--checkpoint", "best")
+        assert said == f"no checkpoint {copy.best}; train first, or give another run folder"
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_of_another_model_and_damaged_ones(run, images, copy, tmp_path, capfd):
+    commands = [
+        (evaluate.main, [copy.folder]),
+        (predict.main, [copy.folder, images, "-o", tmp_path / "out"]),
+        (train.main, ["--output", copy.folder, "--resume"]),
+    ]
+    for main, words in commands[:2]:
+        said = said_by(capfd, main, *words, "--model.decoder_width", "24")
+        assert said.startswith(f"{copy.last} belongs to another model: 0 tensors missing, 0 unknown, ")
+        said = said_by(capfd, main, *words, "--teacher.kind=student", "--model.atrous_rates", "[1]")
+        assert said.startswith(f"{copy.last} belongs to another model: 0 tensors missing, ") and "0 of another" not in said
+    for damage, expected in (
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "is not a readable checkpoint"),
+        (lambda path: torch.save([1, 2], path), "is not a checkpoint of cmim.train"),
+        (lambda path: torch.save({"model": torch.ones(2)}, path), "is not a checkpoint of cmim.train"),
+    ):
+        damage(copy.last)
+        for main, words in commands:
+            assert said_by(capfd, main, *words).startswith(f"{copy.last} {expected}")
+
+
+def test_resume_with_another_number_of_classes(tmp_path, capfd):
+    root = write_folder(tmp_path / "data", train=2)
+    train.main(folder_run(tmp_path / "run", root))
+    (root / "classes.txt").write_text("sky\nroad\ntree\nriver\n")
+    said = said_by(capfd, train.main, *folder_run(tmp_path / "run", root, "--resume", train__steps=2))
+    assert "last.pt belongs to another model: 0 tensors missing, 0 unknown" in said
+
+
+def test_nothing_to_predict(run, tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    say = lambda path: said_by(capfd, predict.main, run.folder, path, "-o", tmp_path / "out")  # noqa: E731
+    assert say(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no images (.bmp, .jpeg")
+    assert say(tmp_path / "none") == f"{tmp_path / 'none'} does not exist; give an image or a folder of images"
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert say(tmp_path / "bad.png").startswith(f"cannot read {tmp_path / 'bad.png'}")
+    assert "the following arguments are required: -o/--output" in said_by(capfd, predict.main, run.folder, "x.png")
+
+
+def finite(path, key):
+    return all(torch.isfinite(v).all() for v in checkpoint.load(path)[key].values())
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path, capfd):
+    settings = dict(
+        method__preset="fixmatch", optimizer__name="sgd", optimizer__lr=1e30, train__steps=4, train__picture_every=9,
+        train__checkpoint_every=1, train__evaluate_every=1,
+    )  # fmt: skip
+    run = Run(tmp_path / "run")
+    said = said_by(capfd, train.main, *tiny(run.folder, **settings))
+    assert said.startswith("the loss term sup is not finite at or before step 2; lower optimizer.lr")
+    assert checkpoint.load(run.last)["step"] == 1 and finite(run.last, "objective") and finite(run.best, "net")
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path, capfd):
+    """A finite loss, but an update that breaks the weights; nor is one chosen as the best."""
+    run = Run(tmp_path / "run")
+    more = dict(optimizer__head_lr_factor=100, train__evaluate_every=1)
+    settings = dict(method__preset="supervised", optimizer__name="sgd", optimizer__lr=1e38, **more)
+    said = said_by(capfd, train.main, *tiny(run.folder, **settings))
+    assert said.startswith("the weights are not finite after step 1; lower optimizer.lr")
+    assert not run.last.exists() and not run.best.exists()
+    assert [line["step"] for line in read_metrics(run)] == [1]
+
+
+def test_real_processes(run, images, tmp_path):
+    """The exit code and the only line on stderr, of a mistake in a worker process and of two commands."""
+    root = write_folder(tmp_path / "data", train=2)
+    expected = break_size(root)
+    commands = {
+        "train": (folder_run(tmp_path / "run", root, data__workers=1), expected),
+        "evaluate": ([str(images)], f"{images} is not a run folder"),
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", f"cmim.{name}", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT, env=environment,
+        )
+        for name, (words, _) in commands.items()
+    }  # fmt: skip
+    for name, process in started.items():
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert stderr.startswith(f"error: {commands[name][1]}") and stderr.count("\n") == 1, stderr
+    assert json.loads(run.result.read_text())["step"] == 1
