@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
 BIN := .venv/bin
 SEEDS ?= 0 1 2
+JOBS ?= 1
 
 .PHONY: train test test-slow check shapes-table camvid-table clean
 
@@ -19,11 +20,12 @@ check: .venv/installed-test
 
 # The README's tables: every preset on every seed, then mean and spread.
 shapes-table: .venv/installed
-	$(BIN)/python -m cmim.compare --output runs/shapes-table --presets supervised fixmatch mim cmim --seeds $(SEEDS)
+	$(BIN)/python -m cmim.compare --output runs/shapes-table --presets supervised fixmatch mim cmim --seeds $(SEEDS) --jobs $(JOBS)
 
 camvid-table: .venv/installed
+	@test -d "$(DATA)/train" || { echo "error: name the folder of CamVid: make camvid-table DATA=PATH"; exit 2; }
 	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
-	  --presets supervised fixmatch cmim --seeds $(SEEDS) --data.root $(DATA)
+	  --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS) --data.root $(DATA)
 
 .venv/installed: setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }

@@ -39,7 +39,7 @@ from cmim.data.datasets import IGNORED, MEAN, STD
 from cmim.diagnostics import coverage, mean_colour_error, separation
 from cmim.models.reconstruction import build_reconstruction
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
-from cmim.pseudo_labels import cutmix, drop_channels, pseudo_labels
+from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
 from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
 
 
@@ -142,7 +142,7 @@ class Objective(nn.Module):
         # Every strong view has its own box; image and pseudo-label are cut together.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
         u_s = [image for image, *_ in mixed]
-        strong_labels = [type(weak)(*rest) for _, *rest in mixed]
+        strong_labels = [PseudoLabels(*rest) for _, *rest in mixed]
         feature_s = net.decode(net.encode(net.normalise(torch.cat(u_s))))
         logits_s = net.classify(feature_s).split(len(u_w))
 

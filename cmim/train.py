@@ -71,6 +71,7 @@ class Trainer:
             norms = {}
 
             self.objective.train()
+            torch.backends.cudnn.benchmark = True  # crops have one size; evaluation turns it off
             for _ in range(micro):
                 batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
                 compute = self.objective if picture else self.compiled

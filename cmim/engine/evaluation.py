@@ -33,6 +33,7 @@ def predict_logits(net, images, size):
 def evaluate(net, image_set, config, num_classes, device, dtype, title):
     """Evaluate `net` on an ImageSet; progress under `title`."""
     net.eval()
+    torch.backends.cudnn.benchmark = False  # it would tune for every image size anew
     confusion = Confusion(num_classes, device)
     background = config.data.background
     # rows: all pixels, foreground; columns: pixels with a class, confident ones, confident and right ones
