@@ -1,202 +1,19 @@
-"""Every setting of a run, with its type, its default and what it does; YAML files and `--section.key VALUE` overrides.
+"""Settings from YAML files and `--section.key VALUE` overrides.
 
-The defaults are those of DeepLabV3+ on photographs; a file in configs/ states only what differs. Where a default
-comes from is in the README's table. Unknown and ill-typed keys are errors that name the nearest key.
+Unknown keys (the nearest one is named), values that do not fit and settings that contradict each other are errors of one
+line. What the settings are is in `cmim.settings`.
 """
 
 import difflib
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from cmim.engine.errors import UserError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
-NonNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ShapesSettings(Section):
-    labelled: Positive = 48
-    unlabelled: Positive = 400
-    val: Positive = 100
-    test: Positive = 200
-
-
-class DataSettings(Section):
-    format: Literal["shapes", "folder"] = "folder"
-    """`shapes`: drawn on the fly. `folder`: train/, val/, test/ with images/ and masks/, optionally unlabeled/."""
-    root: Path | None = None
-    classes: list[str] | Positive | None = None
-    """Names or number of the classes; by default read from ROOT/classes.txt, one name a line."""
-    ignore: Annotated[int, Field(ge=0, le=255)] = 255
-    """Mask value without a class."""
-    label_map: dict[int, int] = {}
-    """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
-    background: Annotated[int, Field(ge=0)] | None = None
-    """Class left out of the "foreground" figures of the log; none by default."""
-    labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
-    """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
-    unlabelled."""
-    split_seed: int = 0
-    """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
-    val: str = "val"
-    test: str | None = "test"
-    size: tuple[Positive, Positive] | None = None
-    """Images are resized to (height, width) first; evaluation still compares at the original resolution."""
-    crop: Positive = 320
-    """Side of the training crop in pixels."""
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    """Random resize of the weak augmentation."""
-    workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that load data; by default the cores but one, at most 8."""
-    shapes: ShapesSettings = ShapesSettings()
-
-
-class ModelSettings(Section):
-    arch: Literal["deeplabv3plus"] = "deeplabv3plus"
-    encoder: str = "resnet101s.gluon_in1k"
-    """A timm model that can return features at strides 4 and `output_stride`."""
-    weights: str = "timm"
-    """`timm`: pretrained weights of the encoder, fetched by timm; `none`: random; else a file (.pt or .safetensors)."""
-    output_stride: Literal[8, 16] = 16
-    atrous_rates: tuple[Positive, ...] = (6, 12, 18)
-    decoder_width: Positive = 256
-    low_level_width: Positive = 48
-
-
-class OhemSettings(Section):
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
-    min_kept: Positive = 200_000
-
-
-class MethodSettings(Section):
-    preset: Literal["supervised", "fixmatch", "unimatch", "mim", "cmim"] = "cmim"
-    tau: Fraction = 0.95
-    """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
-    cutmix: Fraction = 0.5
-    """Probability of a CutMix box in a strong view."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Channel dropout of the feature-perturbed view."""
-    ohem: OhemSettings | None = None
-    """Online hard example mining in the supervised term."""
-
-
-class MimSettings(Section):
-    views: list[Literal["labelled", "weak", "strong"]] = ["labelled", "weak", "strong"]
-    tau: Fraction = 0.95
-    """Confidence from which a pixel of an unlabelled view has a class in the masked terms."""
-    start: Fraction = 0.0
-    ramp: Fraction = 0.05
-    """The masked terms begin at `start` and grow linearly over `ramp`, both fractions of the training."""
-    w_pix: NonNegative = 0.5
-    w_feat: NonNegative = 0.1
-    w_sem: NonNegative = 1.0
-    isolate: Literal["none", "input"] = "none"
-    """`input`: before the encoder, hide every class but one drawn for each image."""
-    batch_norm: Literal["batch", "shared", "running"] = "batch"
-    """Masked pass: batch statistics without updating the running ones; with updating; or running statistics."""
-
-
-class MaskSettings(Section):
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    block: Positive = 32
-    """Side of a mask block in pixels."""
-    fill: Literal["mean", "black", "learned"] = "mean"
-    """Colour of hidden pixels: the mean colour of the data (zero after normalisation), black, or a learned colour."""
-    per_class: bool = False
-    """Mask the ratio inside each class of each image instead of over the whole image."""
-
-
-class ReconstructionSettings(Section):
-    tokens: Literal["decoder", "encoder"] = "decoder"
-    """Feature map that is decoded and whose centroids are compared: the segmenter's decoder or its encoder."""
-    decoder: Literal["conv", "attention"] = "conv"
-    width: Positive = 128
-    depth: Positive = 4
-    kernel_size: Positive = 7
-    """Of the conv decoder; odd."""
-    num_heads: Positive = 8
-    """Of the attention decoder."""
-    mask_token: bool = True
-    """Replace the features of hidden tokens by a learned token before decoding."""
-    distance: Literal["l1", "mse", "smooth_l1"] = "l1"
-    normalize: bool = False
-    """Compare with patches normalised by their own mean and variance."""
-    balance: Literal["token", "class"] = "token"
-    """Mean over tokens, or mean over the classes of their means."""
-    min_share: Fraction = 0.5
-    """Share of a patch's pixels that its class must hold; a patch below it is ignored."""
-
-
-class CentroidSettings(Section):
-    distance: Literal["cosine", "l2"] = "cosine"
-    detach: Literal["visible", "masked", "none"] = "visible"
-    min_tokens: Positive = 4
-
-
-class TeacherSettings(Section):
-    kind: Literal["student", "ema"] = "student"
-    """`student`: pseudo-labels of the training pass itself; `ema`: of a moving average of the weights, in eval mode."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
-
-
-class OptimizerSettings(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.001
-    """Of the encoder."""
-    head_lr_factor: Annotated[float, Field(gt=0)] = 10.0
-    """Everything but the encoder learns at lr x this."""
-    momentum: Fraction = 0.9
-    weight_decay: NonNegative = 1e-4
-    poly_power: NonNegative = 0.9
-
-
-class TrainSettings(Section):
-    steps: Positive = 40_000
-    labelled_batch: Positive = 8
-    unlabelled_batch: Positive = 8
-    accumulate: Positive = 1
-    """Micro-batches of the above sizes per optimiser step; every micro-batch has its own denominators."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on CUDA, fp32 on the CPU."""
-    compile: bool | None = None
-    """torch.compile; by default on CUDA only."""
-    channels_last: bool = True
-    log_every: Positive = 20
-    evaluate_every: Positive = 1000
-    checkpoint_every: Positive = 500
-    picture_every: Positive = 1000
-
-
-class EvaluationSettings(Section):
-    weights: Literal["teacher", "student"] = "teacher"
-    """Which weights are evaluated, chosen and exported where the teacher is an EMA."""
-    batch: Positive = 8
-    """Images of equal size that are evaluated together."""
-
-
-class Config(Section):
-    seed: int = 0
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
-    method: MethodSettings = MethodSettings()
-    mim: MimSettings = MimSettings()
-    mask: MaskSettings = MaskSettings()
-    reconstruction: ReconstructionSettings = ReconstructionSettings()
-    centroids: CentroidSettings = CentroidSettings()
-    teacher: TeacherSettings = TeacherSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    train: TrainSettings = TrainSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
+from cmim.settings import Config, Section, token_stride, uses_masking, uses_unlabelled
 
 
 def load_config(path, overrides=()):
@@ -328,19 +145,6 @@ def _fields(section, prefix=""):
             if isinstance(kind, type) and issubclass(kind, Section):
                 fields |= _fields(kind, f"{prefix}{name}.")
     return fields
-
-
-def token_stride(config):
-    """Pixels per side of a token, which is also the patch that is reconstructed from it."""
-    return 4 if config.reconstruction.tokens == "decoder" else config.model.output_stride
-
-
-def uses_unlabelled(config):
-    return config.method.preset != "supervised"
-
-
-def uses_masking(config):
-    return config.method.preset in ("mim", "cmim")
 
 
 def _check(config):

@@ -34,12 +34,12 @@ import torch
 from torch import nn
 
 from cmim import masking
-from cmim.config import token_stride, uses_masking, uses_unlabelled
 from cmim.data.datasets import IGNORED, MEAN, STD
 from cmim.diagnostics import coverage, mean_colour_error, separation
 from cmim.models.reconstruction import build_reconstruction
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
 from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
+from cmim.settings import token_stride, uses_masking, uses_unlabelled
 from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
 
 

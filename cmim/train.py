@@ -5,7 +5,7 @@
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
 
-Any setting of cmim/config.py is an override: --section.key VALUE. The run folder gets config.yaml, labelled.txt,
+Any setting of cmim/settings.py is an override: --section.key VALUE. The run folder gets config.yaml, labelled.txt,
 metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 
@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from cmim.config import default_config_path, load_config, uses_masking, uses_unlabelled
+from cmim.config import default_config_path, load_config
 from cmim.data.batches import TrainBatches, default_workers, train_loader
 from cmim.data.datasets import load_splits
 from cmim.diagnostics import gradient_norms
@@ -32,6 +32,7 @@ from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_ru
 from cmim.engine.schedule import poly, ramp
 from cmim.models.reconstruction import receptive_warning
 from cmim.objective import Objective
+from cmim.settings import uses_masking, uses_unlabelled
 
 
 class Trainer:
@@ -176,6 +177,8 @@ class Trainer:
 
     def load(self):
         state = checkpoint.load(self.run.last, self.device)
+        if state["class_names"] != list(self.splits.class_names):
+            raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
         checkpoint.load_into(self.objective, state["objective"], self.run.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim import objective as objective_module
-from cmim.config import config_from, token_stride, uses_masking
+from cmim.config import config_from
 from cmim.masking import isolate_class, per_class_mask
 from cmim.models.reconstruction import decode_per_class
 from cmim.models.segmenter import Segmenter
 from cmim.pseudo_labels import drop_channels
+from cmim.settings import token_stride, uses_masking
 from cmim_kernels import random_mask
 
 CLASSES, CROP, BLOCK = 3, 32, 8

@@ -220,12 +220,17 @@ def test_checkpoints_of_another_model_and_damaged_ones(run, images, copy, tmp_pa
             assert said_by(capfd, main, *words).startswith(f"{copy.last} {expected}")
 
 
-def test_resume_with_another_number_of_classes(tmp_path, capfd):
-    root = write_folder(tmp_path / "data", train=2)
-    train.main(folder_run(tmp_path / "run", root))
-    (root / "classes.txt").write_text("sky\nroad\ntree\nriver\n")
-    said = said_by(capfd, train.main, *folder_run(tmp_path / "run", root, "--resume", train__steps=2))
-    assert "last.pt belongs to another model: 0 tensors missing, 0 unknown" in said
+def test_resume_with_other_images_or_classes(tmp_path, capfd):
+    root, output = write_folder(tmp_path / "data"), tmp_path / "run"
+    run_tiny(output, **FOLDER, data__root=str(root), method__preset="supervised", train__steps=1)
+    again = folder_run(output, root, "--resume", train__steps=2)
+    (root / "classes.txt").write_text("road\nsky\ntree\n")
+    assert "the classes of the data are not those of" in said_by(capfd, train.main, *again)
+    (root / "classes.txt").write_text("sky\nroad\ntree\n")
+    for kind in ("images", "masks"):
+        for name in ("train0", "train1", "train2", "train3"):
+            (root / "train" / kind / f"{name}.png").rename(root / "train" / kind / f"new-{name}.png")
+    assert "the labelled images are not those of" in said_by(capfd, train.main, *again)
 
 
 def test_nothing_to_predict(run, tmp_path, capfd):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmim import config as settings
+from cmim import settings
 from tests.plain_objective import BASE_TERMS, OHEM, UNLABELLED_SEM, make_batch, make_config, make_objective, ramp
 
 MASKED_TERMS = {"pix", "feat", "sem_labelled"} | UNLABELLED_SEM

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cmim.config import token_stride, uses_masking, uses_unlabelled
 from cmim.data.augmentation import cutmix_box, strong, weak
 from cmim.randomness import key, numpy_generator, torch_generator
+from cmim.settings import token_stride, uses_masking, uses_unlabelled
 from cmim_kernels import random_mask
 
 

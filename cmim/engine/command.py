@@ -3,8 +3,9 @@
 import argparse
 import difflib
 
-from cmim.config import Config, unknown_key
+from cmim.config import unknown_key
 from cmim.engine.errors import UserError
+from cmim.settings import Config
 
 
 class CommandLine(argparse.ArgumentParser):

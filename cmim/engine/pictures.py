@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmim import masking
-from cmim.config import token_stride, uses_masking
 from cmim.data.datasets import IGNORED
 from cmim.engine.evaluation import predict_logits
 from cmim.objective import MaskedViews
 from cmim.randomness import torch_generator
+from cmim.settings import token_stride, uses_masking
 from cmim_kernels import class_centroids, patch_labels, random_mask
 
 GREY = 128

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from cmim.config import Config, dump_config, load_config
+from cmim.config import dump_config, load_config
 from cmim.engine import checkpoint
 from cmim.engine.errors import UserError
 from cmim.models.segmenter import Segmenter, build_segmenter
+from cmim.settings import Config
 
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "device"), ("data", "workers"))
@@ -23,6 +24,7 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
+        self.labelled = self.folder / "labelled.txt"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
         self.last = self.folder / "checkpoints" / "last.pt"
@@ -54,10 +56,15 @@ def open_run(folder, config, resume):
 
 
 def start_run(run, config, labelled):
-    """Write the settings and the names of the labelled images."""
+    """Write the settings and the names of the labelled images, which a continued run must share."""
+    names = "".join(f"{name}\n" for name in labelled)
+    if run.labelled.exists() and run.labelled.read_text() != names:
+        raise UserError(
+            f"the labelled images are no longer those of {run.labelled}; restore the data, or give another --output"
+        )
     run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.config, dump_config(config))  # first: it makes the folder one of a run
-    write_text(run.folder / "labelled.txt", "".join(f"{name}\n" for name in labelled))
+    write_text(run.labelled, names)
 
 
 def changed_setting(old, new):

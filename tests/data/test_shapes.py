@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from cmim.config import Config
 from cmim.data.datasets import load_splits
 from cmim.data.shapes import CLASS_NAMES, COLOURS, SIZE, ShapesSet
+from cmim.settings import Config
 
 
 def shapes(**settings):

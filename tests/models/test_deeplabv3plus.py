@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim.config import ModelSettings
 from cmim.models.deeplabv3plus import AtrousPyramid, DeepLabV3PlusDecoder
 from cmim.models.segmenter import build_segmenter
+from cmim.settings import ModelSettings
 
 
 def tiny(encoder="test_byobnet", output_stride=16, **options):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cmim.config import ModelSettings
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
+from cmim.settings import ModelSettings
 
 TINY = ModelSettings(encoder="test_byobnet", weights="none", decoder_width=8, low_level_width=4, atrous_rates=(1, 2))
 
