@@ -59,9 +59,7 @@ def start_run(run, config, labelled):
     """Write the settings and the names of the labelled images, which a continued run must share."""
     names = "".join(f"{name}\n" for name in labelled)
     if run.labelled.exists() and run.labelled.read_text() != names:
-        raise UserError(
-            f"the labelled images are no longer those of {run.labelled}; restore the data, or give another --output"
-        )
+        raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.config, dump_config(config))  # first: it makes the folder one of a run
     write_text(run.labelled, names)
