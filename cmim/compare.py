@@ -20,9 +20,9 @@ from pathlib import Path
 
 from cmim.config import default_config_path, load_config
 from cmim.engine.command import CommandLine
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.logging import console
 from cmim.engine.run import Run, changed_setting, write_text
+from cmim.errors import UserError, run_command
 
 PRESETS = ("supervised", "fixmatch", "unimatch", "mim", "cmim")
 

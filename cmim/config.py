@@ -12,7 +12,7 @@ from typing import Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.settings import Config, Section, token_stride, uses_masking, uses_unlabelled
 
 

@@ -9,13 +9,13 @@ Prints the IoU of every class and the mean, at the original resolution.
 
 import sys
 
-from cmim.data.datasets import load_splits
+from cmim.data import load_splits
 from cmim.engine.command import CommandLine
 from cmim.engine.device import choose_device, choose_precision
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import print_table
 from cmim.engine.run import load_trained
+from cmim.errors import UserError, run_command
 
 
 def main(arguments):

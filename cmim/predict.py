@@ -18,11 +18,11 @@ from rich.progress import track
 from cmim.data.folder import IMAGE_SUFFIXES, open_image
 from cmim.engine.command import CommandLine
 from cmim.engine.device import autocast, choose_device, choose_precision
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.evaluation import predict_logits
 from cmim.engine.logging import console
 from cmim.engine.pictures import overlay
 from cmim.engine.run import load_trained
+from cmim.errors import UserError, run_command
 
 
 def main(arguments):

@@ -17,19 +17,19 @@ import warnings
 import torch
 
 from cmim.config import default_config_path, load_config
+from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, default_workers, train_loader
-from cmim.data.datasets import load_splits
 from cmim.diagnostics import gradient_norms
 from cmim.engine import checkpoint
 from cmim.engine.command import CommandLine
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
 from cmim.engine.schedule import poly, ramp
+from cmim.errors import UserError, run_command
 from cmim.models.reconstruction import receptive_warning
 from cmim.objective import Objective
 from cmim.settings import uses_masking, uses_unlabelled

@@ -16,8 +16,8 @@ from PIL import Image
 from cmim import compare, evaluate, predict, train
 from cmim.data.folder import colour_map
 from cmim.engine import checkpoint
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.run import Run, load_trained
+from cmim.errors import UserError, run_command
 from tests.tiny_runs import FOLDER, TINY, read_metrics, run_tiny, words, write_folder
 
 PALETTE = colour_map(3)

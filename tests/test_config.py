@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cmim.config import _fields, _is_choice, config_from, default_config_path, dump_config, load_config
 from cmim.engine.command import CommandLine
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.settings import Config, token_stride
 
 SHAPES = default_config_path()

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from cmim.config import config_from, default_config_path, load_config
+from cmim.data import load_splits
 from cmim.data.batches import TrainBatches
-from cmim.data.datasets import load_splits
 from cmim.engine import checkpoint, logging
 from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Confusion, scores

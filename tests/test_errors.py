@@ -16,8 +16,8 @@ from PIL import Image
 
 from cmim import compare, evaluate, predict, train
 from cmim.engine import checkpoint
-from cmim.engine.errors import UserError, run_command
 from cmim.engine.run import Run
+from cmim.errors import UserError, run_command
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder
 
 CHECKOUT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ import torch
 
 from cmim import train
 from cmim.engine import checkpoint
-from cmim.engine.errors import UserError
 from cmim.engine.run import Run
+from cmim.errors import UserError
 from tests.tiny_runs import read_metrics, run_tiny, tiny
 
 TIMING = ("images_per_second", "data_wait", "seconds")

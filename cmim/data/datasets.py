@@ -41,14 +41,3 @@ class Splits:
     class_names: tuple[str, ...]
     colours: np.ndarray
     """(K, 3) uint8: the colour of each class in pictures."""
-
-
-def load_splits(settings):
-    """The splits that `DataSettings` describe.
-
-    Raises:
-        UserError: a file, a folder or a setting is missing or wrong; the message names it and the remedy.
-    """
-    from cmim.data import folder, shapes  # each imports this module
-
-    return {"shapes": shapes.load_shapes, "folder": folder.load_folder}[settings.format](settings)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cmim.data.datasets import IGNORED, Splits
 from cmim.data.splits import class_names, divide, refuse_shared_images
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 from pathlib import Path, PurePath
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.randomness import numpy_generator
 
 

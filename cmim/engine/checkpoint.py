@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 
 
 def save(state, path):

@@ -4,7 +4,7 @@ import argparse
 import difflib
 
 from cmim.config import unknown_key
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.settings import Config
 
 

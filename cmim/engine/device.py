@@ -2,7 +2,7 @@
 
 import torch
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 
 
 def choose_device(name):

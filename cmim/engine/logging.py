@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
 

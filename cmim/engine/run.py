@@ -10,7 +10,7 @@ import torch
 
 from cmim.config import dump_config, load_config
 from cmim.engine import checkpoint
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.models.segmenter import Segmenter, build_segmenter
 from cmim.settings import Config
 

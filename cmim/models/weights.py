@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 
 
 def create_encoder(name, weights, *, strides):

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, default_workers, evaluation_loader, train_loader
-from cmim.data.datasets import Splits, load_splits
-from cmim.engine.errors import UserError
+from cmim.data.datasets import Splits
+from cmim.errors import UserError
 from cmim.settings import Config
 
 

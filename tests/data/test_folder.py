@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, evaluation_loader
-from cmim.data.datasets import load_splits
 from cmim.data.folder import colour_map, open_image, open_mask
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.settings import Config
 
 

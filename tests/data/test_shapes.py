@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cmim.data.datasets import load_splits
+from cmim.data import load_splits
 from cmim.data.shapes import CLASS_NAMES, COLOURS, SIZE, ShapesSet
 from cmim.settings import Config
 

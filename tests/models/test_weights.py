@@ -3,7 +3,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cmim.engine.errors import UserError
+from cmim.errors import UserError
 from cmim.models.weights import create_encoder
 
 
