@@ -60,8 +60,9 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     of_block = to_pixels(rank, block)[:, :height, :width].reshape(batch, -1)
     of_token = draws[:, rows * columns :]
 
+    labels = labels.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
     known = (labels >= 0) & (labels < num_classes)
-    group = torch.where(known, labels, num_classes).reshape(batch, -1).long()
+    group = torch.where(known, labels, num_classes).reshape(batch, -1)
     in_group = group[:, :, None] == torch.arange(num_classes + 1, device=labels.device)
     count = in_group.sum(1)
     start = count.cumsum(1) - count

@@ -14,8 +14,9 @@ class Confusion:
     def add(self, prediction, truth):
         """Count int tensors of one shape; pixels whose truth is outside [0, K) do not count."""
         size = len(self.matrix)
+        truth = truth.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
         known = (truth >= 0) & (truth < size)
-        index = torch.where(known, truth.long() * size + prediction.long(), size * size)
+        index = torch.where(known, truth * size + prediction.long(), size * size)
         self.matrix += torch.bincount(index.flatten(), minlength=size * size + 1)[:-1].view(size, size)
 
 

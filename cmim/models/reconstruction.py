@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmim_kernels import class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
+from cmim_kernels.ops import checks
 
 
 class _ClassDecoder(nn.Module):
@@ -32,7 +33,17 @@ class _ClassDecoder(nn.Module):
 
         Returns:
             (B, h w, p p 3), a patch's entries in the order (row, column, channel); zero at ignored tokens.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).
         """
+        if checks.enabled():
+            name = type(self).__name__
+            channels = self.project.in_features
+            checks.tensor(name, "features", features, dtypes=checks.FLOATS, shape=("B", channels, "h", "w"))
+            grid = (len(features), *features.shape[2:])
+            checks.tensor(name, "labels", labels, dtypes=checks.LABELS, shape=grid, like=features)
+            checks.tensor(name, "masked", masked, dtypes=(torch.bool,), shape=grid, like=features)
         valid = _valid(labels, self.num_classes)
         tokens = self.mix(self.embed(features, valid, masked), labels, masked)
         return torch.where(valid[..., None], self.predict(self.norm(tokens)), 0).flatten(1, 2)
@@ -57,6 +68,8 @@ class ClassConvDecoder(_ClassDecoder):
     """
 
     def __init__(self, in_channels, patch_size, *, num_classes, width, depth, kernel_size, mask_token=True):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"ClassConvDecoder: kernel_size is {kernel_size}, expected an odd number")
         super().__init__(in_channels, patch_size, num_classes, width, mask_token)
         self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size) for _ in range(depth)])
 
@@ -163,8 +176,10 @@ def decode_per_class(decoder, features, labels, masked):
     embedded = decoder.embed(features, _valid(labels, decoder.num_classes), masked)
     batch, height, width, _ = embedded.shape
     pixels = embedded.new_zeros(batch, height, width, decoder.predict.out_features)
+    if labels.numel() == 0:  # ordinary convolutions refuse an empty grid
+        return pixels.flatten(1, 2)
     for k in range(decoder.num_classes):
-        own = labels == k
+        own = labels.long() == k
         tokens = decoder.mix_one_class(embedded, own, masked)
         pixels = torch.where(own[..., None], decoder.predict(decoder.norm(tokens)), pixels)
     return pixels.flatten(1, 2)
@@ -199,7 +214,8 @@ def sine_cosine_positions(tokens):
     """Fixed positions (h w, width) for tokens (B, h, w, width), float32 (float64 for float64).
 
     A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at wavelengths from
-    2 pi to 20,000 pi tokens (Vaswani et al. 2017, arXiv 1706.03762, in two dimensions as of MAE, arXiv 2111.06377).
+    2 pi to just under 20,000 pi tokens (Vaswani et al. 2017, arXiv 1706.03762, in two dimensions as of MAE, arXiv
+    2111.06377).
     """
     _, height, width, channels = tokens.shape
     quarter = channels // 4
@@ -216,4 +232,5 @@ def _mlp(width):
 
 
 def _valid(labels, num_classes):
+    labels = labels.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
     return (labels >= 0) & (labels < num_classes)

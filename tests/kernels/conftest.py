@@ -1,5 +1,8 @@
 import pytest
 import torch
+from torch._dynamo import trace_rules
+
+trace_rules.get_torch_obj_rule_map()  # cached; built while torch.empty is replaced, it would not know the real one
 
 
 @pytest.fixture(autouse=True)

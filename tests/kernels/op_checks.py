@@ -34,7 +34,8 @@ def record_ops(function, inputs, gradient):
 
 
 def run(function, inputs, gradient=True):
-    """Outputs of function(*inputs) and the gradients of its float inputs for a fixed, uneven output gradient."""
+    """Outputs of function(*inputs) and the gradients of its float inputs for a fixed, uneven output gradient, which is not
+    contiguous where that is possible: autograd promises no layout."""
     inputs = [
         x.detach().requires_grad_(gradient) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
     ]
@@ -44,6 +45,7 @@ def run(function, inputs, gradient=True):
     gradients = []
     if gradient and differentiable:
         weights = [torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype, device=o.device).view(o.shape) for o in differentiable]
+        weights = [w.mT.contiguous().mT if w.dim() > 1 else w for w in weights]
         wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         gradients = list(torch.autograd.grad(differentiable, wanted, weights, allow_unused=True))
     return outputs, gradients

@@ -151,7 +151,7 @@ def test_no_host_sync():
         (dict(tokens=torch.zeros(2, 7)), ValueError, r"tokens has shape \(2, 7\), expected \(B, N, C\)"),
         (dict(tokens=torch.zeros(2, 6, 3)), ValueError, r"layout.order has shape \(2, 7\), expected \(2, 6\)"),
         (dict(layout=torch.zeros(2, 7)), TypeError, "layout must be a ClassLayout from pack_classes, got Tensor"),
-        (dict(mask_token=torch.zeros(1, 3)), ValueError, r"mask_token has shape \(1, 3\), expected \(3\)"),
+        (dict(mask_token=torch.zeros(1, 3)), ValueError, r"mask_token has shape \(1, 3\), expected \(3,\)"),
         (dict(mask_token=torch.zeros(3, dtype=torch.int32)), TypeError, "mask_token has dtype int32"),
         (dict(position=torch.zeros(6, 3)), ValueError, r"position has shape \(6, 3\), expected \(7, 3\)"),
         (dict(position=torch.zeros(7, 3, device="meta")), ValueError, "position is on meta, expected cpu"),

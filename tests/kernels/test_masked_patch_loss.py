@@ -203,7 +203,8 @@ def test_nothing_masked_is_a_zero_that_stays_connected(balance):
         (dict(mean=MEAN, std=STD), ValueError, "mean is given, expected None for a float32 image"),
         (dict(masked=torch.zeros(2, 6)), TypeError, "masked has dtype float32"),
         (dict(masked=torch.zeros(2, 2, 3, dtype=torch.bool)), ValueError, r"shape \(2, 2, 3\), expected \(2, 6\)"),
-        (dict(labels=None), ValueError, "labels and num_classes must be given together"),
+        (dict(labels=None), ValueError, "labels and num_classes must be given together, got only num_classes"),
+        (dict(num_classes=None), ValueError, "labels and num_classes must be given together, got only labels"),
         (dict(labels=torch.zeros(2, 5, dtype=torch.int64)), ValueError, "labels has shape"),
         (dict(num_classes=0), ValueError, "num_classes is 0"),
         (dict(patch_size=0), ValueError, "patch_size is 0"),
@@ -224,6 +225,7 @@ def test_wrong_arguments(change, error, message):
     [
         (MEAN[:2], STD, ValueError, "mean has 2 numbers, expected 3"),
         (MEAN, (0.2, 0.0, 0.2), ValueError, "expected positive numbers"),
+        (MEAN, (True, 0.2, 0.2), TypeError, "std must be a sequence of numbers"),
         (torch.tensor(MEAN), STD, TypeError, "mean must be a sequence of numbers"),
     ],
 )

@@ -30,6 +30,17 @@ def test_whole_blocks_and_exact_count(batch, height, width, block, ratio, seed):
         assert masked == round(ratio * blocks)
 
 
+@pytest.mark.parametrize(("height", "width", "ratio"), [(3, 30, 0.05), (6, 15, 0.05), (15, 30, 0.03), (35, 30, 0.01)])
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_count_is_rounded_once(height, width, ratio, block):
+    mask = random_mask(1, height * block, width * block, ratio, block=block, generator=generator())
+    assert int(mask.sum()) == round(ratio * (height * width)) * block**2
+
+
+class SecondGPU(torch.Generator):
+    device = torch.device("cuda", 1)
+
+
 def test_every_block_is_equally_likely_and_images_differ():
     mask = random_mask(4000, 2, 3, 0.5, generator=generator())
     assert (mask.float().mean(dim=0) - 0.5).abs().max() < 0.05
@@ -74,9 +85,19 @@ def test_registration():
         (dict(block=0), ValueError, "block is 0"),
         (dict(generator=3), TypeError, "generator must be a torch.Generator, got int"),
         (dict(generator=generator(), device="meta"), ValueError, "generator is on cpu, expected device meta"),
+        (dict(generator=SecondGPU(), device="cuda:0"), ValueError, "generator is on cuda:1, expected device cuda:0"),
+        (dict(device="gpu"), ValueError, "device is 'gpu', expected a torch.device"),
+        (dict(device=0.5), TypeError, "device is 0.5, expected a torch.device"),
     ],
 )
 def test_wrong_arguments(change, error, message):
     arguments = dict(batch=1, height=4, width=4, ratio=0.5) | change
     with pytest.raises(error, match=message):
         random_mask(**arguments)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
+def test_a_generator_and_its_device(device):
+    assert torch.equal(
+        random_mask(1, 4, 4, 0.5, generator=generator(), device=device), random_mask(1, 4, 4, 0.5, generator=generator())
+    )

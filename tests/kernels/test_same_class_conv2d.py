@@ -106,7 +106,7 @@ def test_label_dtypes_and_repeatability(dtype):
         ),
         (dict(labels=torch.zeros(2, 5, 6)), TypeError, "labels has dtype float32"),
         (dict(weight=torch.zeros(3, 2, 2)), ValueError, "odd k"),
-        (dict(bias=torch.zeros(4)), ValueError, "bias has shape"),
+        (dict(bias=torch.zeros(4)), ValueError, r"bias has shape \(4,\), expected \(3,\)"),
         (dict(num_classes=0), ValueError, "num_classes is 0"),
         (dict(num_classes=2.0), TypeError, "num_classes must be an int"),
     ],
@@ -116,6 +116,15 @@ def test_wrong_arguments(change, error, message):
     arguments = dict(x=x, labels=labels, weight=weight, bias=b, num_classes=3) | change
     with pytest.raises(error, match=message):
         same_class_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("empty", ["batch", "channels", "height", "width"])
+def test_nothing_to_convolve(empty):
+    x, labels, weight, b = make(**{empty: 0})
+    (out,), grads = run(lambda *a: same_class_conv2d(a[0], labels, *a[1:], num_classes=3), [x, weight, b])
+    assert out.shape == x.shape
+    for got, like in zip(grads, (x, weight, b), strict=True):
+        assert torch.equal(got, torch.zeros_like(like))
 
 
 def test_autocast_does_not_reach_inside():

@@ -137,7 +137,7 @@ def test_no_host_sync():
         (dict(packed=torch.zeros(3, 5, 3)), ValueError, r"layout.order has shape \(2, 7\), expected \(3, N\)"),
         (dict(packed=torch.zeros(2, 8, 3)), ValueError, "packed has 8 tokens an image, expected at most the 7 of layout"),
         (dict(layout=None), TypeError, "layout must be a ClassLayout from pack_classes, got NoneType"),
-        (dict(mask_token=torch.zeros(2)), ValueError, r"mask_token has shape \(2,\), expected \(3\)"),
+        (dict(mask_token=torch.zeros(2)), ValueError, r"mask_token has shape \(2,\), expected \(3,\)"),
         (dict(position=torch.zeros(5, 3)), ValueError, r"position has shape \(5, 3\), expected \(7, 3\)"),
     ],
 )

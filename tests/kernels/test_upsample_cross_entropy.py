@@ -97,6 +97,43 @@ def test_matmul_settings_come_back():
     torch.testing.assert_close(got.double(), upsample_cross_entropy(logits.double(), target), rtol=1e-5, atol=1e-5)
 
 
+def test_inherited_settings_stay_inherited():
+    settings = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    before = [s.fp32_precision for s in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "none"
+        for precision in ("tf32", "ieee"):
+            torch.backends.fp32_precision = precision
+            upsample_cross_entropy(*make())
+            assert [s.fp32_precision for s in settings] == [precision] * 4
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def test_a_class_may_be_switched_off_by_a_large_negative_number():
+    logits, target = make(dtype=torch.float32)
+    logits[:, 1] = -1e4
+    target = torch.where(target == 1, 0, target)
+    got = run(lambda x: upsample_cross_entropy(x, target), [logits])
+    assert_equal(got, run(lambda x: reference.upsample_cross_entropy(x, target), [logits]))
+    assert got[0][0].max() < 100 and not got[1][0][:, 1].any()
+
+
+@pytest.mark.parametrize("poison", [-float("inf"), float("inf"), float("nan")])
+def test_a_logit_that_is_not_finite_stays_in_its_image(poison):
+    logits, target = make()
+    dirty = logits.clone()
+    dirty[0, 1, 0, 0] = poison
+    op = lambda x: upsample_cross_entropy(x, target)  # noqa: E731
+    (got,), (grad,) = run(op, [dirty])
+    (want,), (want_grad,) = run(op, [logits])
+    assert torch.equal(got[1], want[1]) and torch.equal(grad[1], want_grad[1])
+    ignored = (target[0] < 0) | (target[0] > 2)
+    assert got[0].isnan().any() and not got[0][ignored].any() and grad[0].isnan().all()
+
+
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
 def test_ignored_pixels_are_zero_without_gradient(poison):
     logits, target = make(source=(3, 8), size=(3, 8))

@@ -135,6 +135,27 @@ def test_ignored_tokens_and_label_dtypes(kind):
     assert not decoder(features, torch.full_like(labels, -1), masked).any()
 
 
+@pytest.mark.parametrize("classes", [256, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_classes_than_a_uint8_holds(kind, classes):
+    decoder = make_decoder(kind, classes)
+    features, labels, masked = make_inputs()
+    labels = torch.where(labels < 0, 200, labels)
+    pixels = decoder(features, labels, masked)
+    assert pixels.any(-1).all()
+    assert torch.equal(decoder(features, labels.to(torch.uint8), masked), pixels)
+    torch.testing.assert_close(decode_per_class(decoder, features, labels.to(torch.uint8), masked), pixels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_grid(kind):
+    decoder = make_decoder(kind)
+    for height, width in ((0, 5), (4, 0)):
+        inputs = make_inputs(height=height, width=width)
+        shape = (2, 0, PATCH * PATCH * 3)
+        assert decoder(*inputs).shape == decode_per_class(decoder, *inputs).shape == shape
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_equals_eager(kind):
     torch._dynamo.reset()
@@ -186,6 +207,28 @@ def test_attention_decoder_refuses_a_width():
     for width, heads in ((10, 5), (12, 8)):
         with pytest.raises(ValueError, match=f"width is {width}"):
             ClassAttentionDecoder(4, 2, num_classes=2, width=width, depth=1, num_heads=heads)
+
+
+def test_conv_decoder_refuses_an_even_kernel():
+    with pytest.raises(ValueError, match="kernel_size is 4, expected an odd number"):
+        ClassConvDecoder(4, 2, num_classes=2, width=8, depth=1, kernel_size=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(features=torch.zeros(2, 5, 4, 5)), ValueError, r"features has shape .* expected \(B, 6, h, w\)"),
+        (dict(labels=torch.zeros(2, 20).long()), ValueError, r"labels has shape \(2, 20\), expected \(2, 4, 5\)"),
+        (dict(labels=torch.zeros(2, 4, 5)), TypeError, "labels has dtype float32"),
+        (dict(masked=torch.zeros(1, 4, 5).bool()), ValueError, r"masked has shape \(1, 4, 5\), expected \(2, 4, 5\)"),
+        (dict(masked=torch.zeros(2, 4, 5).long()), TypeError, "masked has dtype int64"),
+    ],
+)
+def test_wrong_arguments(kind, change, error, message):
+    arguments = dict(zip(("features", "labels", "masked"), make_inputs(), strict=True)) | change
+    with pytest.raises(error, match=f"Decoder: {message}"):
+        make_decoder(kind)(**arguments)
 
 
 def test_copies_and_state_dicts_are_ordinary():

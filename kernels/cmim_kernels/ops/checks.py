@@ -29,7 +29,7 @@ def tensor(op, name, value, *, dtypes, shape=None, like=None):
             isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
         )
         if not fits:
-            expected = "(" + ", ".join(str(s) for s in shape) + ")"
+            expected = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
             raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {expected}")
 
 
@@ -60,13 +60,23 @@ def flag(op, name, value):
 
 
 def numbers(op, name, value, *, length, positive=False):
-    """Check a sequence of `length` finite numbers."""
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
+    """Check a sequence of `length` finite numbers (bool excluded)."""
+    fits = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
+    if not isinstance(value, (list, tuple)) or not all(map(fits, value)):
         raise TypeError(f"{op}: {name} must be a sequence of numbers, got {value!r}")
     if len(value) != length:
         raise ValueError(f"{op}: {name} has {len(value)} numbers, expected {length}")
     if not all(math.isfinite(v) and (v > 0 or not positive) for v in value):
         raise ValueError(f"{op}: {name} is {value!r}, expected {'positive' if positive else 'finite'} numbers")
+
+
+def device(op, name, value):
+    """Check what `torch.device` accepts."""
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        kind = ValueError if isinstance(error, RuntimeError) else TypeError
+        raise kind(f"{op}: {name} is {value!r}, expected a torch.device or its name") from error
 
 
 def upsampling(op, logits, size):

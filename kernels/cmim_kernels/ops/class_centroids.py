@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
 from cmim_kernels.ops.library import accumulation_dtype, declare, empty_like_layout
+from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import class_centroids as reference
 
 
@@ -107,8 +108,4 @@ def _check(features, labels, masked, num_classes, layout):
             raise ValueError(f"{op}: {name} has shape {shape}, expected {(batch, tokens)} or {expected}")
     checks.integer(op, "num_classes", num_classes)
     if layout is not None:
-        if not (hasattr(layout, "order") and hasattr(layout, "offsets")):
-            raise TypeError(f"{op}: layout must be the ClassLayout of pack_classes, got {type(layout).__name__}")
-        ints = (torch.int32,)
-        checks.tensor(op, "layout.order", layout.order, dtypes=ints, shape=(batch, tokens), like=features)
-        checks.tensor(op, "layout.offsets", layout.offsets, dtypes=ints, shape=(batch, 2 * num_classes + 2), like=features)
+        check_layout(op, layout, batch=batch, tokens=tokens, like=features, num_classes=num_classes)

@@ -58,14 +58,15 @@ def class_ids(labels, num_classes):
 
 
 def segment_sum(rows, segment, num_segments):
-    """Sums of `rows` (n, ...) by `segment` (n,) int64, deterministic on both devices: (num_segments, ...).
+    """Sums of float `rows` (n, ...) by `segment` (n,) int64, deterministic on both devices: (num_segments, ...).
 
     Adding selects: an inf or NaN stays in its own segment, where a one-hot product would spread it.
     """
     out = rows.new_zeros(num_segments, *rows.shape[1:])
     if rows.is_cuda:  # sorts by index; index_add_ would use float atomics here
         return out.index_put_((segment,), rows, accumulate=True)
-    return out.index_add_(0, segment, rows)  # in order; index_put_ would use float atomics here
+    # One row after the other (index_put_ would use float atomics here): float32 would lose a digit in long sums.
+    return out.double().index_add_(0, segment, rows.double()).to(rows.dtype)
 
 
 def segment_count(segment, num_segments):
@@ -85,5 +86,8 @@ def full_float32(device):
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        # "none" inherits. Writing back an inherited precision would cut the setting off from later global changes.
         for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+            setting.fp32_precision = "none"
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision

@@ -129,7 +129,8 @@ def _check(pred, image, masked, labels, num_classes, patch_size, distance, norma
         raise ValueError(f"{op}: pred has shape {tuple(pred.shape)}, expected {expected}")
     checks.tensor(op, "masked", masked, dtypes=(torch.bool,), shape=(batch, tokens), like=pred)
     if (labels is None) != (num_classes is None):
-        raise ValueError(f"{op}: labels and num_classes must be given together")
+        given = "num_classes" if labels is None else "labels"
+        raise ValueError(f"{op}: labels and num_classes must be given together, got only {given}")
     if labels is not None:
         checks.tensor(op, "labels", labels, dtypes=checks.LABELS, shape=(batch, tokens), like=pred)
         checks.integer(op, "num_classes", num_classes)

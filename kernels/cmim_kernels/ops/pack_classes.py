@@ -71,11 +71,13 @@ def pack_classes(labels, masked, num_classes):
     return ClassLayout(*_forward(labels, masked, num_classes))
 
 
-def check_layout(op, layout, *, batch, tokens, like):
-    """Check that `layout` is a ClassLayout of `batch` images with `tokens` tokens each, on the device of `like`."""
+def check_layout(op, layout, *, batch, tokens, like, num_classes=None):
+    """Check that `layout` is a ClassLayout of `batch` images with `tokens` tokens each, on the device of `like`, and
+    of `num_classes` classes where the caller knows how many there are."""
     if not isinstance(layout, ClassLayout):
         raise TypeError(f"{op}: layout must be a ClassLayout from pack_classes, got {type(layout).__name__}")
     for name in ("order", "inverse", "segment"):
         value = getattr(layout, name)
         checks.tensor(op, f"layout.{name}", value, dtypes=(torch.int32,), shape=(batch, tokens), like=like)
-    checks.tensor(op, "layout.offsets", layout.offsets, dtypes=(torch.int32,), shape=(batch, "2K + 2"), like=like)
+    starts = "2K + 2" if num_classes is None else 2 * num_classes + 2
+    checks.tensor(op, "layout.offsets", layout.offsets, dtypes=(torch.int32,), shape=(batch, starts), like=like)

@@ -27,7 +27,8 @@ def patch_labels(labels, patch_size, num_classes, *, min_share=0.0):
         patch_size: side p of a patch in pixels; it divides H and W.
         num_classes: number of classes K.
         min_share: smallest share, 0 to 1, of all the patch's pixels (ignored ones included) that the winner must
-            hold; the share is the float64 quotient of its pixels and p x p.
+            hold; the share is the float64 quotient of its pixels and p x p. Under `torch.compile` with dynamic=True
+            each new float compiles again.
 
     Returns:
         (B, H / p, W / p) int32; of equally frequent classes the smaller id; -1 where no pixel is valid or the

@@ -28,7 +28,7 @@ def random_mask(batch, height, width, ratio, *, block=1, generator=None, device=
     Args:
         batch: number of masks B.
         height, width: size h x w of the token grid.
-        ratio: share of masked blocks, 0 to 1.
+        ratio: share of masked blocks, 0 to 1. Under `torch.compile` with dynamic=True each new float compiles again.
         block: side of a block, in tokens.
         generator: source of randomness, on `device`; None means PyTorch's default generator. `torch.compile` cannot
             trace a generator: inside a compiled function leave it None.
@@ -46,13 +46,21 @@ def random_mask(batch, height, width, ratio, *, block=1, generator=None, device=
             checks.integer(op, name, value, at_least=0)
         checks.number(op, "ratio", ratio, low=0, high=1)
         checks.integer(op, "block", block)
+        if device is not None:
+            checks.device(op, "device", device)
         if generator is not None:
             if not isinstance(generator, torch.Generator):
                 raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
-            if device is not None and torch.device(device).type != generator.device.type:
+            if device is not None and not _on(generator, torch.device(device)):
                 raise ValueError(f"{op}: generator is on {generator.device}, expected device {device}")
-    if device is None and generator is not None:
+    if generator is not None:
         device = generator.device
     rows, columns = -(-height // block), -(-width // block)
     noise = torch.empty(batch, rows, columns, device=device, dtype=torch.float32).uniform_(generator=generator)
     return _forward(noise, height, width, ratio, block)
+
+
+def _on(generator, device):
+    """Whether a generator is on a device; one without an index may be any of its type."""
+    indices = {generator.device.index, device.index} - {None}
+    return generator.device.type == device.type and len(indices) < 2

@@ -50,6 +50,9 @@ def upsample_cross_entropy(logits, target, *, align_corners=False):
     Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target, reduction="none")`, but the
     full-resolution logits exist neither in forward nor in backward.
 
+    Equal for finite logits: one that is not finite may turn all losses of its image, and its whole gradient, to NaN.
+    Switch a class off by a large negative number: -inf is NaN in `F.interpolate` as well, wherever a weight is zero.
+
     Args:
         logits: (B, K, h, w), contiguous or channels-last; float16, bfloat16, float32 or float64.
         target: (B, H, W) uint8, int32 or int64; values outside [0, K) are ignored. H and W need not exceed h and w.

@@ -44,7 +44,7 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
     batch, length, channels = tokens.shape
     share = grad_mean / count.clamp(min=1)[..., None]
     table = torch.zeros(batch, 2 * num_classes + 1, channels, dtype=features.dtype, device=features.device)
-    table[:, :-1] = share.view(batch, 2 * num_classes, channels)
+    table[:, :-1] = share.reshape(batch, 2 * num_classes, channels)
     grad = table.flatten(0, 1).index_select(0, _segments(labels, masked, num_classes)).view(batch, length, channels)
     if features.dim() == 4:
         grad = grad.transpose(1, 2).unflatten(2, features.shape[2:])

@@ -14,7 +14,7 @@ def random_mask_forward(noise, height, width, ratio, block):
     """
     batch, rows, columns = noise.shape
     order = noise.reshape(batch, rows * columns).argsort(dim=1, stable=True)
-    first = torch.arange(rows * columns, device=noise.device) < round(ratio * rows * columns)
+    first = torch.arange(rows * columns, device=noise.device) < round(ratio * (rows * columns))
     blocks = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, first.expand_as(order))
     pixels = blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, block, -1, block)
     pixels = pixels.reshape(batch, rows * block, columns * block)
