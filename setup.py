@@ -38,6 +38,7 @@ setup(
         "numpy",
         "torchvision",
         "timm>=1.0.20",
+        "safetensors",
         "Pillow",
         "PyYAML",
         "pydantic>=2",

@@ -1,6 +1,7 @@
 """Encoders of timm and where their weights come from."""
 
 import difflib
+import logging
 import re
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def create_encoder(name, weights, *, strides):
     options = dict(features_only=True, output_stride=strides[-1])
     options["out_indices"] = _map_indices(name, strides, options)
     if weights == "timm":
+        hub = logging.getLogger("huggingface_hub")
+        level = hub.level
+        hub.setLevel(logging.ERROR)  # it warns of every retry
         try:
             return timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # the network, the hub, a proxy, a full disk: each raises its own kind
@@ -36,6 +40,8 @@ def create_encoder(name, weights, *, strides):
                 f"model.weights: timm could not fetch the weights of {name} ({_brief(error)}); give a file as "
                 "--model.weights PATH, or start from random weights with --model.weights none"
             ) from error
+        finally:
+            hub.setLevel(level)
     encoder = timm.create_model(name, pretrained=False, **options)
     if weights != "none":
         _load_file(encoder, name, Path(weights))
