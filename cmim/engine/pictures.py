@@ -51,7 +51,7 @@ def _square(image, label, side):
 
 def _masked_columns(objective, images, pseudo, chosen, config):
     """The masked image and its reconstruction: visible tokens as they are, hidden ones as decoded from their own class,
-    grey where the class is unknown or has no visible token in the image."""
+    still masked where the class is unknown or has no visible token in the image."""
     stride, net = token_stride(config), objective.net
     height, width = images.shape[-2] // stride, images.shape[-1] // stride
     masked = [
@@ -75,9 +75,9 @@ def _masked_columns(objective, images, pseudo, chosen, config):
     has_visible = (count[:, :, 0] > 0).gather(1, tokens.flatten(1).clamp(min=0).long()).view_as(masked)
     known = masking.to_pixels(has_visible & (tokens >= 0), stride)[:, None]
     hidden = masking.to_pixels(masked, stride)[:, None]
-    decoded = torch.where(known, _denormalise(decoded, net), GREY)
-    both = torch.where(hidden, decoded, images.float())
-    return {"masked": [to_array(_denormalise(s[None], net)[0]) for s in seen], "reconstruction": [to_array(b) for b in both]}
+    seen = _denormalise(seen, net)
+    both = torch.where(hidden & known, _denormalise(decoded, net), seen)
+    return {"masked": [to_array(image) for image in seen], "reconstruction": [to_array(image) for image in both]}
 
 
 def _denormalise(images, net):
