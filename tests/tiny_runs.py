@@ -13,7 +13,7 @@ TINY = {
     "data.shapes.labelled": 6, "data.shapes.unlabelled": 8, "data.shapes.val": 3, "data.shapes.test": 4,
     "model.decoder_width": 16, "model.low_level_width": 8,
     # Every pixel has a pseudo-label and every pair counts, so that no term is empty after a few steps.
-    "method.tau": 0, "mim.tau": 0, "mim.ramp": 0, "centroids.min_tokens": 1,
+    "method.tau": 0, "mim.tau": 0, "mim.start": 0, "mim.ramp": 0, "centroids.min_tokens": 1,
     "reconstruction.width": 16, "reconstruction.depth": 1,
     "train.device": "cpu", "train.steps": 2, "train.log_every": 1, "train.labelled_batch": 2, "train.unlabelled_batch": 2,
 }  # fmt: skip
