@@ -20,7 +20,7 @@ check: .venv/installed-test
 
 # The README's tables: every preset on every seed, then mean and spread.
 shapes-table: .venv/installed
-	$(BIN)/python -m cmim.compare --output runs/shapes-table --presets supervised fixmatch mim cmim --seeds $(SEEDS) --jobs $(JOBS)
+	$(BIN)/python -m cmim.compare --output runs/shapes-table --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS)
 
 camvid-table: .venv/installed
 	@test -d "$(DATA)/train" || { echo "error: name the folder of CamVid: make camvid-table DATA=PATH"; exit 2; }
