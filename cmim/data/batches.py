@@ -133,8 +133,11 @@ def evaluation_loader(image_set, settings, batch, workers):
 
 def default_workers():
     """The cores of this process but one, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, 8)
+    return min(available_cores() - 1, 8)
+
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Evaluation(Dataset):

@@ -1,15 +1,22 @@
 """Where and how a run computes: device, autocast, memory layout."""
 
+import os
+
 import torch
 
+from cmim.data.batches import available_cores
 from cmim.errors import UserError
 
 
 def choose_device(name):
+    """The device of `train.device`. On the CPU, a core is left to the loader unless OMP_NUM_THREADS says otherwise:
+    OpenMP threads wait for one another after every operation, so one that shares its core holds up all."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, available_cores() - 1))
     return torch.device(name)
 
 
