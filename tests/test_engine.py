@@ -15,6 +15,7 @@ from cmim.config import config_from, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches
 from cmim.engine import checkpoint, logging
+from cmim.engine.device import choose_device
 from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Confusion, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
@@ -203,3 +204,16 @@ def test_workers_change_nothing(tmp_path):
     first, second = (checkpoint.load(run.last)["objective"] for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads(runs[0].result.read_text()) == json.loads(runs[1].result.read_text())
+
+
+def test_the_cpu_leaves_a_core_to_the_loader(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr("cmim.engine.device.available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    choose_device("cpu")
+    monkeypatch.setattr("cmim.engine.device.available_cores", lambda: 1)
+    choose_device("cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    choose_device("cpu")
+    assert asked == [7, 1]
