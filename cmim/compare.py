@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cmim.config import default_config_path, load_config
+from cmim.data.batches import available_cores
 from cmim.engine.command import CommandLine
 from cmim.engine.logging import console
 from cmim.engine.run import Run, changed_setting, write_text
@@ -56,13 +57,14 @@ def train(given, overrides, preset, seed):
     settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
     if finished(Run(folder), load_config(given.config, settings)):
         return
-    threads = max(1, (os.cpu_count() or 1) // given.jobs)
     command = [sys.executable, "-m", "cmim.train", str(given.config), "--output", str(folder), "--resume", *settings]
-    if given.jobs > 1:
+    environment = dict(os.environ)
+    if given.jobs > 1:  # a share of the cores for each; a single run chooses for itself
         command += ["--data.workers", "0"]
+        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // given.jobs))
     started = time.perf_counter()
     with open(given.output / f"{preset}-{seed}.log", "a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
         last = Path(log.name).read_text().strip().splitlines()[-1:] or ["no output"]
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {last[0]} (see {log.name})")
