@@ -28,21 +28,20 @@ def load_config(path, overrides=()):
             settings that contradict each other.
     """
     values = _read_yaml(path)
-    config = _validate(values, path)  # before the overrides, so that an error names the file or the command line
-    if overrides:
-        for key, text in _pairs(overrides):
-            section = values
-            *parents, last = key.split(".")
-            for parent in parents:
-                if section.get(parent) is None:
-                    section[parent] = {}
-                section = section[parent]
-                if not isinstance(section, dict):
-                    raise UserError(f"--{key}: {parent} is a value, not a section")
-            section[last] = _parse(text, f"--{key}")
-        config = _validate(values, "command line")
-    _check(config)
-    return config
+    if not overrides:
+        return config_from(values, path)
+    _validate(values, path)  # before the overrides, so that an error names the file or the command line
+    for key, text in _pairs(overrides):
+        section = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"--{key}: {parent} is a value, not a section")
+        section[last] = _parse(text, f"--{key}")
+    return config_from(values, "command line")
 
 
 def config_from(values, source):
