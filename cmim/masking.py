@@ -7,7 +7,7 @@ A mask M is (B, h, w) bool on the token grid, true where a token is hidden. The 
 import torch
 from torch import nn
 
-from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.data.datasets import IGNORED
 from cmim.randomness import uniform
 
 
@@ -22,20 +22,21 @@ class Fill(nn.Module):
     """fill(v, M): hidden pixels of normalised images get one colour.
 
     kind: `mean` (the mean colour of the data, which is zero after normalisation), `black`, or `learned`.
+    mean, std: of each channel, that images are normalised with.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind, mean, std):
         super().__init__()
-        black = -torch.tensor(MEAN) / torch.tensor(STD)
-        colour = black if kind == "black" else torch.zeros(3)
+        black = -torch.tensor(mean) / torch.tensor(std)
+        colour = black if kind == "black" else torch.zeros(len(mean))
         if kind == "learned":
             self.colour = nn.Parameter(colour)
         else:
             self.register_buffer("colour", colour, persistent=False)
 
     def forward(self, images, hidden):
-        """images (B, 3, H, W) float, hidden (B, H, W) bool."""
-        return torch.where(hidden[:, None], self.colour.view(1, 3, 1, 1), images)
+        """images (B, channels, H, W) float, hidden (B, H, W) bool."""
+        return torch.where(hidden[:, None], self.colour.view(1, -1, 1, 1), images)
 
 
 def per_class_mask(labels, keys, num_classes, ratio, block):

@@ -34,12 +34,12 @@ import torch
 from torch import nn
 
 from cmim import masking
-from cmim.data.datasets import IGNORED, MEAN, STD
+from cmim.data.datasets import IGNORED
 from cmim.diagnostics import coverage, mean_colour_error, separation
 from cmim.models.reconstruction import build_reconstruction
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
 from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
-from cmim.settings import token_stride, uses_masking, uses_unlabelled
+from cmim.settings import normalisation, token_stride, uses_masking, uses_unlabelled
 from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
 
 
@@ -80,12 +80,13 @@ class Objective(nn.Module):
     def __init__(self, config, num_classes):
         super().__init__()
         self.config, self.num_classes = config, num_classes
-        self.net = build_segmenter(config.model, num_classes)
+        self.mean, self.std = normalisation(config.data)
+        self.net = build_segmenter(config.model, num_classes, self.mean, self.std)
         if config.teacher.kind == "ema":
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
         if uses_masking(config):
             self.class_wise = config.method.preset == "cmim"
-            self.fill = masking.Fill(config.mask.fill)
+            self.fill = masking.Fill(config.mask.fill, self.mean, self.std)
             self.reconstruction = build_reconstruction(
                 config.reconstruction,
                 self.net.feature_channels if config.reconstruction.tokens == "decoder" else self.net.encoder_channels,
@@ -234,7 +235,8 @@ class Objective(nn.Module):
         target = dict(
             image=views.image, masked=masked, labels=torch.where(visible, groups, -1), num_classes=num_groups,
             patch_size=token_stride(config), distance=config.reconstruction.distance,
-            normalize=config.reconstruction.normalize, balance=config.reconstruction.balance, mean=MEAN, std=STD,
+            normalize=config.reconstruction.normalize, balance=config.reconstruction.balance,
+            mean=self.mean, std=self.std,
         )  # fmt: skip
         patches = masked_patch_loss(prediction, **target)
         pix = Ratio(patches.class_sum, patches.class_count)

@@ -9,6 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cmim.models.geometry import geometry
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of red, green and blue in [0, 1]."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -26,9 +32,13 @@ class ShapesSettings(Section):
 
 
 class DataSettings(Section):
-    format: Literal["shapes", "folder"] = "folder"
-    """`shapes`: drawn on the fly. `folder`: train/, val/, test/ with images/ and masks/, optionally unlabeled/."""
+    format: Literal["shapes", "folder", "voc", "cityscapes", "coco", "ade20k"] = "folder"
+    """`shapes`: drawn on the fly. `folder`: train/, val/, test/ with images/ and masks/, optionally unlabeled/. The others:
+    benchmarks as they are distributed."""
     root: Path | None = None
+    split: Path | None = None
+    """Folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK` under `root` (UniMatch's split files); val.txt, and
+    test.txt if there is one, lie beside them or one folder up. Without it, `labelled` divides the training images."""
     classes: list[str] | Positive | None = None
     """Names or number of the classes; by default read from ROOT/classes.txt, one name a line."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
@@ -37,6 +47,11 @@ class DataSettings(Section):
     """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
     background: Annotated[int, Field(ge=0)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
+    channels: Positive = 3
+    """Of the images; 1 for grey ones, 4 for RGB and one more, any number from .npy files of (H, W, channels) uint8."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, of values in [0, 1]; by default ImageNet's (for other than 3 channels the mean of those three)."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled."""
@@ -56,30 +71,41 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    arch: Literal["deeplabv3plus"] = "deeplabv3plus"
+    arch: str = "deeplabv3plus"
+    """`deeplabv3plus`; `dpt`, on a plain vision transformer; or `smp:ARCH/ENCODER`, a network of
+    segmentation_models_pytorch, such as smp:upernet/tu-convnext_tiny."""
     encoder: str = "resnet101s.gluon_in1k"
-    """A timm model that can return features at strides 4 and `output_stride`."""
+    """A timm model: for deeplabv3plus one with features at strides 4 and `output_stride`, for dpt a DINOv2 or DINOv3."""
     weights: str = "timm"
-    """`timm`: pretrained weights of the encoder, fetched by timm; `none`: random; else a file (.pt or .safetensors)."""
+    """`timm`: pretrained weights of the encoder, fetched; `none`: random; else a file (.pt or .safetensors)."""
+    init_from: Path | None = None
+    """Warm start: the checkpoint of a run (.pt). A head of other classes is left as it is initialised."""
+    freeze_encoder: bool = False
+    """The encoder does not learn, and its BatchNorm layers keep their statistics."""
     output_stride: Literal[8, 16] = 16
+    """Of deeplabv3plus, like the next two."""
     atrous_rates: tuple[Positive, ...] = (6, 12, 18)
-    decoder_width: Positive = 256
     low_level_width: Positive = 48
+    decoder_width: Positive | None = None
+    """By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384, by the width of the encoder, as in UniMatch V2."""
 
 
 class OhemSettings(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
-    min_kept: Positive = 200_000
+    min_kept: Positive = 800_000
+    """Pixels of the labelled batch (of all processes) that count at least."""
 
 
 class MethodSettings(Section):
-    preset: Literal["supervised", "fixmatch", "unimatch", "mim", "cmim"] = "cmim"
+    preset: Literal["supervised", "fixmatch", "unimatch", "unimatch_v2", "mim", "cmim"] = "cmim"
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
     """Probability of a CutMix box in a strong view."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Channel dropout of the feature-perturbed view."""
+    complementary: bool = True
+    """In unimatch_v2: the two strong views of half of the images see complementary halves of the encoder's channels."""
     ohem: OhemSettings | None = None
     """Online hard example mining in the supervised term."""
 
@@ -147,6 +173,8 @@ class OptimizerSettings(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.001
     """Of the encoder."""
+    lr_batch: Positive = 8
+    """Labelled images of a step that `lr` is meant for; with another number of them it is scaled in proportion."""
     head_lr_factor: Annotated[float, Field(gt=0)] = 10.0
     """Everything but the encoder learns at lr x this."""
     momentum: Fraction = 0.9
@@ -155,8 +183,12 @@ class OptimizerSettings(Section):
 
 
 class TrainSettings(Section):
-    steps: Positive = 40_000
+    steps: Positive | None = None
+    """Optimiser steps; 40,000 where `epochs` is not given either."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the unlabelled images, instead of `steps`; the same number of steps for every preset."""
     labelled_batch: Positive = 8
+    """Labelled images of a step over all processes; each takes its part."""
     unlabelled_batch: Positive = 8
     accumulate: Positive = 1
     """Micro-batches of the above sizes per optimiser step; every micro-batch has its own denominators."""
@@ -176,7 +208,17 @@ class EvaluationSettings(Section):
     weights: Literal["teacher", "student"] = "teacher"
     """Which weights are evaluated, chosen and exported where the teacher is an EMA."""
     batch: Positive = 8
-    """Images of equal size that are evaluated together."""
+    """Images of equal size, or windows, that are evaluated together."""
+    mode: Literal["whole", "slide"] = "whole"
+    """`slide`: windows of `window` pixels every `stride` pixels, their class probabilities averaged."""
+    window: Positive | None = None
+    """Side of a window; by default data.crop."""
+    stride: Positive | None = None
+    """By default two thirds of the window."""
+    flip: bool = False
+    """Average with the prediction of the mirrored image."""
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    """Average the predictions of the image at these scales."""
 
 
 class Config(Section):
@@ -194,9 +236,19 @@ class Config(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
+def normalisation(data):
+    """Mean and standard deviation of each channel, of values in [0, 1], of a `DataSettings`."""
+    if data.channels == 3:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        mean, std = ((sum(v) / 3,) * data.channels for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return data.mean or mean, data.std or std
+
+
 def token_stride(config):
     """Pixels per side of a token, which is also the patch that is reconstructed from it."""
-    return 4 if config.reconstruction.tokens == "decoder" else config.model.output_stride
+    form = geometry(config.model)
+    return form.feature_stride if config.reconstruction.tokens == "decoder" else form.encoder_stride
 
 
 def uses_unlabelled(config):

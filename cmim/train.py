@@ -28,7 +28,7 @@ from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
-from cmim.engine.schedule import poly, ramp
+from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.errors import UserError, run_command
 from cmim.models.reconstruction import receptive_warning
 from cmim.objective import Objective
@@ -40,6 +40,7 @@ class Trainer:
 
     def __init__(self, config, splits, run):
         self.config, self.splits, self.run = config, splits, run
+        self.steps = total_steps(config.train, len(splits.unlabelled))
         self.device = choose_device(config.train.device)
         self.dtype = choose_precision(config.train.precision, self.device)
         torch.manual_seed(config.seed)
@@ -58,16 +59,16 @@ class Trainer:
     def train(self):
         config, settings = self.config, self.config.train
         batches, micro = TrainBatches(self.splits, config), settings.accumulate
-        loader = iter(train_loader(batches, self.step * micro, settings.steps * micro, self.workers()))
+        loader = iter(train_loader(batches, self.step * micro, self.steps * micro, self.workers()))
         images = settings.labelled_batch + settings.unlabelled_batch * uses_unlabelled(config)
-        log = RunLog(self.run, self.step, settings.steps, images, self.device)
-        while self.step < settings.steps:
+        log = RunLog(self.run, self.step, self.steps, images, self.device)
+        while self.step < self.steps:
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
             report = self.due("log_every") or picture or save or evaluate
-            weight = ramp(self.step, settings.steps, config.mim.start, config.mim.ramp)
+            weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
             weight = None if weight is None else torch.full((), weight, device=self.device)
-            factor = poly(self.step, settings.steps, config.optimizer.poly_power)
+            factor = poly(self.step, self.steps, config.optimizer.poly_power)
             set_learning_rate(self.optimizer, factor)
             norms = {}
 
@@ -103,7 +104,7 @@ class Trainer:
 
     def due(self, every):
         """Whether the coming step ends an interval of this setting; the last step ends all."""
-        return (self.step + 1) % getattr(self.config.train, every) == 0 or self.step + 1 == self.config.train.steps
+        return (self.step + 1) % getattr(self.config.train, every) == 0 or self.step + 1 == self.steps
 
     def workers(self):
         return default_workers() if self.config.data.workers is None else self.config.data.workers
@@ -186,8 +187,8 @@ class Trainer:
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.step, self.best_miou = state["step"], state["best_miou"]
-        if self.step > self.config.train.steps:
-            raise UserError(f"train.steps is {self.config.train.steps}, but {self.run.last} is at step {self.step}")
+        if self.step > self.steps:
+            raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
         console.print(f"continuing {self.run.folder} at step {self.step}")
 
 

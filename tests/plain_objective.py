@@ -45,10 +45,10 @@ class TinyDecoder(nn.Module):
         return self.fuse(torch.cat([low, F.interpolate(deep, size=low.shape[-2:])], dim=1))
 
 
-def tiny_segmenter(settings, num_classes):
+def tiny_segmenter(settings, num_classes, mean, std):
     torch.manual_seed(0)
     net = Segmenter(
-        TinyEncoder(), TinyDecoder(), num_classes,
+        TinyEncoder(), TinyDecoder(), num_classes, mean=mean, std=std,
         feature_channels=8, feature_stride=4, encoder_channels=10, encoder_stride=8,
     )  # fmt: skip
     net.head.weight.data *= 4  # confidences of many sizes

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmim.masking import Fill, isolate_class, per_class_mask, to_pixels
+from cmim.settings import IMAGENET_MEAN, IMAGENET_STD
 
 
 def keys(count, seed=0):
@@ -95,7 +96,7 @@ def test_to_pixels():
 )
 def test_fill(kind, pixel):
     """Hidden pixels get the colour `pixel` of the scale [0, 1], and nothing of an image comes through."""
-    fill = Fill(kind)
+    fill = Fill(kind, IMAGENET_MEAN, IMAGENET_STD)
     g = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 4, 4, generator=g).requires_grad_()
     hidden = torch.rand(2, 4, 4, generator=g) < 0.5

@@ -134,7 +134,7 @@ def test_a_finished_run_ends_again_with_the_same_result_and_more_steps_continue_
     assert read_metrics(run)[:3] == lines[:3]
 
     config = run.config.read_text()
-    with pytest.raises(UserError, match=r"train.steps is 3, but .*last.pt is at step 4"):
+    with pytest.raises(UserError, match=r"the run has 3 steps, but .*last.pt is at step 4"):
         train.main(["--output", str(run.folder), "--resume", "--train.steps", "3"])
     assert run.config.read_text() == config
 

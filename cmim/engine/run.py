@@ -12,7 +12,7 @@ from cmim.config import dump_config, load_config
 from cmim.engine import checkpoint
 from cmim.errors import UserError
 from cmim.models.segmenter import Segmenter, build_segmenter
-from cmim.settings import Config
+from cmim.settings import Config, normalisation
 
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "device"), ("data", "workers"))
@@ -127,7 +127,8 @@ def load_trained(folder, which, overrides=()):
         weights = {k.removeprefix(prefix): v for k, v in state["objective"].items() if k.startswith(prefix)}
     else:
         weights = state["net"]
-    net = build_segmenter(config.model.model_copy(update={"weights": "none"}), len(state["class_names"]))
+    model = config.model.model_copy(update={"weights": "none", "init_from": None})
+    net = build_segmenter(model, len(state["class_names"]), *normalisation(config.data))
     checkpoint.load_into(net, weights, path)
     if config.train.channels_last:  # as in training: another layout may round differently
         net.to(memory_format=torch.channels_last)

@@ -1,4 +1,11 @@
-"""What changes with the step: learning rate and weight of the masked terms."""
+"""How long a run is, and what changes with the step: learning rate and weight of the masked terms."""
+
+
+def total_steps(settings, unlabelled):
+    """Optimiser steps of a `TrainSettings`; an epoch is the whole steps that `unlabelled` images are enough for."""
+    if settings.epochs is None:
+        return settings.steps or 40_000
+    return max(1, round(settings.epochs * (unlabelled // (settings.unlabelled_batch * settings.accumulate))))
 
 
 def poly(step, steps, power):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cmim.data.datasets import MEAN, STD
 from cmim.models.deeplabv3plus import DeepLabV3PlusDecoder
 from cmim.models.weights import create_encoder
 
@@ -18,6 +17,7 @@ class Segmenter(nn.Module):
         encoder: (B, 3, H, W) -> maps, shallowest first.
         decoder: those maps -> one feature map (B, `feature_channels`, h, w).
         num_classes: number of classes K.
+        mean, std: of each channel of the images, of values in [0, 1].
         feature_channels, feature_stride: channels of the decoder's feature map, and pixels per side of its cells.
         encoder_channels, encoder_stride: the same of the encoder's deepest map.
 
@@ -28,14 +28,16 @@ class Segmenter(nn.Module):
     align_corners = True
     """How the logits are upsampled to pixels: bilinear with corners aligned."""
 
-    def __init__(self, encoder, decoder, num_classes, *, feature_channels, feature_stride, encoder_channels, encoder_stride):
+    def __init__(
+        self, encoder, decoder, num_classes, *, mean, std, feature_channels, feature_stride, encoder_channels, encoder_stride
+    ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.head = nn.Conv2d(feature_channels, num_classes, 1)
         self.feature_channels, self.feature_stride = feature_channels, feature_stride
         self.encoder_channels, self.encoder_stride = encoder_channels, encoder_stride
-        for name, values in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def normalise(self, images):
         """uint8 images (B, 3, H, W) as the encoder expects them: float32, (x / 255 - mean) / std."""
@@ -58,18 +60,19 @@ class Segmenter(nn.Module):
         return self.classify(self.decode(self.encode(images)))
 
 
-def build_segmenter(settings, num_classes):
-    """The network of a `ModelSettings`.
+def build_segmenter(settings, num_classes, mean, std):
+    """The network of a `ModelSettings`, for images with the channels of `mean` and `std`.
 
     Raises:
         UserError: the encoder is unknown or has no maps at the wanted strides; its weights are missing or do not fit.
     """
     encoder = create_encoder(settings.encoder, settings.weights, strides=(4, settings.output_stride))
     low_level_channels, encoder_channels = encoder.feature_info.channels()
+    width = settings.decoder_width or 256
     decoder = DeepLabV3PlusDecoder(
         encoder_channels,
         low_level_channels,
-        width=settings.decoder_width,
+        width=width,
         low_level_width=settings.low_level_width,
         atrous_rates=settings.atrous_rates,
     )
@@ -77,7 +80,9 @@ def build_segmenter(settings, num_classes):
         encoder,
         decoder,
         num_classes,
-        feature_channels=settings.decoder_width,
+        mean=mean,
+        std=std,
+        feature_channels=width,
         feature_stride=4,
         encoder_channels=encoder_channels,
         encoder_stride=settings.output_stride,

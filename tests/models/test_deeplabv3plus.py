@@ -5,12 +5,12 @@ from torch import nn
 
 from cmim.models.deeplabv3plus import AtrousPyramid, DeepLabV3PlusDecoder
 from cmim.models.segmenter import build_segmenter
-from cmim.settings import ModelSettings
+from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 
 def tiny(encoder="test_byobnet", output_stride=16, **options):
     settings = dict(weights="none", decoder_width=8, low_level_width=4, atrous_rates=(1, 2)) | options
-    return build_segmenter(ModelSettings(encoder=encoder, output_stride=output_stride, **settings), 3)
+    return build_segmenter(ModelSettings(encoder=encoder, output_stride=output_stride, **settings), 3, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def parameters(module):
@@ -36,7 +36,7 @@ def test_parameter_count_of_the_published_network():
     head = 256 * 21 + 21
 
     with torch.device("meta"):
-        net = build_segmenter(ModelSettings(weights="none"), 21)
+        net = build_segmenter(ModelSettings(weights="none"), 21, IMAGENET_MEAN, IMAGENET_STD)
     assert parameters(net.encoder) == encoder == 42_623_936
     assert parameters(net.decoder) == pyramid + fuse
     assert parameters(net) == encoder + pyramid + fuse + head == 59_468_085
@@ -45,7 +45,7 @@ def test_parameter_count_of_the_published_network():
 
 def test_the_last_stage_trades_stride_for_dilation():
     with torch.device("meta"):
-        net = build_segmenter(ModelSettings(encoder="resnet50s", weights="none"), 2)
+        net = build_segmenter(ModelSettings(encoder="resnet50s", weights="none"), 2, IMAGENET_MEAN, IMAGENET_STD)
     layer4 = [m for n, m in net.encoder.named_modules() if n.startswith("layer4") and n.endswith("conv2")]
     assert [(m.stride, m.dilation) for m in layer4] == [((1, 1), (1, 1)), ((1, 1), (2, 2)), ((1, 1), (2, 2))]
     layer3 = [m for n, m in net.encoder.named_modules() if n.startswith("layer3") and n.endswith("conv2")]

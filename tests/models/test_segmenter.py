@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
-from cmim.settings import ModelSettings
+from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 TINY = ModelSettings(encoder="test_byobnet", weights="none", decoder_width=8, low_level_width=4, atrous_rates=(1, 2))
 
@@ -75,7 +75,7 @@ def buffers(net):
 
 
 def test_parts_compose(images):
-    net = build_segmenter(TINY, 5).eval()
+    net = build_segmenter(TINY, 5, IMAGENET_MEAN, IMAGENET_STD).eval()
     assert [n for n, _ in net.named_children()] == ["encoder", "decoder", "head"]
     maps = net.encode(images)
     assert isinstance(maps, tuple) and maps[-1].shape == (2, net.encoder_channels, 4, 4)
@@ -210,7 +210,7 @@ def test_modes_inside_a_compiled_graph(backend):
 
 def test_the_whole_segmenter_compiles(images):
     torch._dynamo.reset()
-    net = build_segmenter(TINY, 3).double()
+    net = build_segmenter(TINY, 3, IMAGENET_MEAN, IMAGENET_STD).double()
     eager = copy.deepcopy(net)
     images = images.double()
 
