@@ -25,17 +25,17 @@ def mean_colour_error(images, target):
     own mean, which is zero.
 
     Args:
-        images: (B, 3, H, W) normalised.
+        images: (B, channels, H, W) normalised.
         target: the keyword arguments of the loss but the prediction.
     """
     patch = target["patch_size"]
-    batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
     if target["normalize"]:
-        guess = images.new_zeros(batch, (height // patch) * (width // patch), 3 * patch**2)
+        guess = images.new_zeros(batch, (height // patch) * (width // patch), channels * patch**2)
     else:
         colours = F.avg_pool2d(images, patch).flatten(2).transpose(1, 2)
         centroids = class_centroids(colours.contiguous(), target["labels"], target["masked"], target["num_classes"])
-        index = target["labels"].clamp(min=0).long()[:, :, None].expand(-1, -1, 3)
+        index = target["labels"].clamp(min=0).long()[:, :, None].expand(-1, -1, channels)
         guess = centroids.mean[:, :, 0].gather(1, index).repeat(1, 1, patch**2)
     return masked_patch_loss(guess, **target).loss
 

@@ -10,10 +10,11 @@ padding. u_s and its p, conf and valid are cut together by CutMix.
     L_strong = sum CE(f(u_s), p) [conf >= tau]         / number of valid pixels
     L_fp     = sum CE(f_dropout(u_w), p) [conf >= tau] / number of valid pixels
 
-    supervised  L = L_sup
-    fixmatch    L = (L_sup + L_strong) / 2
-    unimatch    L = (L_sup + L_strong1 / 4 + L_strong2 / 4 + L_fp / 2) / 2
-    mim, cmim   L = (L_sup + L_strong / 2 + L_fp / 2) / 2 + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
+    supervised   L = L_sup
+    fixmatch     L = (L_sup + L_strong) / 2
+    unimatch     L = (L_sup + L_strong1 / 4 + L_strong2 / 4 + L_fp / 2) / 2
+    unimatch_v2  L = (L_sup + L_strong1 / 2 + L_strong2 / 2) / 2, the two views with complementary channels dropped
+    mim, cmim    L = (L_sup + L_strong / 2 + L_fp / 2) / 2 + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
 
 Masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once
 more with the mask filled in, F and z are the features and logits of that pass, c_t the majority class of each token:
@@ -23,8 +24,9 @@ more with the mask filled in, F and z are the features and logits of that pass, 
     L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
 
 `mim` is `cmim` with every valid token in one class, for G, for L_feat and for balance; the tokens that L_pix counts
-are the same. Every term is S / max(1, n); a term without anything to count is a zero that is still connected to the
-graph.
+are the same. Every term is S / max(1, n), S and n over the batches of all processes; a term without anything to count is a zero that
+is still connected to the graph. With R processes each computes R S' / n of its own part S', so that the mean over
+processes, which DistributedDataParallel takes of the gradients, is the term.
 """
 
 from copy import deepcopy
@@ -36,9 +38,10 @@ from torch import nn
 from cmim import masking
 from cmim.data.datasets import IGNORED
 from cmim.diagnostics import coverage, mean_colour_error, separation
+from cmim.engine.distributed import all_gather, all_reduce
 from cmim.models.reconstruction import build_reconstruction
 from cmim.models.segmenter import batch_norm_mode, build_segmenter
-from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
+from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, drop_complementary, pseudo_labels
 from cmim.settings import normalisation, token_stride, uses_masking, uses_unlabelled
 from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
 
@@ -49,8 +52,9 @@ class Ratio(NamedTuple):
     total: torch.Tensor
     count: torch.Tensor
 
-    def value(self):
-        return (self.total / self.count.clamp(min=1)).sum() / (self.count > 0).sum().clamp(min=1)
+    def value(self, counts):
+        """With the n of all processes."""
+        return (self.total / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
 class MaskedViews(NamedTuple):
@@ -75,10 +79,13 @@ class Objective(nn.Module):
     batch: a dict of `cmim.data.batches.TrainBatches`.
     ramp: r(t), a scalar tensor; None before mim.start, where the masked pass is left out.
     diagnostics: also compute the figures that cost time, and keep what `gradient_norms` needs.
+
+    `ranks` is the number of processes that share a batch, each of which holds an equal part of it.
     """
 
     def __init__(self, config, num_classes):
         super().__init__()
+        self.ranks = 1
         self.config, self.num_classes = config, num_classes
         self.mean, self.std = normalisation(config.data)
         self.net = build_segmenter(config.model, num_classes, self.mean, self.std)
@@ -92,6 +99,7 @@ class Objective(nn.Module):
                 self.net.feature_channels if config.reconstruction.tokens == "decoder" else self.net.encoder_channels,
                 token_stride(config),
                 num_classes if self.class_wise else 1,
+                image_channels=len(self.mean),
             )
 
     def evaluated(self):
@@ -127,32 +135,38 @@ class Objective(nn.Module):
 
         # x and u_w share a pass; so do, in the decoder, the clean and the dropped-out features of u_w.
         u_w, strong = batch["weak_image"], batch["strong_image"]
-        maps = net.encode(net.normalise(torch.cat([x, u_w])))
-        perturbed = config.method.preset != "fixmatch"
+        preset, taught = config.method.preset, config.teacher.kind == "ema"
+        shared = [x] if taught and preset == "unimatch_v2" else [x, u_w]  # that preset has no other use for u_w
+        maps = net.encode(net.normalise(torch.cat(shared)))
+        perturbed = preset not in ("fixmatch", "unimatch_v2")
         if perturbed:
             dropped = drop_channels([m[len(x) :] for m in maps], batch["key"], config.method.dropout)
             maps = [torch.cat([m, d]) for m, d in zip(maps, dropped, strict=True)]
         feature = net.decode(maps)
-        sizes = [len(x), len(u_w)] + [len(u_w)] * perturbed
-        logits_x, logits_w, *logits_fp = net.classify(feature).split(sizes)
-        if config.teacher.kind == "ema":
+        logits_x, *logits_w = net.classify(feature).split([len(part) for part in shared + [u_w] * perturbed])
+        if taught:
             with torch.no_grad():
-                logits_w = self.teacher(net.normalise(u_w))
-        weak = pseudo_labels(logits_w, batch["valid"], net.align_corners)
+                weak = self.teacher(net.normalise(u_w))
+        else:
+            weak = logits_w[0]
+        weak = pseudo_labels(weak, batch["valid"], net.align_corners)
 
         # Every strong view has its own box; image and pseudo-label are cut together.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
         u_s = [image for image, *_ in mixed]
         strong_labels = [PseudoLabels(*rest) for _, *rest in mixed]
-        feature_s = net.decode(net.encode(net.normalise(torch.cat(u_s))))
+        maps = net.encode(net.normalise(torch.cat(u_s)))
+        if preset == "unimatch_v2" and config.method.complementary:
+            maps = drop_complementary(maps, batch["key"])
+        feature_s = net.decode(maps)
         logits_s = net.classify(feature_s).split(len(u_w))
 
         terms = {"sup": (0.5, self.supervised(logits_x, y))}
-        strong_weight = {"fixmatch": 0.5, "unimatch": 0.125}.get(config.method.preset, 0.25)
+        strong_weight = {"fixmatch": 0.5, "unimatch": 0.125}.get(preset, 0.25)
         for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
             terms[f"strong{i + 1}" if len(u_s) > 1 else "strong"] = (strong_weight, self.consistency(logits, labels))
         if perturbed:
-            terms["fp"] = (0.25, self.consistency(logits_fp[0], weak))
+            terms["fp"] = (0.25, self.consistency(logits_w[1], weak))
         figures = coverage(weak, config.method.tau, config.data.background)
         features = [feature, feature_s]
         if uses_masking(config) and ramp is not None:
@@ -164,13 +178,14 @@ class Objective(nn.Module):
 
     def supervised(self, logits, y):
         """L_sup; with OHEM only over pixels whose true class has a probability of at most the threshold, or at most
-        that of the min_kept-th hardest pixel if that is larger."""
+        that of the min_kept-th hardest pixel, of all processes, if that is larger."""
         error = upsample_cross_entropy(logits, y, align_corners=self.net.align_corners)
         counted = y < self.num_classes
         if self.config.method.ohem is not None:
             settings = self.config.method.ohem
             probability = torch.where(counted, torch.exp(-error.detach()), 1).flatten()
-            least = probability.kthvalue(min(settings.min_kept, probability.numel())).values
+            everyones = probability if self.ranks == 1 else all_gather(probability, self.ranks)
+            least = everyones.kthvalue(min(settings.min_kept, everyones.numel())).values
             counted = counted & (probability <= least.clamp(min=settings.threshold)).view_as(counted)
         return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
 
@@ -266,7 +281,13 @@ class Objective(nn.Module):
 
     def finish(self, terms, figures, features, diagnostics):
         """Divide every S by its n, weight, and add up."""
-        weighted = {name: weight * ratio.value() for name, (weight, ratio) in terms.items()}
+        counts = [ratio.count for _, ratio in terms.values()]
+        if self.ranks > 1:
+            counts = all_reduce(torch.cat([count.long() for count in counts])).split([len(count) for count in counts])
+        weighted = {
+            name: self.ranks * weight * ratio.value(count)
+            for (name, (weight, ratio)), count in zip(terms.items(), counts, strict=True)
+        }
         loss = torch.stack(list(weighted.values())).sum()
         if diagnostics:
             return Output(loss, weighted, figures, features)

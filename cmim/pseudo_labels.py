@@ -41,6 +41,23 @@ def cutmix(box, *tensors):
     return [torch.where(inside if t.dim() == 3 else inside[:, None], t[partner], t) for t in tensors]
 
 
+def drop_complementary(maps, keys):
+    """Complementary channel dropout of two strong views (UniMatch V2, Yang et al. 2024, arXiv 2410.10777).
+
+    For half of the images, drawn from their keys, view 1 loses a random half of the channels and view 2 the other half,
+    and what remains is doubled; the other images stay as they are. Maps of equal width lose the same channels.
+
+    Args:
+        maps: encoder maps (2 B, C, h, w), the first views of all images before the second ones.
+        keys: (B,) int64, one random key per image.
+    """
+    draws = uniform(keys, 1 + max(m.shape[1] for m in maps))
+    first = (draws[:, 1:] < 0.5) * 2.0
+    factors = torch.cat([first, 2 - first])
+    factors = torch.where((draws[:, :1] < 0.5).repeat(2, 1), factors, 1.0)
+    return [m * factors[:, : m.shape[1], None, None].to(m.dtype) for m in maps]
+
+
 def drop_channels(maps, keys, probability):
     """Channel dropout (Dropout2d) of encoder maps, each (B, C, h, w): whole channels become zero, the rest grow.
 

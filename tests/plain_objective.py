@@ -10,7 +10,7 @@ from cmim.config import config_from
 from cmim.masking import isolate_class, per_class_mask
 from cmim.models.reconstruction import decode_per_class
 from cmim.models.segmenter import Segmenter
-from cmim.pseudo_labels import drop_channels
+from cmim.pseudo_labels import drop_channels, drop_complementary
 from cmim.settings import token_stride, uses_masking
 from cmim_kernels import random_mask
 
@@ -98,7 +98,7 @@ def make_batch(config, seed=0, labelled=2, unlabelled=2):
     }
     if config.method.preset == "supervised":
         return batch
-    views = 2 if config.method.preset == "unimatch" else 1
+    views = 2 if config.method.preset in ("unimatch", "unimatch_v2") else 1
     valid = torch.ones(unlabelled, CROP, CROP, dtype=torch.bool)
     valid[0, 25:] = False
     box = torch.zeros(views, unlabelled, 4, dtype=torch.int64)
@@ -132,15 +132,16 @@ def plain_terms(objective, batch, ramp):
         return {"sup": supervised(net(normalise(x)), y, config.method.ohem)}
 
     u_w = batch["weak_image"]
-    clean = net.encode(normalise(torch.cat([x, u_w])))
+    taught = config.teacher.kind == "ema"
+    clean = net.encode(normalise(x if taught and preset == "unimatch_v2" else torch.cat([x, u_w])))
     both = clean
-    if preset != "fixmatch":
+    if preset not in ("fixmatch", "unimatch_v2"):
         dropped = drop_channels([m[len(x) :] for m in clean], batch["key"], config.method.dropout)
         both = [torch.cat(pair) for pair in zip(clean, dropped, strict=True)]
     logits = net.classify(net.decode(both))
     logits_x, logits_w, logits_fp = logits[: len(x)], logits[len(x) : len(x) + len(u_w)], logits[len(x) + len(u_w) :]
     judge = logits_w
-    if config.teacher.kind == "ema":
+    if taught:
         judge = objective.teacher.eval()(normalise(u_w))
     confidence, label = upsample(judge.detach()).softmax(1).max(1)
     weak = (label, confidence, batch["valid"])
@@ -152,12 +153,17 @@ def plain_terms(objective, batch, ramp):
             for old, new in zip(before, after, strict=True):
                 new[i][..., top:bottom, left:right] = old[i ^ 1][..., top:bottom, left:right]
         strong.append(after)
-    logits_s = net(normalise(torch.cat([view[0] for view in strong]))).split(len(u_w))
+    maps = net.encode(normalise(torch.cat([view[0] for view in strong])))
+    if preset == "unimatch_v2" and config.method.complementary:
+        maps = drop_complementary(maps, batch["key"])
+    logits_s = net.classify(net.decode(maps)).split(len(u_w))
 
     l_sup = supervised(logits_x, y, config.method.ohem)
     l_strong = [consistency(z, view[1:], tau) for z, view in zip(logits_s, strong, strict=True)]
     if preset == "fixmatch":
         return {"sup": l_sup / 2, "strong": l_strong[0] / 2}
+    if preset == "unimatch_v2":
+        return {"sup": l_sup / 2, "strong1": l_strong[0] / 4, "strong2": l_strong[1] / 4}
     l_fp = consistency(logits_fp, weak, tau)
     if preset == "unimatch":
         return {"sup": l_sup / 2, "strong1": l_strong[0] / 8, "strong2": l_strong[1] / 8, "fp": l_fp / 4}

@@ -29,6 +29,8 @@ CASES = [
     ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
     ("unimatch", {}),
     ("unimatch", {"teacher__kind": "ema", "method__dropout": 0.2}),
+    ("unimatch_v2", {"teacher__kind": "ema"}),
+    ("unimatch_v2", {"method__complementary": False}),
     ("mim", {}),
     ("mim", {"reconstruction__balance": "class", "centroids__distance": "l2", "mask__per_class": True}),
     ("mim", {"reconstruction__tokens": "encoder", "reconstruction__decoder": "attention"}),
@@ -115,6 +117,7 @@ UNLABELLED = {"weak_image", "strong_image", "box", "valid"}
         ("supervised", LABELLED),
         ("fixmatch", LABELLED | UNLABELLED),
         ("unimatch", LABELLED | UNLABELLED | {"key"}),
+        ("unimatch_v2", LABELLED | UNLABELLED | {"key"}),
         ("mim", LABELLED | UNLABELLED | {"key", "labelled_key", "labelled_mask", "weak_mask", "strong_mask"}),
     ],
 )

@@ -1,0 +1,87 @@
+"""Several processes compute what one process computes with the whole batch."""
+
+import pytest
+import torch
+
+from cmim import objective as objective_module
+from cmim.engine import distributed
+from cmim.models.batch_norm import synchronise_batch_norm
+from tests.plain_objective import CLASSES, OHEM, make_batch, make_config, make_objective, ramp, tiny_segmenter
+from tests.ranks import run_on_ranks
+
+CASES = [
+    ("supervised", {"method__ohem": OHEM | {"min_kept": 1200}}),
+    ("fixmatch", {}),
+    ("unimatch", {}),
+    ("unimatch_v2", {"teacher__kind": "ema", "method__tau": 0.4}),
+    ("mim", {"centroids__distance": "l2"}),
+    ("cmim", {"reconstruction__balance": "class", "mask__per_class": True}),
+    ("cmim", {"reconstruction__decoder": "attention", "mim__isolate": "input", "mim__batch_norm": "running"}),
+]
+
+
+def cases(compiled):
+    return [CASES[0], CASES[-1]] if compiled else CASES  # compiling takes its time
+
+
+def uneven_batch(config):
+    """Four labelled and four unlabelled images; what counts differs much between the first and the second half."""
+    batch = make_batch(config, seed=3, labelled=4, unlabelled=4)
+    batch["label"][0] = 255
+    batch["label"][1, :20] = 255
+    if "valid" in batch:
+        batch["valid"][0, 5:] = False
+        batch["valid"][1, :, 16:] = False
+    return batch
+
+
+def part_of(batch):
+    """This process's half, with images of every view."""
+    half = lambda name: name in ("strong_image", "box")  # noqa: E731 - the views come first there
+    return {
+        name: value.chunk(distributed.size(), dim=1 if half(name) else 0)[distributed.rank()] for name, value in batch.items()
+    }
+
+
+def step(objective, batch):
+    output = objective(batch, ramp(), diagnostics=True)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach()} | {k: v.detach() for k, v in output.terms.items()}, gradients
+
+
+def all_cases_of_a_process(compiled):
+    objective_module.build_segmenter = tiny_segmenter
+    answers = []
+    for preset, options in cases(compiled):
+        config = make_config(preset, **options)
+        torch.manual_seed(0)
+        objective = objective_module.Objective(config, CLASSES)
+        objective.ranks = distributed.size()
+        synchronise_batch_norm(objective.net)
+        run = torch.compile(objective, fullgraph=True, backend="aot_eager") if compiled else objective
+        losses, gradients = step(run, part_of(uneven_batch(config)))
+        mean = lambda value: distributed.sum_over_ranks(value.clone()) / distributed.size()  # noqa: E731
+        answers.append(
+            ({k: mean(v) for k, v in losses.items()}, {k.removeprefix("_orig_mod."): mean(v) for k, v in gradients.items()})
+        )
+    return answers
+
+
+@pytest.mark.parametrize("ranks, compiled", [(2, False), (2, True)])
+def test_losses_and_gradients_equal_those_of_one_process(ranks, compiled, tmp_path, monkeypatch):
+    answers = run_on_ranks(all_cases_of_a_process, ranks, tmp_path, compiled)
+    for i, (preset, options) in enumerate(cases(compiled)):
+        config = make_config(preset, **options)
+        torch.manual_seed(0)
+        losses, gradients = step(make_objective(monkeypatch, config), uneven_batch(config))
+        for answer in answers:
+            theirs, their_gradients = answer[i]
+            assert theirs.keys() == losses.keys() and all(value > 0 for value in losses.values())
+            for name, value in losses.items():
+                torch.testing.assert_close(theirs[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{preset} {n}: {m}")
+            assert their_gradients.keys() == gradients.keys()
+            for name, value in gradients.items():
+                torch.testing.assert_close(
+                    their_gradients[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{preset} {n}: {m}"
+                )
