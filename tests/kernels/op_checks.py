@@ -14,6 +14,10 @@ def check_registration(function, inputs, *, gradient=True):
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         assert_equal(run(compiled, inputs, gradient), run(function, inputs, gradient))
+    if gradient:
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_equal(run(compiled, inputs, False), run(function, inputs, False))
 
 
 def record_ops(function, inputs, gradient):

@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare
+from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable
 from cmim_kernels.reference import centroid_distance as reference
 
 
@@ -91,4 +91,4 @@ def centroid_distance(centroids, *, distance="cosine", detach="visible", min_tok
         checks.choice(op, "detach", detach, ("visible", "masked", "none"))
         checks.integer(op, "min_tokens", min_tokens)
     mean, count = centroids
-    return CentroidDistance(*_CentroidDistance.apply(mean, count, distance, detach, min_tokens))
+    return CentroidDistance(*differentiable(_CentroidDistance, mean, count, distance, detach, min_tokens))

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare
+from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import class_attention as reference
 
@@ -71,5 +71,5 @@ def class_attention(q, k, v, layout):
         checks.tensor(op, "k", k, dtypes=checks.FLOATS, shape=tuple(q.shape), like=q)
         checks.tensor(op, "v", v, dtypes=checks.FLOATS, shape=tuple(q.shape), like=q)
         check_layout(op, layout, batch=q.shape[0], tokens=q.shape[2], like=q)
-    out, _ = _ClassAttention.apply(q, k, v, layout.segment, layout.offsets)
+    out, _ = differentiable(_ClassAttention, q, k, v, layout.segment, layout.offsets)
     return out

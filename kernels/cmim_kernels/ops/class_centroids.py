@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare, empty_like_layout
+from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable, empty_like_layout
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import class_centroids as reference
 
@@ -85,7 +85,7 @@ def class_centroids(features, labels, masked, num_classes, *, layout=None):
     if checks.enabled():
         _check(features, labels, masked, num_classes, layout)
     order, offsets = (None, None) if layout is None else (layout.order, layout.offsets)
-    outputs = _ClassCentroids.apply(features, labels.flatten(1), masked.flatten(1), num_classes, order, offsets)
+    outputs = differentiable(_ClassCentroids, features, labels.flatten(1), masked.flatten(1), num_classes, order, offsets)
     return ClassCentroids(*outputs)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import declare
+from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import gather_class_tokens as reference
 
@@ -92,4 +92,6 @@ def gather_class_tokens(tokens, layout, *, mask_token=None, position=None, lengt
             if length > places:
                 raise ValueError(f"{op}: length is {length}, expected at most the number of tokens, {places}")
     length = tokens.shape[1] if length is None else length
-    return _GatherClassTokens.apply(tokens, layout.order, layout.inverse, layout.segment, mask_token, position, length)
+    return differentiable(
+        _GatherClassTokens, tokens, layout.order, layout.inverse, layout.segment, mask_token, position, length
+    )

@@ -28,6 +28,14 @@ def declare(schema, *, torch_backend, fake):
     return getattr(torch.ops.cmim_kernels, name).default
 
 
+def differentiable(function, *arguments):
+    """`function.apply(*arguments)` of an `autograd.Function`, or its forward alone where nobody asks for a gradient:
+    `torch.compile` fails on an `autograd.Function` with `setup_context` that none of whose inputs requires one."""
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+        return function.apply(*arguments)
+    return function.forward(*arguments)
+
+
 def empty_like_layout(x, dtype=None):
     """An uninitialised tensor of x's shape: channels-last where a 4-D x is channels-last, else contiguous.
 

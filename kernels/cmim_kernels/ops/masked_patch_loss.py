@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare, empty_like_layout
+from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable, empty_like_layout
 from cmim_kernels.reference import masked_patch_loss as reference
 
 
@@ -108,8 +108,8 @@ def masked_patch_loss(
     if mean is not None:
         mean, std = [float(m) for m in mean], [float(s) for s in std]
     return PatchLoss(
-        *_MaskedPatchLoss.apply(
-            pred, image, masked, labels, num_classes, patch_size, distance, normalize, balance, mean, std
+        *differentiable(
+            _MaskedPatchLoss, pred, image, masked, labels, num_classes, patch_size, distance, normalize, balance, mean, std
         )
     )
 

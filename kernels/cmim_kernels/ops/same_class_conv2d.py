@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import declare, empty_like_layout
+from cmim_kernels.ops.library import declare, differentiable, empty_like_layout
 from cmim_kernels.reference import same_class_conv2d as reference
 
 
@@ -77,4 +77,4 @@ def same_class_conv2d(x, labels, weight, bias=None, *, num_classes):
         if bias is not None:
             checks.tensor(op, "bias", bias, dtypes=checks.FLOATS, shape=(channels,), like=x)
         checks.integer(op, "num_classes", num_classes)
-    return _SameClassConv2d.apply(x, labels, weight, bias, num_classes)
+    return differentiable(_SameClassConv2d, x, labels, weight, bias, num_classes)

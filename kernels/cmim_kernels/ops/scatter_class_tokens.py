@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import declare
+from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference
 
@@ -88,4 +88,4 @@ def scatter_class_tokens(packed, layout, *, mask_token=None, position=None):
             checks.tensor(op, "mask_token", mask_token, dtypes=checks.FLOATS, shape=(channels,), like=packed)
         if position is not None:
             checks.tensor(op, "position", position, dtypes=checks.FLOATS, shape=(places, channels), like=packed)
-    return _ScatterClassTokens.apply(packed, layout.order, layout.inverse, mask_token, position)
+    return differentiable(_ScatterClassTokens, packed, layout.order, layout.inverse, mask_token, position)

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare, empty_like_layout
+from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable, empty_like_layout
 from cmim_kernels.reference import upsample_cross_entropy as reference
 
 
@@ -70,4 +70,4 @@ def upsample_cross_entropy(logits, target, *, align_corners=False):
         checks.tensor(op, "target", target, dtypes=checks.LABELS, shape=(logits.shape[0], "H", "W"), like=logits)
         checks.flag(op, "align_corners", align_corners)
         checks.upsampling(op, logits, target.shape[1:])
-    return _UpsampleCrossEntropy.apply(logits, target, align_corners)
+    return differentiable(_UpsampleCrossEntropy, logits, target, align_corners)
