@@ -1,11 +1,12 @@
-"""BatchNorm over the images of all processes."""
+"""BatchNorm over the images of all processes, and how it sees a pass."""
+
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmim.engine.distributed import all_reduce
-from cmim.models.segmenter import _snapshot
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -59,3 +60,54 @@ def synchronise_batch_norm(module):
             setattr(module, name, SyncBatchNorm2d(child))
         else:
             synchronise_batch_norm(child)
+
+
+@contextmanager
+def batch_norm_mode(net, mode):
+    """How the BatchNorm layers of a net in train mode see the passes inside the `with` block.
+
+    Args:
+        net: any module; layers of every kind but BatchNorm, and BatchNorm layers in eval mode, are left alone.
+        mode: `batch`: batch statistics, running ones untouched; `shared`: as in train mode, running statistics
+            updated; `running`: running statistics, as in eval mode.
+    """
+    if mode not in ("batch", "shared", "running"):
+        raise ValueError(f"batch_norm_mode: mode is {mode!r}, expected 'batch', 'shared' or 'running'")
+    layers = [m for m in _batch_norms(net) if m.training and m.track_running_stats]
+    buffers = [(m.running_mean, m.running_var) for m in layers]
+    copies = _snapshot([b for pair in buffers for b in pair]) if mode == "running" and layers else []
+    try:
+        for i, layer in enumerate(layers):
+            if mode == "batch":
+                # Momentum 0 would still count batches, and turn an infinite batch statistic into NaN.
+                layer.track_running_stats = False
+            elif mode == "running":
+                layer.training = False
+                layer.running_mean, layer.running_var = copies[2 * i], copies[2 * i + 1]
+        yield
+    finally:
+        for layer, (mean, variance) in zip(layers, buffers, strict=True):
+            if mode == "batch":
+                layer.track_running_stats = True
+            elif mode == "running":
+                layer.training = True
+                layer.running_mean, layer.running_var = mean, variance
+
+
+@torch.library.custom_op("cmim::snapshot", mutates_args=())
+def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies. Backward reads running statistics again, and by then a later pass in train mode may have changed them;
+    nothing warns. The op is opaque because a compiler drops a plain clone and reads the changed original."""
+    return [t.clone() for t in tensors]
+
+
+@_snapshot.register_fake
+def _(tensors):
+    return [torch.empty_like(t) for t in tensors]
+
+
+def _batch_norms(module):
+    """`module.modules()` would ask BatchNorm layers for children, which a compiler refuses once their flags changed."""
+    if isinstance(module, _BatchNorm):
+        return [module]
+    return [layer for child in module.children() for layer in _batch_norms(child)]

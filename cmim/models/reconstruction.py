@@ -15,13 +15,13 @@ from cmim_kernels.ops import checks
 class _ClassDecoder(nn.Module):
     """What the decoders share: the projection to `width`, the mask token, and the layers that predict the pixels."""
 
-    def __init__(self, in_channels, patch_size, num_classes, width, mask_token):
+    def __init__(self, in_channels, patch_size, num_classes, width, mask_token, image_channels):
         super().__init__()
         self.num_classes = num_classes
         self.project = nn.Linear(in_channels, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02) if mask_token else None
         self.norm = nn.LayerNorm(width)
-        self.predict = nn.Linear(width, patch_size * patch_size * 3)
+        self.predict = nn.Linear(width, patch_size * patch_size * image_channels)
 
     def forward(self, features, labels, masked):
         """Pixels of every token.
@@ -32,7 +32,7 @@ class _ClassDecoder(nn.Module):
             masked: (B, h, w) bool, the tokens whose pixels were hidden.
 
         Returns:
-            (B, h w, p p 3), a patch's entries in the order (row, column, channel); zero at ignored tokens.
+            (B, h w, p p c), a patch's entries in the order (row, column, channel); zero at ignored tokens.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).
@@ -65,12 +65,15 @@ class ClassConvDecoder(_ClassDecoder):
         depth: number of blocks.
         kernel_size: side of the depthwise convolution, odd.
         mask_token: replace the features of masked tokens by a learned token.
+        image_channels: channels c of the images.
     """
 
-    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, kernel_size, mask_token=True):
+    def __init__(
+        self, in_channels, patch_size, *, num_classes, width, depth, kernel_size, mask_token=True, image_channels=3
+    ):
         if kernel_size % 2 == 0:
             raise ValueError(f"ClassConvDecoder: kernel_size is {kernel_size}, expected an odd number")
-        super().__init__(in_channels, patch_size, num_classes, width, mask_token)
+        super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
         self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size) for _ in range(depth)])
 
     def mix(self, tokens, labels, masked):
@@ -110,16 +113,16 @@ class ClassAttentionDecoder(_ClassDecoder):
     """Pre-norm transformer blocks in which a token attends to the tokens of its own image and class.
 
     Args:
-        in_channels, patch_size, num_classes, width, depth, mask_token: as of `ClassConvDecoder`.
+        in_channels, patch_size, num_classes, width, depth, mask_token, image_channels: as of `ClassConvDecoder`.
         num_heads: attention heads; `width` is a multiple of it and of 4.
     """
 
-    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, num_heads, mask_token=True):
+    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, num_heads, mask_token=True, image_channels=3):
         if width % num_heads or width % 4:
             raise ValueError(
                 f"ClassAttentionDecoder: width is {width}, expected a multiple of num_heads {num_heads} and of 4"
             )
-        super().__init__(in_channels, patch_size, num_classes, width, mask_token)
+        super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
         self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads) for _ in range(depth)])
 
     def mix(self, tokens, labels, masked):
@@ -185,9 +188,12 @@ def decode_per_class(decoder, features, labels, masked):
     return pixels.flatten(1, 2)
 
 
-def build_reconstruction(settings, in_channels, patch_size, num_classes):
+def build_reconstruction(settings, in_channels, patch_size, num_classes, image_channels=3):
     """The decoder of a `ReconstructionSettings`."""
-    common = dict(num_classes=num_classes, width=settings.width, depth=settings.depth, mask_token=settings.mask_token)
+    common = dict(
+        num_classes=num_classes, width=settings.width, depth=settings.depth, mask_token=settings.mask_token,
+        image_channels=image_channels,
+    )  # fmt: skip
     if settings.decoder == "conv":
         return ClassConvDecoder(in_channels, patch_size, kernel_size=settings.kernel_size, **common)
     return ClassAttentionDecoder(in_channels, patch_size, num_heads=settings.num_heads, **common)

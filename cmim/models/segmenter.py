@@ -1,50 +1,73 @@
 """What every segmentation network offers here: an encoder, a decoder whose feature map others may use, and a head."""
 
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from cmim.models.deeplabv3plus import DeepLabV3PlusDecoder
-from cmim.models.weights import create_encoder
+from cmim.models.dpt import DPTDecoder, TransformerEncoder, decoder_widths
+from cmim.models.geometry import geometry
+from cmim.models.weights import create_encoder, create_transformer
+from cmim_kernels.ops import checks
 
 
 class Segmenter(nn.Module):
     """`encoder`, `decoder` and `head`, called one after the other, or one at a time to perturb what lies between.
 
     Args:
-        encoder: (B, 3, H, W) -> maps, shallowest first.
+        encoder: (B, c, H, W) -> maps, shallowest first.
         decoder: those maps -> one feature map (B, `feature_channels`, h, w).
         num_classes: number of classes K.
-        mean, std: of each channel of the images, of values in [0, 1].
+        mean, std: of each of the c channels of the images, of values in [0, 1].
         feature_channels, feature_stride: channels of the decoder's feature map, and pixels per side of its cells.
         encoder_channels, encoder_stride: the same of the encoder's deepest map.
+        size_multiple: sides of images must be multiples of it.
+        head: (B, feature_channels, h, w) -> (B, K, h, w); by default a 1 x 1 convolution.
 
-    Images are normalised floats of any size. Where a side is no multiple of the stride s, a map has ceil(H / s) rows
-    with most encoders, floor(H / s) with a patch stem (ConvNeXt).
+    Images are normalised floats. With a size_multiple of 1 they have any size: where a side is no multiple of the
+    stride s, a map has ceil(H / s) rows with most encoders, floor(H / s) with a patch stem (ConvNeXt).
     """
 
     align_corners = True
     """How the logits are upsampled to pixels: bilinear with corners aligned."""
 
     def __init__(
-        self, encoder, decoder, num_classes, *, mean, std, feature_channels, feature_stride, encoder_channels, encoder_stride
-    ):
+        self, encoder, decoder, num_classes, *, mean, std, feature_channels, feature_stride,
+        encoder_channels, encoder_stride, size_multiple=1, head=None,
+    ):  # fmt: skip
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.head = nn.Conv2d(feature_channels, num_classes, 1)
+        self.head = nn.Conv2d(feature_channels, num_classes, 1) if head is None else head
         self.feature_channels, self.feature_stride = feature_channels, feature_stride
         self.encoder_channels, self.encoder_stride = encoder_channels, encoder_stride
+        self.size_multiple = size_multiple
+        self.encoder_frozen = False
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
+    def freeze_encoder(self):
+        """From now on the encoder does not learn and stays in eval mode: BatchNorm keeps its statistics."""
+        self.encoder.requires_grad_(False).eval()
+        self.encoder_frozen = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
+
     def normalise(self, images):
-        """uint8 images (B, 3, H, W) as the encoder expects them: float32, (x / 255 - mean) / std."""
+        """uint8 images (B, c, H, W) as the encoder expects them: float32, (x / 255 - mean) / std."""
         return (images.float() / 255 - self.mean) / self.std
 
     def encode(self, images):
-        """(B, 3, H, W) -> tuple of encoder maps, the deepest last."""
+        """(B, c, H, W) -> tuple of encoder maps, the deepest last.
+
+        Raises:
+            ValueError: a side is no multiple of `size_multiple`; compiled code does not ask.
+        """
+        if checks.enabled() and any(side % self.size_multiple for side in images.shape[-2:]):
+            height, width = images.shape[-2:]
+            raise ValueError(f"Segmenter: images are {height} x {width}, expected multiples of {self.size_multiple}")
         return tuple(self.encoder(images))
 
     def decode(self, maps):
@@ -56,7 +79,7 @@ class Segmenter(nn.Module):
         return self.head(feature)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, K, h, w) at `feature_stride`."""
+        """(B, c, H, W) -> logits (B, K, h, w) at `feature_stride`."""
         return self.classify(self.decode(self.encode(images)))
 
 
@@ -64,9 +87,36 @@ def build_segmenter(settings, num_classes, mean, std):
     """The network of a `ModelSettings`, for images with the channels of `mean` and `std`.
 
     Raises:
-        UserError: the encoder is unknown or has no maps at the wanted strides; its weights are missing or do not fit.
+        UserError: the architecture or the encoder is unknown; the encoder has not the maps that the architecture
+            needs; its weights are missing or do not fit.
     """
-    encoder = create_encoder(settings.encoder, settings.weights, strides=(4, settings.output_stride))
+    strides = geometry(settings)  # refuses what is unknown
+    if settings.arch.startswith("smp:"):
+        from cmim.models.zoo import build_zoo  # a library that only these networks need
+
+        net = build_zoo(settings, num_classes, mean, std)
+    else:
+        build = _dpt if settings.arch == "dpt" else _deeplabv3plus
+        encoder, encoder_channels, decoder, width = build(settings, len(mean))
+        net = Segmenter(
+            encoder,
+            decoder,
+            num_classes,
+            mean=mean,
+            std=std,
+            feature_channels=width,
+            feature_stride=strides.feature_stride,
+            encoder_channels=encoder_channels,
+            encoder_stride=strides.encoder_stride,
+            size_multiple=strides.multiple,
+        )
+    if settings.freeze_encoder:
+        net.freeze_encoder()
+    return net
+
+
+def _deeplabv3plus(settings, channels):
+    encoder = create_encoder(settings.encoder, settings.weights, strides=(4, settings.output_stride), channels=channels)
     low_level_channels, encoder_channels = encoder.feature_info.channels()
     width = settings.decoder_width or 256
     decoder = DeepLabV3PlusDecoder(
@@ -76,65 +126,11 @@ def build_segmenter(settings, num_classes, mean, std):
         low_level_width=settings.low_level_width,
         atrous_rates=settings.atrous_rates,
     )
-    return Segmenter(
-        encoder,
-        decoder,
-        num_classes,
-        mean=mean,
-        std=std,
-        feature_channels=width,
-        feature_stride=4,
-        encoder_channels=encoder_channels,
-        encoder_stride=settings.output_stride,
-    )
+    return encoder, encoder_channels, decoder, width
 
 
-@contextmanager
-def batch_norm_mode(net, mode):
-    """How the BatchNorm layers of a net in train mode see the passes inside the `with` block.
-
-    Args:
-        net: any module; layers of every kind but BatchNorm, and BatchNorm layers in eval mode, are left alone.
-        mode: `batch`: batch statistics, running ones untouched; `shared`: as in train mode, running statistics
-            updated; `running`: running statistics, as in eval mode.
-    """
-    if mode not in ("batch", "shared", "running"):
-        raise ValueError(f"batch_norm_mode: mode is {mode!r}, expected 'batch', 'shared' or 'running'")
-    layers = [m for m in _batch_norms(net) if m.training and m.track_running_stats]
-    buffers = [(m.running_mean, m.running_var) for m in layers]
-    copies = _snapshot([b for pair in buffers for b in pair]) if mode == "running" and layers else []
-    try:
-        for i, layer in enumerate(layers):
-            if mode == "batch":
-                # Momentum 0 would still count batches, and turn an infinite batch statistic into NaN.
-                layer.track_running_stats = False
-            elif mode == "running":
-                layer.training = False
-                layer.running_mean, layer.running_var = copies[2 * i], copies[2 * i + 1]
-        yield
-    finally:
-        for layer, (mean, variance) in zip(layers, buffers, strict=True):
-            if mode == "batch":
-                layer.track_running_stats = True
-            elif mode == "running":
-                layer.training = True
-                layer.running_mean, layer.running_var = mean, variance
-
-
-@torch.library.custom_op("cmim::snapshot", mutates_args=())
-def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies. Backward reads running statistics again, and by then a later pass in train mode may have changed them;
-    nothing warns. The op is opaque because a compiler drops a plain clone and reads the changed original."""
-    return [t.clone() for t in tensors]
-
-
-@_snapshot.register_fake
-def _(tensors):
-    return [torch.empty_like(t) for t in tensors]
-
-
-def _batch_norms(module):
-    """`module.modules()` would ask BatchNorm layers for children, which a compiler refuses once their flags changed."""
-    if isinstance(module, _BatchNorm):
-        return [module]
-    return [layer for child in module.children() for layer in _batch_norms(child)]
+def _dpt(settings, channels):
+    encoder = TransformerEncoder(create_transformer(settings.encoder, settings.weights, channels=channels))
+    width, levels = decoder_widths(encoder.channels)
+    width = settings.decoder_width or width
+    return encoder, encoder.channels, DPTDecoder(encoder.channels, width=width, levels=levels), width

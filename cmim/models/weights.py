@@ -1,18 +1,21 @@
-"""Encoders of timm and where their weights come from."""
+"""Encoders of timm, where their weights come from, and warm starts from a run."""
 
 import difflib
 import logging
 import re
+import sys
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 
+from cmim.engine import checkpoint
 from cmim.errors import UserError
 
 
-def create_encoder(name, weights, *, strides):
+def create_encoder(name, weights, *, strides, channels=3):
     """A timm encoder that returns one map at each of `strides`.
 
     Args:
@@ -20,36 +23,76 @@ def create_encoder(name, weights, *, strides):
         weights: `timm` (fetched, or from timm's cache), `none` (random) or a file: .safetensors, or .pt or .pth
             that holds a state dict in timm's names, with or without the layers of its classifier.
         strides: pixels per side of a cell of the returned maps, ascending; the last is the output stride.
+        channels: of the images; weights of a first convolution for 3 channels are adapted as timm does.
 
     Raises:
         UserError: the model is unknown or has no such maps, or the weights cannot be fetched or do not fit.
     """
-    if name not in _names(name):
-        nearest = difflib.get_close_matches(name, _names(name), 1)
-        raise UserError(f"model.encoder: timm has no model {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    check_name(name)
     options = dict(features_only=True, output_stride=strides[-1])
     options["out_indices"] = _map_indices(name, strides, options)
+    return _create(name, weights, in_chans=channels, **options)
+
+
+def create_transformer(name, weights, *, channels=3):
+    """A plain timm vision transformer without classifier for images of any size.
+
+    Args:
+        name, weights, channels: as of `create_encoder`. A file may also have the names of a model's own authors where
+            timm translates them, such as DINOv2's.
+
+    Raises:
+        UserError: the model is unknown or no plain vision transformer, or the weights cannot be fetched or do not fit.
+    """
+    check_name(name)
+    options = dict(num_classes=0, dynamic_img_size=True)
+    remedy = "choose a DINOv2, a DINOv3 or another vit_* model, for example"
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # a model without this option raises whatever its constructor raises
+        raise UserError(f"model.encoder: {name} cannot serve dpt ({brief(error)}); {remedy}") from error
+    strides = {stage["reduction"] for stage in model.feature_info}
+    if len(strides) > 1 or len(model.feature_info) < 4 or not hasattr(model, "prune_intermediate_layers"):
+        raise UserError(f"model.encoder: {name} is no plain vision transformer of at least 4 blocks; {remedy}")
+    return _create(name, weights, in_chans=channels, **options)
+
+
+def _create(name, weights, **options):
     if weights == "timm":
-        hub = logging.getLogger("huggingface_hub")
-        level = hub.level
-        hub.setLevel(logging.ERROR)  # it warns of every retry
-        try:
-            return timm.create_model(name, pretrained=True, **options)
-        except Exception as error:  # the network, the hub, a proxy, a full disk: each raises its own kind
-            raise UserError(
-                f"model.weights: timm could not fetch the weights of {name} ({_brief(error)}); give a file as "
-                "--model.weights PATH, or start from random weights with --model.weights none"
-            ) from error
-        finally:
-            hub.setLevel(level)
+        return fetch(name, lambda: timm.create_model(name, pretrained=True, **options))
     encoder = timm.create_model(name, pretrained=False, **options)
     if weights != "none":
-        _load_file(encoder, name, Path(weights))
+        load_timm_file(encoder, name, Path(weights))
     return encoder
 
 
-def _names(name):
+def check_name(name, key="model.encoder"):
+    """Refuse a name that timm does not know; `key` is the setting that it comes from."""
+    if name not in timm_names(name):
+        nearest = difflib.get_close_matches(name, timm_names(name), 1)
+        raise UserError(f"{key}: timm has no model {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+
+
+def timm_names(name):
+    """timm's models; where the name has a tag, with their tags."""
     return timm.list_pretrained() if "." in name else timm.list_models()
+
+
+def fetch(name, create):
+    """create(), which fetches the weights of a model; what prevents it becomes a UserError."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns of every retry
+    try:
+        return create()
+    except Exception as error:  # the network, the hub, a proxy, a full disk: each raises its own kind
+        raise UserError(
+            f"model.weights: could not fetch the weights of {name} ({brief(error)}); give a file as "
+            "--model.weights PATH, or start from random weights with --model.weights none"
+        ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _map_indices(name, strides, options):
@@ -59,7 +102,7 @@ def _map_indices(name, strides, options):
             reductions = timm.create_model(name, pretrained=False, **options).feature_info.reduction()
     except Exception as error:  # a model without this option raises whatever its constructor raises
         raise UserError(
-            f"model.encoder: {name} cannot return feature maps at output stride {strides[-1]} ({_brief(error)}); "
+            f"model.encoder: {name} cannot return feature maps at output stride {strides[-1]} ({brief(error)}); "
             "choose a ResNet, ConvNeXt or EfficientNet, for example"
         ) from error
     for stride in strides:
@@ -70,18 +113,34 @@ def _map_indices(name, strides, options):
     return tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
 
 
-def _load_file(encoder, name, path):
-    """Load a file into the encoder; every weight of the encoder must be there, and nothing that the model lacks."""
-    given = {_model_key(key): value for key, value in _read(path).items()}
-    wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
+def load_timm_file(encoder, name, path):
+    """Load a file of a timm model; every weight of the encoder must be there, and nothing that the model lacks."""
+    state = read_weights(path)
+    translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    if translate is not None:  # of a transformer; feature nets are of a module of their own
+        # Names of the authors become timm's, and positions of another image size are interpolated.
+        try:
+            state = translate(state, encoder)
+        except Exception as error:  # it trusts what it reads
+            raise UserError(f"model.weights: {path} does not fit {name} ({brief(error)})") from error
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
     # The encoder ends at its last map; a file may hold the rest, above all a classifier, whose size is anyone's.
     known = {_model_key(key) for key in whole.state_dict()}
+    unknown = [key for key in state if _model_key(key) not in known]
+    load_weights(encoder, state, name, path, unknown)
+
+
+def load_weights(encoder, state, name, path, unknown=()):
+    """Load a state dict, of which the encoder needs a part; `unknown` are keys of it that do not belong there."""
+    given = {_model_key(key): value for key, value in state.items()}
+    wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
+    for key in given.keys() & wanted.keys():
+        given[key] = _adapt_channels(given[key], wanted[key][1].shape)
     problems = {
         # Files older than PyTorch 0.4.1 do not count batches; nothing here reads the count.
         "lacks": [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")],
-        "has unknown": [k for k in given if k not in known],
+        "has unknown": list(unknown),
         "has other shapes of": [k for k in wanted if k in given and given[k].shape != wanted[k][1].shape],
     }
     problems = {what: keys for what, keys in problems.items() if keys}
@@ -91,13 +150,48 @@ def _load_file(encoder, name, path):
     encoder.load_state_dict({key: given.get(full, value) for full, (key, value) in wanted.items()})
 
 
-def _read(path):
+def _adapt_channels(weight, shape):
+    """A first convolution for 3 channels, where one for others is wanted."""
+    first = weight.dim() == 4 == len(shape) and weight.shape[1] == 3 != shape[1]
+    if first and (weight.shape[0], *weight.shape[2:]) == (shape[0], *shape[2:]):
+        return adapt_input_conv(shape[1], weight)
+    return weight
+
+
+def warm_start(net, path):
+    """Load the weights of a run's checkpoint into a `Segmenter`, those of its teacher where it has one.
+
+    Returns:
+        None, or a line that says that the head was left as it is: the run had another number of classes.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is one of another network.
+    """
+    try:
+        state = checkpoint.load(path)
+        weights = state.get("net") or _evaluated(state.get("objective", {}))
+        classes, wanted = len(state["class_names"]), net.head.out_channels
+        if classes != wanted:
+            weights |= {f"head.{key}": value for key, value in net.head.state_dict().items()}
+        checkpoint.load_into(net, weights, path)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    return f"{path} has {classes} classes, the data {wanted}: the head starts anew" if classes != wanted else None
+
+
+def _evaluated(objective):
+    prefix = "teacher." if any(key.startswith("teacher.") for key in objective) else "net."
+    return {key.removeprefix(prefix): value for key, value in objective.items() if key.startswith(prefix)}
+
+
+def read_weights(path):
+    """The state dict in a file."""
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}; give timm, none, or a .pt, .pth or .safetensors file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and unzipping garbage raises many kinds
-        raise UserError(f"model.weights: cannot read {path} ({_brief(error)}); expected a state dict") from error
+        raise UserError(f"model.weights: cannot read {path} ({brief(error)}); expected a state dict") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"model.weights: {path} is not a state dict (names and tensors)")
     return state
@@ -108,6 +202,6 @@ def _model_key(key):
     return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)
 
 
-def _brief(error):
+def brief(error):
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]

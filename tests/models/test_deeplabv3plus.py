@@ -10,7 +10,8 @@ from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 def tiny(encoder="test_byobnet", output_stride=16, **options):
     settings = dict(weights="none", decoder_width=8, low_level_width=4, atrous_rates=(1, 2)) | options
-    return build_segmenter(ModelSettings(encoder=encoder, output_stride=output_stride, **settings), 3, IMAGENET_MEAN, IMAGENET_STD)
+    settings = ModelSettings(encoder=encoder, output_stride=output_stride, **settings)
+    return build_segmenter(settings, 3, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def parameters(module):

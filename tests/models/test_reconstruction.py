@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from cmim.models.reconstruction import (
     ClassAttentionDecoder,
     ClassConvDecoder,
+    build_reconstruction,
     decode_per_class,
     receptive_warning,
     sine_cosine_positions,
 )
+from cmim.settings import ReconstructionSettings
 
 CHANNELS, PATCH = 6, 2
 KINDS = ["conv", "attention"]
@@ -249,3 +251,20 @@ def test_receptive_warning():
     assert receptive_warning(2, 7, 16, 4) is None  # 6 for blocks of 4: above 5
     assert "reaches 4 tokens" in receptive_warning(4, 3, 16, 4)
     assert receptive_warning(5, 3, 16, 4) is None  # exactly 5
+
+
+@pytest.mark.parametrize("kind", [ClassConvDecoder, ClassAttentionDecoder])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(kind, channels):
+    own = {"kernel_size": 3} if kind is ClassConvDecoder else {"num_heads": 2}
+    decoder = kind(5, PATCH, num_classes=3, width=8, depth=1, image_channels=channels, **own)
+    features, labels = torch.randn(2, 5, 4, 3), torch.zeros(2, 4, 3, dtype=torch.int32)
+    assert decoder(features, labels, labels > 0).shape == (2, 4 * 3, PATCH * PATCH * channels)
+
+
+def test_the_decoder_of_the_settings():
+    for decoder, kind in (("conv", ClassConvDecoder), ("attention", ClassAttentionDecoder)):
+        settings = ReconstructionSettings(decoder=decoder, width=16, num_heads=2, depth=1, mask_token=False)
+        built = build_reconstruction(settings, 5, PATCH, 3, image_channels=4)
+        assert type(built) is kind and built.mask_token is None and built.project.out_features == 16
+        assert built.predict.out_features == PATCH * PATCH * 4

@@ -4,7 +4,9 @@ import torch
 from safetensors.torch import save_file
 
 from cmim.errors import UserError
-from cmim.models.weights import create_encoder
+from cmim.models.segmenter import build_segmenter
+from cmim.models.weights import create_encoder, warm_start
+from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 
 def load(weights, name="test_byobnet", strides=(4, 16)):
@@ -173,3 +175,53 @@ def test_a_model_without_published_weights():
 def test_encoders_that_cannot_serve(name, message):
     with pytest.raises(UserError, match=message):
         load("none", name)
+
+
+def tiny_net(classes=3, **options):
+    options = dict(encoder="test_byobnet", decoder_width=8, low_level_width=4, atrous_rates=(1,)) | options
+    return build_segmenter(ModelSettings(weights="none", **options), classes, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def save_run(path, net, teacher=None, classes=3):
+    """A checkpoint as of training: `best.pt` holds a net, `last.pt` the objective, with a teacher or without."""
+    state = {"class_names": [f"class {i}" for i in range(classes)]}
+    if path.name == "best.pt":
+        state["net"] = net.state_dict()
+    else:
+        parts = {"net": net} | ({"teacher": teacher} if teacher is not None else {})
+        state["objective"] = {f"{part}.{k}": v for part, m in parts.items() for k, v in m.state_dict().items()}
+        state["objective"]["reconstruction.norm.weight"] = torch.zeros(2)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("file", ["best.pt", "last.pt", "last.pt with a teacher"])
+def test_warm_start(tmp_path, file):
+    student, teacher, net = tiny_net(), tiny_net(), tiny_net()
+    name, *has_teacher = file.split(" with ")
+    save_run(tmp_path / name, student, teacher if has_teacher else None)
+    assert warm_start(net, tmp_path / name) is None
+    source = teacher if has_teacher else student
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+def test_warm_start_with_other_classes_keeps_the_head(tmp_path):
+    run, net = tiny_net(), tiny_net(classes=5)
+    head = net.head.weight.clone()
+    save_run(tmp_path / "best.pt", run)
+    note = warm_start(net, tmp_path / "best.pt")
+    assert note == f"{tmp_path / 'best.pt'} has 3 classes, the data 5: the head starts anew"
+    assert torch.equal(net.head.weight, head)
+    assert torch.equal(net.decoder.fuse[0][0].weight, run.decoder.fuse[0][0].weight)
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_warm_start_from_another_network(tmp_path, classes):
+    save_run(tmp_path / "last.pt", tiny_net(decoder_width=16))
+    net = tiny_net(classes)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    message = rf"model.init_from: {tmp_path}/last.pt belongs to another model: 0 tensors missing, 0 unknown, \d+ of another"
+    with pytest.raises(UserError, match=message):
+        warm_start(net, tmp_path / "last.pt")
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    with pytest.raises(UserError, match=r"model.init_from: no checkpoint"):
+        warm_start(net, tmp_path / "none.pt")

@@ -1,0 +1,126 @@
+"""A dense prediction transformer (DPT; Ranftl et al. 2021, arXiv 2103.13413) on a plain vision transformer, in the
+shapes of UniMatch V2 (arXiv 2410.10777).
+
+Three things differ from V2's network, none of them in what it can compute: its deepest fusion block holds a residual
+unit that no forward reaches, which is left out (DistributedDataParallel would wait for its gradient); the 1 x 1
+convolution of a fusion block comes before the upsampling instead of after it, which is the same function (bilinear
+weights add up to one) at a quarter of the cost; and timm interpolates positions with antialiasing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cmim.models.weights import create_transformer
+
+
+class TransformerEncoder(nn.Module):
+    """Four maps of a timm vision transformer, each after its final norm.
+
+    Args:
+        model: a model of `create_transformer`; what the maps do not need of it is cut off.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.layers = taken_layers(len(model.blocks))
+        self.channels, self.patch = model.embed_dim, model.feature_info[-1]["reduction"]
+        model.prune_intermediate_layers(self.layers, prune_head=True)
+
+    def forward(self, images):
+        """(B, channels, H, W), sides multiples of the patch p -> 4 maps (B, C, H / p, W / p), channels-last."""
+        height, width = (side // self.patch for side in images.shape[-2:])
+        layers = self.model.forward_intermediates(
+            images, indices=self.layers, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        maps = [tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2) for tokens in layers]
+        return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+def taken_layers(depth):
+    """Numbers of the four blocks whose tokens are taken: the ends of the quarters; of 24 blocks those of V2."""
+    return [4, 11, 17, 23] if depth == 24 else [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+
+def patch_size(name):
+    """Pixels per side of a patch of a timm vision transformer.
+
+    Raises:
+        UserError: as `create_transformer`.
+    """
+    with torch.device("meta"):
+        return create_transformer(name, "none").feature_info[-1]["reduction"]
+
+
+def decoder_widths(channels):
+    """Channels of V2's decoder, and of its four levels, for an encoder of this many.
+
+    Up to 384: 64 (S), up to 768: 128 (B), with levels of an eighth, a quarter, half and all of the encoder's; up to
+    1024: 256 (L); above: 384 (g).
+    """
+    if channels <= 768:
+        return (64 if channels <= 384 else 128), (channels // 8, channels // 4, channels // 2, channels)
+    return (256, (256, 512, 1024, 1024)) if channels <= 1024 else (384, (1536,) * 4)
+
+
+class DPTDecoder(nn.Module):
+    """Four maps of one size become a pyramid at 4, 2, 1 and 1/2 times that size, which is fused from its top down.
+
+    Args:
+        in_channels: channels of the maps.
+        width: channels inside and of the returned feature.
+        levels: channels of the four levels before they are fused, largest map first.
+    """
+
+    def __init__(self, in_channels, *, width, levels):
+        super().__init__()
+        self.project = nn.ModuleList([nn.Conv2d(in_channels, channels, 1) for channels in levels])
+        self.resize = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(levels[0], levels[0], 4, stride=4),
+                nn.ConvTranspose2d(levels[1], levels[1], 2, stride=2),
+                nn.Identity(),
+                nn.Conv2d(levels[3], levels[3], 3, stride=2, padding=1),
+            ]
+        )
+        self.narrow = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1, bias=False) for channels in levels])
+        self.fuse = nn.ModuleList([_Fusion(width, joins=level < 3) for level in range(4)])
+        self.output = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+
+    def forward(self, maps):
+        """4 maps (B, in_channels, h, w) -> (B, width, 8 h, 8 w)."""
+        steps = zip(self.project, self.resize, self.narrow, maps, strict=True)
+        levels = [narrow(resize(project(m))) for project, resize, narrow, m in steps]
+        height, width = levels[0].shape[-2:]
+        sizes = [(2 * height, 2 * width)] + [level.shape[-2:] for level in levels[:3]]
+        x = self.fuse[3](levels[3], None, sizes[3])
+        for i in (2, 1, 0):
+            x = self.fuse[i](x, levels[i], sizes[i])
+        return self.output(x)
+
+
+class _Fusion(nn.Module):
+    """Add a level, refine, and upsample to the size of the next one."""
+
+    def __init__(self, width, joins):
+        super().__init__()
+        self.join = _ResidualUnit(width) if joins else None
+        self.refine = _ResidualUnit(width)
+        self.project = nn.Conv2d(width, width, 1)
+
+    def forward(self, x, level, size):
+        if self.join is not None:
+            x = x + self.join(level)
+        x = self.project(self.refine(x))
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class _ResidualUnit(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(F.relu(x))))

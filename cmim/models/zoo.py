@@ -1,0 +1,176 @@
+"""Networks of segmentation_models_pytorch (smp), as `smp:ARCH/ENCODER`.
+
+smp's list of encoder maps begins with the image itself, and with an empty map where an encoder has none at stride 2.
+Neither is a feature, so `encode` leaves them out; its decoders want no more of them than their sizes, and `decode` puts
+stand-ins of zeros back. Dropout inside some of smp's decoders draws from PyTorch's own generator.
+"""
+
+import difflib
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cmim.errors import UserError
+from cmim.models.geometry import Geometry
+from cmim.models.segmenter import Segmenter
+from cmim.models.weights import brief, check_name, fetch, load_timm_file, load_weights, read_weights, timm_names
+
+
+class EncoderMap(NamedTuple):
+    channels: int
+    stride: int
+    learned: bool  # not the image, and not empty
+
+
+class Layout(NamedTuple):
+    geometry: Geometry
+    maps: tuple[EncoderMap, ...]  # smp's list
+    feature_channels: int
+    unused: frozenset[str]  # parameters that no gradient reaches
+
+
+class ZooSegmenter(Segmenter):
+    """A `Segmenter` around the encoder, the decoder and the head's convolution of a network of smp.
+
+    Args:
+        model: of smp.create_model.
+        layout: its `Layout`.
+        mean, std: of each channel of the images, of values in [0, 1].
+    """
+
+    def __init__(self, model, layout, *, mean, std):
+        convolution, upsampling, _ = model.segmentation_head
+        super().__init__(
+            model.encoder,
+            model.decoder,
+            convolution.out_channels,
+            head=convolution,
+            mean=mean,
+            std=std,
+            feature_channels=layout.feature_channels,
+            feature_stride=layout.geometry.feature_stride,
+            encoder_channels=layout.maps[-1].channels,
+            encoder_stride=layout.geometry.encoder_stride,
+            size_multiple=layout.geometry.multiple,
+        )
+        self.maps = layout.maps
+        self.align_corners = getattr(upsampling, "align_corners", True)  # of a head that upsamples; at stride 1 all the same
+
+    def encode(self, images):
+        maps = super().encode(images)
+        return tuple(m for m, kind in zip(maps, self.maps, strict=True) if kind.learned)
+
+    def decode(self, maps):
+        learned, zero = iter(maps), maps[0].new_zeros(())
+        stride = next(kind.stride for kind in self.maps if kind.learned)
+        height, width = (side * stride for side in maps[0].shape[-2:])
+
+        def stand_in(kind):
+            return zero.expand(len(maps[0]), kind.channels, height // kind.stride, width // kind.stride)
+
+        return self.decoder([next(learned) if kind.learned else stand_in(kind) for kind in self.maps])
+
+
+def build_zoo(settings, num_classes, mean, std):
+    """The `ZooSegmenter` of a `ModelSettings` whose arch is smp:ARCH/ENCODER."""
+    layout = measure(settings.arch)
+    _, encoder = _parse(settings.arch)
+    options = dict(in_channels=len(mean), classes=num_classes)
+    if settings.weights == "timm":
+        # Any value but None makes smp fetch the weights that a timm model's name stands for.
+        weights = True if encoder.startswith("tu-") else "imagenet"
+        model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
+    else:
+        model = _create(settings.arch, None, **options)
+    if settings.weights not in ("timm", "none"):
+        path = Path(settings.weights)
+        if encoder.startswith("tu-"):
+            load_timm_file(model.encoder.model, encoder.removeprefix("tu-"), path)
+        else:
+            load_weights(model.encoder, read_weights(path), encoder, path)
+    for name, parameter in model.named_parameters():
+        if name in layout.unused:
+            parameter.requires_grad_(False)
+    return ZooSegmenter(model, layout, mean=mean, std=std)
+
+
+@lru_cache
+def measure(arch):
+    """The `Layout` of smp:ARCH/ENCODER, from a forward and a backward without memory where smp can be built so.
+
+    Raises:
+        UserError: smp is missing, has no such architecture or encoder, or cannot build the pair.
+    """
+    _parse(arch)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _measure(arch, "meta")
+        except Exception:  # some constructors compute with numbers, others refuse the pair: the CPU tells which
+            pass
+        try:
+            return _measure(arch, "cpu")
+        except Exception as error:  # smp raises whatever its constructors raise
+            raise UserError(
+                f"model.arch: segmentation_models_pytorch cannot build {arch} ({brief(error)}); choose another encoder"
+            ) from error
+
+
+def _measure(arch, device):
+    with torch.device(device):
+        model = _create(arch, None, in_channels=3, classes=2).eval()
+        multiple = model.encoder.output_stride
+        side = 8 * multiple  # room for decoders that pool the deepest map
+        images = torch.zeros(1, 3, side, side)
+        features = model.encoder(images)
+        kinds = [EncoderMap(m.shape[1], side // m.shape[-1], m is not images and m.shape[1] > 0) for m in features]
+        feature = model.decoder(features)
+        model.segmentation_head[0](feature).sum().backward()
+    unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
+    strides = Geometry(side // feature.shape[-1], kinds[-1].stride, multiple)
+    return Layout(strides, tuple(kinds), feature.shape[1], unused)
+
+
+def _create(arch, weights, **options):
+    name, encoder = _parse(arch)
+    if encoder.startswith(("tu-swin_", "tu-swinv2_")):
+        options["strict_img_size"] = False  # else timm's Swin takes images of one size only
+    return _library().create_model(name, encoder, encoder_weights=weights, **options)
+
+
+def _parse(arch):
+    """("upernet", "tu-convnext_tiny") of "smp:upernet/tu-convnext_tiny", both known to smp."""
+    smp = _library()
+    name, slash, encoder = arch.removeprefix("smp:").partition("/")
+    if not (name and slash and encoder):
+        raise UserError(f"model.arch: {arch} is not of the form smp:ARCH/ENCODER, such as smp:upernet/tu-convnext_tiny")
+    if name == "dpt":
+        raise UserError(
+            f"model.arch: for {arch} give --model.arch dpt --model.encoder {encoder.removeprefix('tu-')}, which takes "
+            "patches of 14 and of 16 pixels"
+        )
+    architectures = [a for a in smp.MODEL_ARCHITECTURES_MAPPING if a != "dpt"]
+    if name not in architectures:
+        nearest = difflib.get_close_matches(name, architectures, 1)
+        hint = f"did you mean smp:{nearest[0]}/{encoder}?" if nearest else f"it has {', '.join(architectures)}"
+        raise UserError(f"model.arch: segmentation_models_pytorch has no {name}; {hint}")
+    if encoder.startswith("tu-"):
+        check_name(encoder.removeprefix("tu-"), "model.arch")
+        return name, encoder
+    encoders = smp.encoders.get_encoder_names()
+    if encoder not in encoders:
+        nearest = [f"tu-{encoder}"] if encoder in timm_names(encoder) else difflib.get_close_matches(encoder, encoders, 1)
+        hint = f"did you mean smp:{name}/{nearest[0]}?" if nearest else "models of timm are written tu-NAME"
+        raise UserError(f"model.arch: segmentation_models_pytorch has no encoder {encoder}; {hint}")
+    return name, encoder
+
+
+def _library():
+    try:
+        import segmentation_models_pytorch
+    except ImportError as error:
+        raise UserError(
+            f"model.arch: smp: needs segmentation_models_pytorch ({brief(error)}); pip install segmentation-models-pytorch"
+        ) from error
+    return segmentation_models_pytorch
