@@ -5,8 +5,9 @@
         --seeds 0 1 2 --jobs 2 --data.root CamVid
 
 Each run is a run folder OUTPUT/<preset>-<seed>; what is finished is kept, what was interrupted is continued.
-`--jobs N` trains N runs at a time, each on its share of the cores (on one GPU, leave it at 1). The table (mIoU of the
-last step in per cent, mean and sample standard deviation over the seeds) is written to OUTPUT/table.md.
+`--jobs N` trains N runs at a time, each on its share of the cores (on one GPU, leave it at 1); `--gpus N` trains each run
+in N processes, one per GPU. The table is written to OUTPUT/table.md: mIoU in per cent of the last step for every seed,
+then mean and sample standard deviation over the seeds, of the last step and of the best evaluation on data.val.
 """
 
 import json
@@ -17,15 +18,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 from cmim.config import default_config_path, load_config
 from cmim.data.batches import available_cores
 from cmim.engine.command import CommandLine
 from cmim.engine.logging import console
 from cmim.engine.run import Run, changed_setting, write_text
+from cmim.engine.schedule import total_steps
 from cmim.errors import UserError, run_command
+from cmim.settings import MethodSettings
 
-PRESETS = ("supervised", "fixmatch", "unimatch", "mim", "cmim")
+PRESETS = get_args(MethodSettings.model_fields["preset"].annotation)
 
 
 def main(arguments):
@@ -34,13 +38,17 @@ def main(arguments):
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of each run")
     given, overrides = parser.parse(arguments)
     for key in ("seed", "method.preset"):
         if any(word.partition("=")[0] == f"--{key}" for word in overrides):
             raise UserError(f"--{key} is set for each run; give --seeds and --presets")
-    if given.jobs < 1:
-        raise UserError(f"--jobs is {given.jobs}, expected at least 1")
+    for option, number in (("--jobs", given.jobs), ("--gpus", given.gpus)):
+        if number < 1:
+            raise UserError(f"{option} is {number}, expected at least 1")
+    if given.jobs > 1 and given.gpus > 1:
+        raise UserError("--jobs and --gpus are both above 1: all runs would share the same GPUs; leave one at 1")
     load_config(given.config, overrides)
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]
@@ -52,45 +60,60 @@ def main(arguments):
 
 
 def train(given, overrides, preset, seed):
-    """One run in a process of its own; its output goes to OUTPUT/<preset>-<seed>.log."""
+    """One run in processes of its own; its output goes to OUTPUT/<preset>-<seed>.log."""
     folder = given.output / f"{preset}-{seed}"
     settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
     if finished(Run(folder), load_config(given.config, settings)):
         return
-    command = [sys.executable, "-m", "cmim.train", str(given.config), "--output", str(folder), "--resume", *settings]
+    launcher = []
+    if given.gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.gpus}"]
+    command = [sys.executable, *launcher, "-m", "cmim.train", str(given.config), f"--output={folder}", "--resume", *settings]
     environment = dict(os.environ)
     if given.jobs > 1:  # a share of the cores for each; a single run chooses for itself
         command += ["--data.workers", "0"]
-        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // given.jobs))
+        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
     with open(given.output / f"{preset}-{seed}.log", "a") as log:
+        before = log.tell()
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
-        last = Path(log.name).read_text().strip().splitlines()[-1:] or ["no output"]
-        raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {last[0]} (see {log.name})")
+        said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
+        errors = [line for line in said if line.startswith("error: ")]  # torchrun writes a report of its own below
+        raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
     miou = json.loads(Run(folder).result.read_text())["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
 
 
 def finished(run, config):
     """Whether the folder holds the result of these settings; what it holds of others, cmim.train refuses or continues."""
-    if not run.result.exists():
+    if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
-    same = changed_setting(load_config(run.config), config) is None
-    return same and json.loads(run.result.read_text())["step"] == config.train.steps
+    result = json.loads(run.result.read_text())
+    if config.train.epochs is not None:
+        return result.get("epochs") == config.train.epochs
+    return result["step"] == total_steps(config.train, unlabelled=0)
 
 
 def make_table(given):
+    results = {
+        preset: [json.loads(Run(given.output / f"{preset}-{seed}").result.read_text()) for seed in given.seeds]
+        for preset in given.presets
+    }
+    split = results[given.presets[0]][0]["split"]
     rows = [
-        f"| preset | {' | '.join(f'seed {s}' for s in given.seeds)} | mean ± sd |",
-        "| --- |" + " ---: |" * (len(given.seeds) + 1),
+        ["preset", *(f"seed {seed}" for seed in given.seeds), f"last on {split}, mean ± sd", "best on val, mean ± sd"],
+        ["---", *["---:"] * (len(given.seeds) + 2)],
     ]
-    for preset in given.presets:
-        results = [json.loads(Run(given.output / f"{preset}-{s}").result.read_text()) for s in given.seeds]
-        values = [100 * r["miou"] for r in results]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        rows.append(f"| {preset} | {' | '.join(f'{v:.2f}' for v in values)} | {statistics.mean(values):.2f}{spread} |")
-    return "\n".join(rows) + "\n"
+    for preset, runs in results.items():
+        last, best = ([100 * run[key] for run in runs] for key in ("miou", "best_miou"))
+        rows.append([preset, *(f"{value:.2f}" for value in last), mean_and_spread(last), mean_and_spread(best)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def mean_and_spread(values):
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
     python -m cmim.evaluate runs/shapes-20260101-120000                 # the last weights on data.test, as training did
     python -m cmim.evaluate RUN --checkpoint best --split val
     python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # any setting of data, train.device, ...
+    python -m cmim.evaluate RUN --evaluation.mode slide --evaluation.flip true --evaluation.scales "[0.75, 1, 1.25]"
+    torchrun --nproc-per-node 8 -m cmim.evaluate RUN
 
-Prints the IoU of every class and the mean, at the original resolution.
+Prints the IoU of every class, their mean, and mean and pixel accuracy, at the original resolution.
 """
 
 import sys
 
 from cmim.data import load_splits
+from cmim.engine import distributed
 from cmim.engine.command import CommandLine
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
-from cmim.engine.logging import print_table
+from cmim.engine.logging import console, print_table
 from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
 
@@ -24,6 +27,7 @@ def main(arguments):
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
     parser.add_argument("--split", choices=("val", "test"), help="by default test, or val where there is no test")
     given, overrides = parser.parse(arguments)
+    console.quiet = distributed.world().rank > 0
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config
     splits = load_splits(config.data)
@@ -35,7 +39,8 @@ def main(arguments):
         raise UserError("there are no test images; use --split val")
     device = choose_device(config.train.device)
     dtype = choose_precision(config.train.precision, device)
-    result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
+    with distributed.joined(device):
+        result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
     print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
 
 

@@ -3,7 +3,8 @@
     python -m cmim.predict runs/shapes-20260101-120000 IMAGES -o OUT
 
 IMAGES is a folder (searched for images at any depth) or one image. OUT/masks gets a palette PNG of class ids for
-each image, at its original resolution; OUT/overlays gets the classes laid over the image.
+each image, at its original resolution; OUT/overlays gets the classes laid over the image. Settings of `evaluation`
+(windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
 """
 
 import sys
@@ -13,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 
-from cmim.data.folder import IMAGE_SUFFIXES, open_image
+from cmim.data.augmentation import resize
+from cmim.data.files import IMAGE_SUFFIXES, open_image
 from cmim.engine.command import CommandLine
 from cmim.engine.device import autocast, choose_device, choose_precision
-from cmim.engine.evaluation import predict_logits
-from cmim.engine.logging import console
+from cmim.engine.inference import probabilities
+from cmim.engine.logging import Progress, console
 from cmim.engine.pictures import overlay
 from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
@@ -34,33 +35,37 @@ def main(arguments):
     given, overrides = parser.parse(arguments)
     paths = find_images(given.images)
     trained = load_trained(given.run, given.checkpoint, overrides)
-    device = choose_device(trained.config.train.device)
-    dtype = choose_precision(trained.config.train.precision, device)
+    config = trained.config
+    device = choose_device(config.train.device)
+    dtype = choose_precision(config.train.precision, device)
+    torch.backends.cudnn.benchmark = False  # it would tune for every image size anew
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
     root = given.images if given.images.is_dir() else given.images.parent
     stems = Counter(path.with_suffix("") for path in paths)
-    for path in track(paths, "predict"):
-        image = open_image(path)
-        classes = predict(net, image, trained.config.data.size, device, dtype)
-        name = path.relative_to(root)
-        # Where a.jpg and a.png lie in one folder, they keep their suffixes: two images, two masks.
-        name = name.with_name(name.name + ".png") if stems[path.with_suffix("")] > 1 else name.with_suffix(".png")
-        write_mask(given.output / "masks" / name, classes, colours)
-        target = given.output / "overlays" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        overlay(image, classes, colours).save(target)
+    with Progress("predict", len(paths), "images") as progress:
+        for path in paths:
+            image = open_image(path, config.data.channels)
+            classes = predict(net, image, config, device, dtype)
+            name = path.relative_to(root)
+            # Where a.jpg and a.png lie in one folder, they keep their suffixes: two images, two masks.
+            name = name.with_name(name.name + ".png") if stems[path.with_suffix("")] > 1 else name.with_suffix(".png")
+            write_mask(given.output / "masks" / name, classes, colours)
+            target = given.output / "overlays" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            overlay(image, classes, colours).save(target)
+            progress.advance()
     console.print(f"{len(paths)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
 
 
 @torch.inference_mode()
-def predict(net, image, size, device, dtype):
-    """Class ids (H, W) uint8 of a PIL image at its own resolution; `size` (height, width) is what the net is shown."""
-    shown = image if size is None else image.resize((size[1], size[0]), Image.BILINEAR)
-    tensor = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
+def predict(net, image, config, device, dtype):
+    """Class ids (H, W) uint8 of an image (H, W, channels) uint8 at its own resolution."""
+    shown = resize(image, config.data.size) if config.data.size else image
+    shown = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
     with autocast(device, dtype):
-        logits = predict_logits(net, tensor, (image.height, image.width))
-    return logits.argmax(1)[0].to(torch.uint8).cpu().numpy()
+        (prediction,) = probabilities(net, shown, [image.shape[:2]], config)
+    return prediction.argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def write_mask(path, classes, colours):

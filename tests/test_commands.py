@@ -1,25 +1,20 @@
-"""evaluate, predict and compare on runs of a few steps."""
+"""evaluate and predict on runs of a few steps."""
 
-import contextlib
 import json
-import os
 import shutil
-import statistics
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from cmim import compare, evaluate, predict, train
-from cmim.data.folder import colour_map
+from cmim import evaluate, predict
+from cmim.data.labels import colour_map
 from cmim.engine import checkpoint
 from cmim.engine.run import Run, load_trained
-from cmim.errors import UserError, run_command
-from tests.tiny_runs import FOLDER, TINY, read_metrics, run_tiny, words, write_folder
+from cmim.errors import UserError
+from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 PALETTE = colour_map(3)
 
@@ -66,7 +61,9 @@ def test_evaluate_prints_a_table(run, capsys):
     result = json.loads(run.result.read_text())
     rows = [line.split("│") for line in printed.splitlines() if "│" in line]
     shown = {name.strip(): value.strip() for name, value in rows}
-    expected = result["iou"] | {"mIoU": result["miou"]}
+    expected = result["iou"] | {
+        "mIoU": result["miou"], "mean accuracy": result["mean_accuracy"], "pixel accuracy": result["pixel_accuracy"],
+    }  # fmt: skip
     assert shown == {name: "-" if value is None else f"{100 * value:.2f}" for name, value in expected.items()}
 
 
@@ -112,9 +109,7 @@ def undecided(run, tmp_path_factory):
 def expected_mask(run, image):
     net, logits = logits_of(run, image)
     with torch.inference_mode():
-        full = torch.nn.functional.interpolate(
-            logits, (image.height, image.width), mode="bilinear", align_corners=net.align_corners
-        )
+        full = F.interpolate(logits, (image.height, image.width), mode="bilinear", align_corners=net.align_corners)
     return full[0].argmax(0).numpy()
 
 
@@ -158,86 +153,39 @@ def test_predict_of_one_image(run, tmp_path):
     assert Image.open(tmp_path / "out/masks/one.png").size == (30, 20)
 
 
-def compared(output, *more, **settings):
-    settings = TINY | {"train.picture_every": 9} | {key.replace("__", "."): value for key, value in settings.items()}
-    compare.main(["--output", str(output), *words(settings), *more])
+def test_predict_obeys_the_settings_of_evaluation(undecided, tmp_path):
+    path = tmp_path / "one.png"
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (41, 50, 3), np.uint8)).save(path)
+
+    def mask(name, *settings):
+        predict.main([str(undecided.folder), str(path), "-o", str(tmp_path / name), *settings])
+        return np.asarray(Image.open(tmp_path / name / "masks/one.png"))
+
+    image = Image.open(path)
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    both = [
+        F.interpolate(logits_of(undecided, i)[1], (41, 50), mode="bilinear", align_corners=True) for i in (image, mirrored)
+    ]
+    mean = both[0].softmax(1) + both[1].softmax(1).flip(-1)
+    found = mask("flip", "--evaluation.flip", "true")
+    assert (found == mean[0].argmax(0).numpy()).mean() > 0.999
+    plain = mask("plain")
+    assert (plain != found).any()
+    assert (plain != mask("slide", "--evaluation.mode", "slide", "--evaluation.window", "16")).any()
 
 
-def in_this_process(started):
-    """A stand-in for subprocess.run that spares each run the start of Python."""
-
-    def call(command, stdout, stderr, env):
-        assert command[:3] == [sys.executable, "-m", "cmim.train"] and stderr is stdout and env == os.environ
-        started.append(command[command.index("--output") + 1])
-        code = 0
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            try:
-                run_command(lambda: train.main(command[3:]))
-            except SystemExit as stop:
-                code = stop.code
-        return SimpleNamespace(returncode=code)
-
-    return call
-
-
-def test_compare_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    started, wanted = [], ["--presets", "supervised", "fixmatch", "--seeds", "0", "7"]
-    monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
-    compared(tmp_path / "table", *wanted)
-    folders = [str(tmp_path / "table" / name) for name in ("supervised-0", "fixmatch-0", "supervised-7", "fixmatch-7")]
-    assert started == folders
-    rows = [line.split("|")[1:-1] for line in (tmp_path / "table/table.md").read_text().splitlines()]
-    assert [cell.strip() for cell in rows[0]] == ["preset", "seed 0", "seed 7", "mean ± sd"]
-    for row, preset in zip(rows[2:], ("supervised", "fixmatch"), strict=True):
-        runs = [Run(tmp_path / "table" / f"{preset}-{seed}") for seed in (0, 7)]
-        values = [100 * json.loads(run.result.read_text())["miou"] for run in runs]
-        mean, spread = statistics.mean(values), abs(values[0] - values[1]) / 2**0.5
-        expected = [preset, *(f"{v:.2f}" for v in values), f"{mean:.2f} ± {spread:.2f}"]
-        assert [cell.strip() for cell in row] == expected
-        assert {checkpoint.load(run.last)["step"] for run in runs} == {2}
-    assert (tmp_path / "table/table.md").read_text() in capsys.readouterr().out
-
-    before = (tmp_path / "table/table.md").read_text()
-    compared(tmp_path / "table", *wanted)
-    assert started == folders and (tmp_path / "table/table.md").read_text() == before
-
-    # What was interrupted is run again; more steps continue; other settings are refused, not taken for the old ones.
-    Run(folders[1]).result.unlink()
-    compared(tmp_path / "table", *wanted)
-    assert started[4:] == [folders[1]] and (tmp_path / "table/table.md").read_text() == before
-    compared(tmp_path / "table", "--presets", "supervised", "--seeds", "0", train__steps=3)
-    assert started[5:] == [folders[0]] and json.loads(Run(folders[0]).result.read_text())["step"] == 3
-    with pytest.raises(UserError, match=r"fixmatch, seed 7 stopped with exit code 2: error: optimizer.lr differs"):
-        compared(tmp_path / "table", "--presets", "fixmatch", "--seeds", "7", optimizer__lr=0.5)
-
-
-def test_compare_starts_real_processes(tmp_path, monkeypatch):
-    real, codes = subprocess.run, []
-
-    def call(*arguments, **options):
-        done = real(*arguments, **options)
-        codes.append(done.returncode)
-        return done
-
-    monkeypatch.setattr(compare.subprocess, "run", call)
-    compared(tmp_path, "--presets", "supervised", "--seeds", "3", "--jobs", "2", train__steps=1)
-    assert codes == [0] and "| supervised |" in (tmp_path / "table.md").read_text()
-    assert "seed 3" in (tmp_path / "table.md").read_text() and "±" not in (tmp_path / "table.md").read_text().splitlines()[2]
-    assert "supervised, step 1, test" in (tmp_path / "supervised-3.log").read_text()
-    assert "seed: 3" in Run(tmp_path / "supervised-3").config.read_text()
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--seed", "4"], "--seed is set for each run"),
-        (["--method.preset=cmim"], "--method.preset is set for each run"),
-        (["--jobs", "0"], "--jobs is 0, expected at least 1"),
-        (["--presets", "wrong"], "--presets: invalid choice: 'wrong'"),
-        (["--train.stps", "4"], "did you mean train.steps?"),
-    ],
-)
-def test_compare_refuses_before_it_starts(arguments, said, tmp_path):
-    with pytest.raises(UserError) as caught:
-        compare.main(["--output", str(tmp_path / "table"), *arguments])
-    assert said in str(caught.value) and not (tmp_path / "table").exists()
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channels_from_training_to_overlays(channels, tmp_path):
+    """One channel from grey pictures, five from .npy files."""
+    root = write_folder(tmp_path / "data", channels=channels)
+    run = run_tiny(
+        tmp_path / "run", **FOLDER, data__root=str(root), data__channels=channels, data__size=[36, 44], train__steps=1,
+        method__preset="supervised",
+    )  # fmt: skip
+    evaluate.main([str(run.folder)])
+    predict.main([str(run.folder), str(root / "test/images"), "-o", str(tmp_path / "out")])
+    image = (root / "test/images/test0").with_suffix(".png" if channels == 1 else ".npy")
+    pixels = np.asarray(Image.open(image))[:, :, None].repeat(3, 2) if channels == 1 else np.load(image)[:, :, :3]
+    colours = np.asarray(Image.open(tmp_path / "out/masks/test0.png").convert("RGB")).astype(int)
+    overlay = np.asarray(Image.open(tmp_path / "out/overlays/test0.png")).astype(int)
+    assert np.abs(overlay - (pixels / 2 + colours / 2)).max() <= 1

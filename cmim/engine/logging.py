@@ -1,27 +1,102 @@
-"""What a run says: a line per log interval, metrics.jsonl, TensorBoard, and the final table."""
+"""What a run says: progress, a line per log interval, metrics.jsonl, TensorBoard, and the final table."""
 
 import json
+import math
+import sys
 import time
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from cmim.engine import distributed
 from cmim.errors import UserError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None
 
 console = Console(highlight=False, soft_wrap=True)
 
+# One display for all loops, drawn by the loops themselves: a thread that draws would be forked into the loader's workers.
+_bars = Bars(
+    TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
+    console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
+)  # fmt: skip
+
+
+class Progress:
+    """How far a loop is, as a `with` block: on a terminal a bar that goes when the loop ends, elsewhere a line every 30
+    seconds. Only the first process shows it; loops inside one another show theirs together.
+
+    Args:
+        title: what the loop does.
+        total: number of its `unit`s, a plural.
+        done: how many of them were done before.
+        lines: whether there are lines where there is no terminal.
+    """
+
+    def __init__(self, title, total, unit, done=0, lines=True):
+        self.title, self.total, self.unit, self.done, self.lines = title, total, unit, done, lines
+        self.first, self.started = done, time.perf_counter()
+        self.shown, self.bar = self.started, None
+        if console.is_interactive and distributed.rank() == 0:
+            self.bar = _bars.add_task(title, total=total, completed=done, status=self._status())
+            _bars.start()
+
+    def advance(self, count=1):
+        """`count` more are done; what goes beyond the total is not shown."""
+        self.done = min(self.total, self.done + count)
+        now = time.perf_counter()
+        due = now - self.shown >= (30 if self.bar is None else 0.5)
+        self.shown = now if due else self.shown
+        if self.bar is not None:
+            _bars.update(self.bar, completed=self.done, status=self._status(), refresh=due)
+        elif due and self.lines and distributed.rank() == 0:
+            console.print(f"{self.title}  {self._status()}")
+
+    def _status(self):
+        count, elapsed = self.done - self.first, time.perf_counter() - self.started
+        text = f"{self.done}/{self.total} {self.unit}"
+        if not count or not elapsed:
+            return text
+        return f"{text}  {count / elapsed:.1f} {self.unit}/s  {clock(elapsed / count * (self.total - self.done))} left"
+
+    def close(self):
+        if self.bar is not None:
+            if len(_bars.tasks) == 1:
+                _bars.stop()
+            _bars.remove_task(self.bar)
+            _bars.refresh()
+            self.bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
 
 class RunLog:
-    """Collects figures on the device and reads them once per interval, so that no other step waits for it."""
+    """Collects figures on the device and reads them once per interval, so that no other step waits for it.
 
-    def __init__(self, run, first_step, steps, images, device):
-        """`images`: how many each call of `add` stands for."""
-        self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
-        self.device, self.steps, self.images = device, steps, images
+    Every process calls it alike; the first one prints and stores the means over all of them. Best in a `with` block,
+    so that an error finds the terminal without the bar.
+    """
+
+    def __init__(self, run, first_step, steps, images, device, micro=1):
+        """`images`: how many, over all processes, each call of `add` stands for; `micro`: calls of `add` per step."""
+        self.speaks = distributed.rank() == 0
+        if self.speaks:
+            self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+            self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
+        self.device, self.steps, self.images, self.micro = device, steps, images, micro
         self.started, self.first_step = time.perf_counter(), first_step
+        self.progress = Progress("train", steps, "steps", first_step, lines=False)
         self._begin_interval()
 
     def _begin_interval(self):
@@ -34,62 +109,95 @@ class RunLog:
         total, times = self.sums.get(names, (0, 0))
         self.sums[names] = (total + vector, times + 1)
         self.count += 1
+        if self.count % self.micro == 0:
+            self.progress.advance()
 
-    def write(self, step, lr, extra):
+    def write(self, step, lr):
         """Close the interval at `step` (counted from 1): print and store the means of its figures.
 
         Raises:
             UserError: a loss term is not finite (the message names it).
         """
-        sums = {}
-        for names, (total, times) in self.sums.items():
-            for name, value in zip(names, total.tolist(), strict=True):
-                before, count = sums.get(name, (0.0, 0))
-                sums[name] = (before + value, count + times)
-        figures = {name: total / times for name, (total, times) in sums.items()}
-        figures |= {name: float(value) for name, value in extra.items()}
-        elapsed = time.perf_counter() - self.interval_start
-        line = {"step": step, "lr": lr, **figures}
-        speed = {
-            "images_per_second": self.count * self.images / elapsed,
-            "data_wait": self.data_wait / elapsed,
-            "seconds": round(time.perf_counter() - self.started, 1),
-        }
-        if self.device.type == "cuda":
-            speed["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self._store({**line, **speed})
-        left = (time.perf_counter() - self.started) / (step - self.first_step) * (self.steps - step)
-        shown = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss"))
-        console.print(
-            f"step {step}/{self.steps}  {shown}"
-            + (f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "")
-            + f"  {speed['images_per_second']:.1f} images/s  data wait {speed['data_wait']:.0%}"
-            + (f"  {speed['memory_gib']:.1f} GiB" if "memory_gib" in speed else "")
-            + f"  {clock(left)} left"
-        )
-        broken = [k.removeprefix("loss_") for k, v in figures.items() if k.startswith("loss_") and v - v != 0]
-        if broken or figures["loss"] - figures["loss"] != 0:
+        figures, data_wait = self._means()
+        if self.speaks:
+            self._report(step, lr, figures, data_wait)
+        broken = [k.removeprefix("loss_") for k, v in figures.items() if k.startswith("loss_") and not math.isfinite(v)]
+        if broken or not math.isfinite(figures["loss"]):
             raise UserError(
                 f"the loss term {broken[0] if broken else 'sum'} is not finite at or before step {step}; "
                 "lower optimizer.lr, or use --train.precision fp32; the last checkpoint is from before"
             )
         self._begin_interval()
 
+    def _means(self):
+        """Means over the interval and all processes, in one sum over them: of each figure, and of the seconds waited."""
+        wait = torch.tensor([self.data_wait], device=self.device)
+        vector = distributed.sum_over_ranks(torch.cat([*(total for total, _ in self.sums.values()), wait]))
+        *values, wait = (vector / distributed.size()).tolist()
+        each = ((name, times) for names, (_, times) in self.sums.items() for name in names)
+        sums = {}
+        for (name, times), value in zip(each, values, strict=True):
+            before, count = sums.get(name, (0.0, 0))
+            sums[name] = (before + value, count + times)
+        return {name: total / times for name, (total, times) in sums.items()}, wait
+
+    def _report(self, step, lr, figures, data_wait):
+        now = time.perf_counter()
+        elapsed = now - self.interval_start
+        speed = {
+            "images_per_second": self.count * self.images / elapsed,
+            "data_wait": data_wait / elapsed,
+            "seconds": round(now - self.started, 1),
+        }
+        memory = peak_memory(self.device)
+        if memory is not None:
+            speed["memory_gib"] = memory
+        self._store({"step": step, "lr": lr, **figures, **speed})
+        left = (now - self.started) / (step - self.first_step) * (self.steps - step)
+        shown = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss"))
+        console.print(
+            f"step {step}/{self.steps}  {shown}"
+            + (f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "")
+            + f"  {speed['images_per_second']:.1f} images/s  data wait {speed['data_wait']:.0%}"
+            + (f"  {memory:.1f} GiB" if memory is not None else "")
+            + f"  {clock(left)} left"
+        )
+
     def evaluation(self, step, evaluation, split, class_names):
         """Store an evaluation."""
         result = {"step": step, "split": split, "miou": evaluation.scores.miou}
         result |= {"pixel_accuracy": evaluation.scores.pixel_accuracy, "mean_accuracy": evaluation.scores.mean_accuracy}
-        self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
+        if self.speaks:
+            self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
 
     def _store(self, line):
-        self.file.write(json.dumps(line) + "\n")
+        # JSON has no NaN and no infinity.
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(f"{line['split']}/{name}" if "split" in line else name, value, line["step"])
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        self.progress.close()
+        if self.speaks:
+            self.file.close()
+            self.board.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def peak_memory(device):
+    """GiB that the run took at most: of a CUDA device's memory; on the CPU of the process's, None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def by_class(scores, class_names):
@@ -102,7 +210,7 @@ def clock(seconds):
 
 
 def print_table(scores, class_names, title):
-    """IoU of every class and their mean."""
+    """IoU of every class, their mean, and accuracies."""
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("class")
     table.add_column("IoU %", justify="right")
@@ -110,4 +218,6 @@ def print_table(scores, class_names, title):
         table.add_row(name, "-" if iou is None else f"{100 * iou:.2f}")
     table.add_section()
     table.add_row("mIoU", f"{100 * scores.miou:.2f}")
+    table.add_row("mean accuracy", f"{100 * scores.mean_accuracy:.2f}")
+    table.add_row("pixel accuracy", f"{100 * scores.pixel_accuracy:.2f}")
     console.print(table)

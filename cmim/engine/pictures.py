@@ -3,15 +3,15 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from cmim import masking
+from cmim.data.augmentation import resize
 from cmim.data.datasets import IGNORED
-from cmim.engine.evaluation import predict_logits
-from cmim.objective import MaskedViews
+from cmim.engine.inference import probabilities
 from cmim.randomness import torch_generator
-from cmim.settings import token_stride, uses_masking
-from cmim_kernels import class_centroids, patch_labels, random_mask
+from cmim.settings import uses_masking
+from cmim_kernels import patch_labels, random_mask
 
 GREY = 128
 TILE = 192  # pixels per side of a tile
@@ -20,15 +20,18 @@ TILE = 192  # pixels per side of a tile
 @torch.no_grad()
 def save_picture(path, objective, image_set, config, class_names, colours, device, rows=6):
     """A grid of evenly spaced images of an ImageSet: image, masked image, class-wise reconstruction, pseudo-label,
-    confidence, prediction, truth. The pseudo-label is the prediction where it is confident."""
+    confidence, prediction, truth. The pseudo-label is the prediction where it is confident. Of more than three channels
+    the first three are shown, of one or two the first, as grey."""
     objective.eval()
     chosen = np.linspace(0, len(image_set) - 1, min(rows, len(image_set))).astype(int)
     pairs = [_square(image_set.image(i), image_set.label(i), config.data.crop) for i in chosen]
     images = torch.stack([image for image, _ in pairs]).to(device)
     truth = torch.stack([label for _, label in pairs])
-    size = tuple(images.shape[-2:])
-    confidence, prediction = predict_logits(objective.evaluated(), images, size).softmax(1).max(1)
-    pseudo = torch.where(confidence >= config.mim.tau, prediction, IGNORED)
+    sizes = [tuple(label.shape) for label in truth]
+    best = [p.max(0) for p in probabilities(objective.evaluated(), images, sizes, config)]
+    confidence, prediction = (torch.stack(parts) for parts in zip(*best, strict=True))
+    tau = config.mim.tau if uses_masking(config) else config.method.tau
+    pseudo = torch.where(confidence >= tau, prediction, IGNORED)
     columns = {"image": [to_array(image) for image in images]}
     if uses_masking(config):
         columns |= _masked_columns(objective, images, pseudo, chosen, config)
@@ -43,16 +46,20 @@ def save_picture(path, objective, image_set, config, class_names, colours, devic
 
 
 def _square(image, label, side):
-    """The middle of an image and its label, scaled to side x side: (3, S, S) and (S, S) uint8 tensors."""
-    pixels = ImageOps.fit(image, (side, side), Image.BILINEAR)
-    classes = ImageOps.fit(Image.fromarray(label), (side, side), Image.NEAREST)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), torch.from_numpy(np.array(classes))
+    """The middle of an image (H, W, C) and its label (H, W), uint8 arrays, scaled to side x side: (C, S, S) and (S, S)
+    uint8 tensors."""
+    height, width = label.shape
+    half = min(height, width) / 2
+    box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+    pixels = np.array(resize(image, (side, side), box))
+    classes = np.array(Image.fromarray(label).resize((side, side), Image.NEAREST, box))
+    return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(classes)
 
 
 def _masked_columns(objective, images, pseudo, chosen, config):
     """The masked image and its reconstruction: visible tokens as they are, hidden ones as decoded from their own class,
     still masked where the class is unknown or has no visible token in the image."""
-    stride, net = token_stride(config), objective.net
+    stride, net = objective.stride, objective.net
     height, width = images.shape[-2] // stride, images.shape[-1] // stride
     masked = [
         random_mask(1, height, width, config.mask.ratio, block=config.mask.block // stride,
@@ -61,19 +68,14 @@ def _masked_columns(objective, images, pseudo, chosen, config):
     ]  # fmt: skip
     masked = torch.cat(masked).to(images.device)
     tokens = patch_labels(pseudo, stride, objective.num_classes, min_share=config.reconstruction.min_share)
-    views = MaskedViews(images, pseudo, pseudo != IGNORED, masked, tokens, [len(images)])
-    seen = objective.see(views)
-    maps = net.encode(seen)
-    feature = net.decode(maps) if config.reconstruction.tokens == "decoder" else maps[-1]
-    groups = tokens if objective.class_wise else torch.where(tokens >= 0, 0, -1).int()
-    patches = objective.reconstruction(feature, groups, masked).float()
+    seen = objective.see(images, pseudo, masked)
+    result = objective.reconstruct(seen, tokens, masked)
+    patches = result.prediction.float()
     if config.reconstruction.normalize:
         patches = _undo_patch_normalisation(patches, net.normalise(images), stride)
-    patches = patches.view(len(images), height, width, stride, stride, 3)
-    decoded = patches.permute(0, 5, 1, 3, 2, 4).reshape(len(images), 3, height * stride, width * stride)
-    count = class_centroids(feature, tokens, masked, objective.num_classes).count
-    has_visible = (count[:, :, 0] > 0).gather(1, tokens.flatten(1).clamp(min=0).long()).view_as(masked)
-    known = masking.to_pixels(has_visible & (tokens >= 0), stride)[:, None]
+    patches = patches.view(len(images), height, width, stride, stride, images.shape[1])
+    decoded = patches.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
+    known = masking.to_pixels(result.known.view_as(masked), stride)[:, None]
     hidden = masking.to_pixels(masked, stride)[:, None]
     seen = _denormalise(seen, net)
     both = torch.where(hidden & known, _denormalise(decoded, net), seen)
@@ -91,8 +93,13 @@ def _undo_patch_normalisation(patches, images, stride):
 
 
 def to_array(image):
-    """(3, H, W) of 0..255 to (H, W, 3) uint8."""
-    return image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    """(C, H, W) of 0..255 to (H, W, 3) uint8."""
+    return rgb(image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def rgb(image):
+    """(H, W, C) to (H, W, 3): the first three channels, or the first one as grey."""
+    return image[:, :, :3] if image.shape[2] >= 3 else image[:, :, :1].repeat(3, axis=2)
 
 
 def colourise(classes, colours):
@@ -103,9 +110,9 @@ def colourise(classes, colours):
 
 
 def overlay(image, classes, colours, opacity=0.5):
-    """A PIL image with its classes laid over it."""
-    base = np.asarray(image.convert("RGB"), np.float32)
-    return Image.fromarray((base * (1 - opacity) + colourise(classes, colours) * opacity).round().astype(np.uint8))
+    """An image (H, W, C) uint8 with its classes (H, W) laid over it, as a PIL image."""
+    mixed = rgb(image) * np.float32(1 - opacity) + colourise(classes, colours) * np.float32(opacity)
+    return Image.fromarray(mixed.round().astype(np.uint8))
 
 
 def grid(columns, class_names, colours):

@@ -1,0 +1,95 @@
+"""Class probabilities at the original resolution: whole images or sliding windows, mirrored images, several scales."""
+
+import torch
+import torch.nn.functional as F
+
+
+def probabilities(net, images, sizes, config):
+    """Class probabilities of each image, one after another, so that only one is held at its full resolution.
+
+    With `evaluation.mode` `whole`, the network sees the images as they are, resized to the nearest multiple of its
+    `size_multiple` if it asks for one; its logits are upsampled straight to the original resolution. With `slide` it sees
+    windows, and the probabilities are averaged where they overlap. The probabilities of all `evaluation.scales`, and with
+    `evaluation.flip` of mirrored images, are averaged too. Resizing is bilinear without antialiasing, corners aligned as
+    the network's logits are.
+
+    Args:
+        net: a `Segmenter` in eval mode; inside `autocast`, what follows the network is still float32.
+        images: (n, C, h, w) uint8, as the network is shown them.
+        sizes: the n original sizes (H, W).
+        config: a `Config`; `evaluation` and, for the default window, `data.crop` matter.
+
+    Yields:
+        (K, H, W) float32, one for each size.
+    """
+    settings = config.evaluation
+    predict = _slide if settings.mode == "slide" else _whole
+    views = [(scale, mirrored) for scale in settings.scales for mirrored in ((False, True) if settings.flip else (False,))]
+    passes = [predict(net, images.flip(-1) if mirrored else images, scale, sizes, config) for scale, mirrored in views]
+    for _ in sizes:
+        total = None
+        for (_, mirrored), predictions in zip(views, passes, strict=True):
+            prediction = next(predictions)
+            prediction = prediction.flip(-1) if mirrored else prediction
+            total = prediction if total is None else total.add_(prediction)
+        yield total if len(views) == 1 else total.div_(len(views))
+
+
+def _whole(net, images, scale, sizes, config):
+    logits = _logits(net, images, scale)
+    for i, size in enumerate(sizes):
+        yield _softmax(logits[i : i + 1], size, net)[0]
+
+
+def _slide(net, images, scale, sizes, config):
+    images = _resize(images, [_nearest(side * scale, 1) for side in images.shape[-2:]], net.align_corners)
+    side = config.evaluation.window or config.data.crop
+    stride = config.evaluation.stride or max(1, side * 2 // 3)
+    height, width = images.shape[-2:]
+    window = (min(side, height), min(side, width))
+    places = [
+        (slice(top, top + window[0]), slice(left, left + window[1]))
+        for top in _starts(height, side, stride)
+        for left in _starts(width, side, stride)
+    ]
+    count = torch.zeros(height, width, device=images.device)
+    for rows, columns in places:
+        count[rows, columns] += 1
+    batch = config.evaluation.batch
+    for image, size in zip(images, sizes, strict=True):
+        total = None
+        for first in range(0, len(places), batch):
+            some = places[first : first + batch]
+            logits = _logits(net, torch.stack([image[:, rows, columns] for rows, columns in some]))
+            parts = _softmax(logits, window, net)
+            total = parts.new_zeros(parts.shape[1], height, width) if total is None else total
+            for (rows, columns), part in zip(some, parts, strict=True):
+                total[:, rows, columns] += part
+        yield _resize(total.div_(count)[None], size, net.align_corners)[0]
+
+
+def _starts(length, window, stride):
+    """Where windows begin along a side: every `stride` pixels, the last one at the edge."""
+    return [*range(0, length - window, stride), max(0, length - window)]
+
+
+def _logits(net, images, scale=1.0):
+    """Logits at the network's own stride of uint8 or float images, scaled to sides that the network takes."""
+    size = [_nearest(side * scale, net.size_multiple) for side in images.shape[-2:]]
+    return net(net.normalise(_resize(images, size, net.align_corners)))
+
+
+def _softmax(logits, size, net):
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=net.align_corners).softmax(1)
+
+
+def _nearest(side, multiple):
+    """The multiple nearest to a side, at least one."""
+    return max(1, int(side / multiple + 0.5)) * multiple
+
+
+def _resize(images, size, align_corners):
+    """(n, C, h, w) at `size`: as they are where they have it, else float32."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images.float(), tuple(size), mode="bilinear", align_corners=align_corners)

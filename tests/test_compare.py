@@ -1,0 +1,158 @@
+"""compare: the runs it starts, what it keeps, and the table."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from cmim import compare, train
+from cmim.config import config_from, dump_config
+from cmim.engine import checkpoint
+from cmim.engine.run import Run
+from cmim.errors import UserError, run_command
+from tests.tiny_runs import TINY, words
+
+
+def compared(output, *more, **settings):
+    settings = TINY | {"train.picture_every": 9} | {key.replace("__", "."): value for key, value in settings.items()}
+    compare.main(["--output", str(output), *words(settings), *more])
+
+
+def in_this_process(started):
+    """A stand-in for subprocess.run that spares each run the start of Python."""
+
+    def call(command, stdout, stderr, env):
+        assert command[:3] == [sys.executable, "-m", "cmim.train"] and stderr is stdout and env == os.environ
+        (output,) = (word.removeprefix("--output=") for word in command if word.startswith("--output="))
+        started.append(output)
+        code = 0
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            try:
+                run_command(lambda: train.main(command[3:]))
+            except SystemExit as stop:
+                code = stop.code
+        return SimpleNamespace(returncode=code)
+
+    return call
+
+
+def test_compare_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    started, wanted = [], ["--presets", "supervised", "fixmatch", "--seeds", "0", "7"]
+    monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
+    compared(tmp_path / "table", *wanted)
+    folders = [str(tmp_path / "table" / name) for name in ("supervised-0", "fixmatch-0", "supervised-7", "fixmatch-7")]
+    assert started == folders
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "table/table.md").read_text().splitlines()]
+    assert [cell.strip() for cell in rows[0]] == [
+        "preset", "seed 0", "seed 7", "last on test, mean ± sd", "best on val, mean ± sd",
+    ]  # fmt: skip
+    for row, preset in zip(rows[2:], ("supervised", "fixmatch"), strict=True):
+        runs = [Run(tmp_path / "table" / f"{preset}-{seed}") for seed in (0, 7)]
+        last, best = ([100 * json.loads(run.result.read_text())[key] for run in runs] for key in ("miou", "best_miou"))
+        both = (f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}" for a, b in (last, best))
+        assert [cell.strip() for cell in row] == [preset, *(f"{v:.2f}" for v in last), *both]
+        assert {checkpoint.load(run.last)["step"] for run in runs} == {2}
+    assert (tmp_path / "table/table.md").read_text() in capsys.readouterr().out
+
+    before = (tmp_path / "table/table.md").read_text()
+    compared(tmp_path / "table", *wanted)
+    assert started == folders and (tmp_path / "table/table.md").read_text() == before
+
+    # What was interrupted is run again; more steps continue; other settings are refused, not taken for the old ones.
+    Run(folders[1]).result.unlink()
+    compared(tmp_path / "table", *wanted)
+    assert started[4:] == [folders[1]] and (tmp_path / "table/table.md").read_text() == before
+    compared(tmp_path / "table", "--presets", "supervised", "--seeds", "0", train__steps=3)
+    assert started[5:] == [folders[0]] and json.loads(Run(folders[0]).result.read_text())["step"] == 3
+    with pytest.raises(UserError, match=r"fixmatch, seed 7 stopped with exit code 2: error: optimizer.lr differs"):
+        compared(tmp_path / "table", "--presets", "fixmatch", "--seeds", "7", optimizer__lr=0.5)
+
+
+def test_compare_starts_real_processes(tmp_path, monkeypatch):
+    real, codes = subprocess.run, []
+
+    def call(*arguments, **options):
+        done = real(*arguments, **options)
+        codes.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(compare.subprocess, "run", call)
+    compared(tmp_path, "--presets", "supervised", "--seeds", "3", "--jobs", "2", train__steps=1)
+    assert codes == [0] and "| supervised |" in (tmp_path / "table.md").read_text()
+    assert "seed 3" in (tmp_path / "table.md").read_text() and "±" not in (tmp_path / "table.md").read_text().splitlines()[2]
+    assert "supervised, step 1, test" in (tmp_path / "supervised-3.log").read_text()
+    assert "seed: 3" in Run(tmp_path / "supervised-3").config.read_text()
+
+
+def test_compare_of_several_gpus_goes_through_torchrun(tmp_path, monkeypatch):
+    called = []
+
+    def call(command, stdout, stderr, env):
+        called.append((command, env.get("OMP_NUM_THREADS")))
+        stdout.write("error: train.labelled_batch is 2\n" if len(called) == 2 else "")
+        stdout.write("Root Cause: a report\n=====\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(compare, "available_cores", lambda: 24)
+    monkeypatch.setattr(compare.subprocess, "run", call)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    wanted = ["--presets", "fixmatch", "--seeds", "4", "--gpus", "3"]
+    with pytest.raises(UserError, match="exit code 1: ====="):
+        compared(tmp_path, *wanted)
+    with pytest.raises(UserError, match=r"exit code 1: error: train.labelled_batch is 2 \(see"):
+        compared(tmp_path, *wanted, "--jobs", "2")
+    with pytest.raises(UserError, match="exit code 1: ====="):  # what an earlier attempt said is past
+        compared(tmp_path, *wanted)
+    command = called[0][0]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "cmim.train"]
+    assert command[1:7] == launcher and command[8:10] == [f"--output={tmp_path / 'fixmatch-4'}", "--resume"]
+    assert [threads for _, threads in called] == [None, "4", None]
+
+
+@pytest.mark.parametrize(
+    "settings, result, done",
+    [
+        ({"train": {"steps": 3}}, {"step": 3, "epochs": None}, True),
+        ({"train": {"steps": 3}}, {"step": 2, "epochs": None}, False),
+        ({}, {"step": 40_000, "epochs": None}, True),
+        ({}, {"step": 3, "epochs": None}, False),
+        ({"train": {"epochs": 2}}, {"step": 7, "epochs": 2.0}, True),
+        ({"train": {"epochs": 2}}, {"step": 7, "epochs": 1.0}, False),
+        ({"train": {"epochs": 2}}, {"step": 7}, False),  # of a version that knew no epochs
+        ({"train": {"steps": 3}, "seed": 5}, {"step": 3, "epochs": None}, False),
+    ],
+)
+def test_what_compare_takes_for_finished(settings, result, done, tmp_path):
+    run = Run(tmp_path)
+    config = config_from({"data": {"format": "shapes"}, **settings}, "test")
+    assert not compare.finished(run, config)
+    run.config.write_text(dump_config(config.model_copy(update={"seed": 0})))
+    run.result.write_text(json.dumps(result))
+    assert compare.finished(run, config) == done
+
+
+def test_compare_knows_every_preset():
+    assert "unimatch_v2" in compare.PRESETS
+    for preset in compare.PRESETS:
+        assert config_from({"data": {"format": "shapes"}, "method": {"preset": preset}}, "test").method.preset == preset
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--seed", "4"], "--seed is set for each run"),
+        (["--method.preset=cmim"], "--method.preset is set for each run"),
+        (["--jobs", "0"], "--jobs is 0, expected at least 1"),
+        (["--gpus", "0"], "--gpus is 0, expected at least 1"),
+        (["--presets", "wrong"], "--presets: invalid choice: 'wrong'"),
+        (["--train.stps", "4"], "did you mean train.steps?"),
+    ],
+)
+def test_compare_refuses_before_it_starts(arguments, said, tmp_path):
+    with pytest.raises(UserError) as caught:
+        compare.main(["--output", str(tmp_path / "table"), *arguments])
+    assert said in str(caught.value) and not (tmp_path / "table").exists()

@@ -1,0 +1,119 @@
+"""Pictures of the method: what the tiles show."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmim import masking
+from cmim.config import default_config_path, load_config
+from cmim.engine import pictures
+from cmim.objective import Objective
+from cmim.randomness import torch_generator
+from cmim.settings import normalisation
+from cmim_kernels import random_mask
+from tests.tiny_runs import tiny
+
+SIDE, STRIDE, BLOCK = 32, 4, 16
+
+
+class Images:
+    """Two squares of the picture's size, so that nothing is resized."""
+
+    def __init__(self, channels):
+        rng = np.random.default_rng(channels)
+        self.images = rng.integers(0, 256, (2, SIDE, SIDE, channels), np.uint8)
+        self.labels = rng.integers(0, 3, (2, SIDE, SIDE)).astype(np.uint8)
+
+    def __len__(self):
+        return 2
+
+    def image(self, i):
+        return self.images[i]
+
+    def label(self, i):
+        return self.labels[i]
+
+
+def drawn(tmp_path, monkeypatch, channels, guess, **settings):
+    """The tiles of each column, for a decoder that answers `guess(images)`, rows (row, column, channel) of each token."""
+    config = load_config(default_config_path(), tiny("unused", mask__block=BLOCK, **settings)[2:])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"channels": channels})})
+    image_set, columns = Images(channels), {}
+    torch.manual_seed(0)
+    objective = Objective(config, 3)
+    images = torch.from_numpy(image_set.images).permute(0, 3, 1, 2)
+    monkeypatch.setattr(objective, "reconstruction", torch.nn.Identity())
+    monkeypatch.setattr(objective.reconstruction, "forward", lambda *_: guess(objective.net.normalise(images)))
+    monkeypatch.setattr(pictures, "grid", lambda tiles, *_: columns.update(tiles) or Image.new("RGB", (1, 1)))
+    colours = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
+    pictures.save_picture(
+        tmp_path / "p" / "a.png", objective, image_set, config, ["a", "b", "c"], colours, torch.device("cpu")
+    )
+    return {name: np.stack(tiles) for name, tiles in columns.items()}, image_set, config
+
+
+def patches(images):
+    """(B, h w, p p c) of images (B, c, H, W), one after another."""
+    rows = range(0, SIDE, STRIDE)
+    cut = [images[:, :, y : y + STRIDE, x : x + STRIDE].permute(0, 2, 3, 1).flatten(1) for y in rows for x in rows]
+    return torch.stack(cut, 1)
+
+
+def as_shown(images):
+    """(n, H, W, c) as a picture shows them."""
+    return images[..., :3] if images.shape[-1] > 2 else images[..., :1].repeat(3, -1)
+
+
+def hidden_pixels(config):
+    grid = SIDE // STRIDE
+    masks = [
+        random_mask(1, grid, grid, config.mask.ratio, block=BLOCK // STRIDE, generator=torch_generator(0, i, "picture"))
+        for i in (0, 1)
+    ]
+    return masking.to_pixels(torch.cat(masks), STRIDE).numpy()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_a_decoder_that_knows_the_image_gives_it_back(channels, tmp_path, monkeypatch):
+    tiles, image_set, config = drawn(tmp_path, monkeypatch, channels, patches)
+    names = ["image", "masked", "reconstruction", "pseudo-label", "confidence", "prediction", "truth"]
+    assert list(tiles) == names and (tmp_path / "p" / "a.png").exists()
+    expected, hidden = as_shown(image_set.images), hidden_pixels(config)
+    assert np.array_equal(tiles["image"], expected)
+    mean = as_shown(np.array(normalisation(config.data)[0])[None, None, None] * 255).round()
+    assert np.array_equal(tiles["masked"], np.where(hidden[..., None], mean, expected))
+    restored = (tiles["reconstruction"] == expected).all(-1)
+    assert restored[~hidden].all() and restored[hidden].any()
+    assert (tiles["reconstruction"] == tiles["masked"]).all(-1)[~restored].all()
+
+
+def test_normalised_patches_get_their_mean_and_spread_back(tmp_path, monkeypatch):
+    def normalised(images):
+        target = patches(images)
+        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    tiles, image_set, _ = drawn(tmp_path, monkeypatch, 5, normalised, reconstruction__normalize=True)
+    restored = (tiles["reconstruction"] == as_shown(image_set.images)).all(-1)
+    assert (restored | (tiles["reconstruction"] == tiles["masked"]).all(-1)).all() and restored.mean() > 0.6
+
+
+def test_colours_are_those_of_the_classes(tmp_path, monkeypatch):
+    tiles, image_set, _ = drawn(tmp_path, monkeypatch, 3, patches)
+    assert np.array_equal(tiles["truth"], np.eye(3, dtype=np.uint8)[image_set.labels] * 250)
+    assert np.array_equal(tiles["pseudo-label"], tiles["prediction"])  # mim.tau is 0
+    assert {tuple(c) for c in tiles["prediction"].reshape(-1, 3)} <= {(250, 0, 0), (0, 250, 0), (0, 0, 250)}
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 40)])
+def test_the_middle_of_an_image_is_shown(size):
+    image, label = np.zeros((*size, 5), np.uint8), np.full(size, 7, np.uint8)
+    long = size.index(64)
+    middle = [slice(None)] * 2
+    middle[long] = slice(12, 52)
+    image[tuple(middle)], label[tuple(middle)] = [10, 20, 30, 40, 50], 1
+    for side, edge in ((40, 0), (20, 1)):  # where it shrinks, a pixel at the edge is drawn from beyond it too
+        pixels, classes = pictures._square(image, label, side)
+        assert pixels.shape == (5, side, side) and (classes == 1).all()
+        inner = pixels[:, edge : side - edge, edge : side - edge]
+        assert (inner == torch.tensor([10, 20, 30, 40, 50], dtype=torch.uint8)[:, None, None]).all()
