@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from cmim.errors import UserError
+from cmim.models.geometry import geometry
 from cmim.settings import Config, Section, token_stride, uses_masking, uses_unlabelled
 
 
@@ -149,8 +150,28 @@ def _fields(section, prefix=""):
 def _check(config):
     """Settings that contradict each other."""
     data, mask, stride = config.data, config.mask, token_stride(config)
-    if data.format == "folder" and data.root is None:
+    if data.format != "shapes" and data.root is None:
         raise UserError("data.root is missing: give the data folder as --data.root PATH")
+    if data.format == "shapes" and data.split is not None:
+        raise UserError("data.split is given, but data.format shapes has no files; leave it away")
+    if data.format == "shapes" and data.channels != 3:
+        raise UserError(f"data.channels is {data.channels}, but data.format shapes has 3")
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != data.channels:
+            raise UserError(f"data.{key} has {len(values)} numbers, but data.channels is {data.channels}; give one for each")
+    if config.train.steps is not None and config.train.epochs is not None:
+        raise UserError("train.steps and train.epochs are both given; leave one away (--train.steps null)")
+    form = geometry(config.model)
+    if data.crop % form.multiple:
+        raise UserError(
+            f"data.crop is {data.crop}, but model.arch {config.model.arch} takes multiples of {form.multiple}; try "
+            f"{max(form.multiple, data.crop // form.multiple * form.multiple)}"
+        )
+    if not config.evaluation.scales:
+        raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+    window, step = config.evaluation.window or data.crop, config.evaluation.stride
+    if step is not None and step > window:
+        raise UserError(f"evaluation.stride is {step}, more than the window of {window} pixels: pixels would be left out")
     if data.scale[0] > data.scale[1]:
         raise UserError(f"data.scale: the lower bound {data.scale[0]} is above the upper bound {data.scale[1]}")
     if uses_unlabelled(config) and config.method.cutmix > 0 and config.train.unlabelled_batch % 2:
@@ -160,6 +181,11 @@ def _check(config):
         )
     if not uses_masking(config):
         return
+    if stride != int(stride):
+        raise UserError(
+            f"reconstruction.tokens is decoder, but cells of that map are {stride:g} pixels wide, no whole number; "
+            "use --reconstruction.tokens encoder"
+        )
     if mask.block % stride:
         raise UserError(f"mask.block is {mask.block}, which is not a multiple of the token stride {stride}")
     if data.crop % mask.block:

@@ -1,8 +1,9 @@
-"""Figures without which a run cannot be judged. All without gradient, none waits for the device."""
+"""Figures without which a run cannot be judged; none waits for the device."""
 
 import torch
 import torch.nn.functional as F
 
+from cmim.engine.distributed import sum_over_ranks
 from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
 
 
@@ -60,15 +61,17 @@ def separation(centroids: ClassCentroids):
     return between / within.clamp(min=1e-8)
 
 
-def gradient_norms(output):
-    """L2 norm of the gradient of each weighted term with respect to the features of all passes.
+def gradient_norms(terms, features, ranks=1):
+    """L2 norm of the gradient of each term with respect to the features of all passes, of all processes.
 
     Args:
-        output: of an uncompiled `Objective` with diagnostics, before backward.
+        terms: {name: scalar}, each of which is the mean over processes of what they hold under that name.
+        features: tensors of the graph, one for each pass.
+        ranks: number of processes.
     """
     norms = {}
-    for name, term in output.terms.items():
-        gradients = torch.autograd.grad(term, output.features, retain_graph=True, allow_unused=True)
-        total = sum(g.float().square().sum() for g in gradients if g is not None)
-        norms[f"gradient_{name}"] = torch.as_tensor(total, device=term.device).sqrt()
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
+        square = sum((g.float().square().sum() for g in gradients if g is not None), torch.zeros_like(term.detach()))
+        norms[f"gradient_{name}"] = sum_over_ranks(square).sqrt() / ranks
     return norms

@@ -1,13 +1,19 @@
 """Mistakes of a user: one line that names the file or key and the remedy, exit code 2, no traceback."""
 
 import errno
+import json
+import os
 import sys
+import time
+from pathlib import Path
 
 # What the system says of a place that cannot be written: full, closed to us, or a file where a folder is needed.
 _OF_THE_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
+FIRST_SPEAKS = 10
+"""Seconds that the other processes of a run give process 0, which meets most mistakes too, to speak for all."""
 
 
 class UserError(Exception):
@@ -22,20 +28,36 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Call main() and turn a user's mistake into one line on stderr and exit code 2."""
+    """Call main() and turn a user's mistake into one line on stderr and exit code 2.
+
+    Under `torchrun` a mistake that all processes meet is told once, by the first; one that only another process meets (a
+    damaged file among its images) is told by that one, with its number.
+    """
     try:
         main()
+        return
     except UserError as error:
-        sys.exit(_say(str(error)))
+        code, message = 2, str(error)
     except OSError as error:
         if error.errno not in _OF_THE_PLACE:
             raise
         place = error.filename2 or error.filename or "the output folder"
-        sys.exit(_say(f"{error.strerror}: {place}; free some space or give another --output"))
+        code, message = 2, f"{error.strerror}: {place}; free some space or give another --output"
     except KeyboardInterrupt:
-        sys.exit(130)
+        code, message = 130, None
+    if message is not None:
+        _say(message)
+    if "RANK" in os.environ:
+        os._exit(code)  # a process of a group that ends in the usual way may wait for those that have gone
+    sys.exit(code)
 
 
 def _say(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(FIRST_SPEAKS)  # when the first process has spoken and gone, torchrun ends this one
+        message = f"process {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report is not None:  # what torchrun says in its report
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -24,9 +24,9 @@ more with the mask filled in, F and z are the features and logits of that pass, 
     L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
 
 `mim` is `cmim` with every valid token in one class, for G, for L_feat and for balance; the tokens that L_pix counts
-are the same. Every term is S / max(1, n), S and n over the batches of all processes; a term without anything to count is a zero that
-is still connected to the graph. With R processes each computes R S' / n of its own part S', so that the mean over
-processes, which DistributedDataParallel takes of the gradients, is the term.
+are the same. Every term is S / max(1, n), S and n over the batches of all processes; a term without anything to
+count is a zero that is still connected to the graph. With R processes each computes R S' / n of its own part S', so
+that the mean over processes, which DistributedDataParallel takes of the gradients, is the term.
 """
 
 from copy import deepcopy
@@ -37,13 +37,22 @@ from torch import nn
 
 from cmim import masking
 from cmim.data.datasets import IGNORED
-from cmim.diagnostics import coverage, mean_colour_error, separation
+from cmim.diagnostics import coverage, gradient_norms, mean_colour_error, separation
 from cmim.engine.distributed import all_gather, all_reduce
+from cmim.models.batch_norm import batch_norm_mode
 from cmim.models.reconstruction import build_reconstruction
-from cmim.models.segmenter import batch_norm_mode, build_segmenter
+from cmim.models.segmenter import build_segmenter
+from cmim.models.weights import warm_start
 from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, drop_complementary, pseudo_labels
 from cmim.settings import normalisation, token_stride, uses_masking, uses_unlabelled
-from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
+from cmim_kernels import (
+    ClassCentroids,
+    centroid_distance,
+    class_centroids,
+    masked_patch_loss,
+    patch_labels,
+    upsample_cross_entropy,
+)
 
 
 class Ratio(NamedTuple):
@@ -66,19 +75,30 @@ class MaskedViews(NamedTuple):
     sizes: list[int]  # number of images of each view in mim.views
 
 
+class Reconstruction(NamedTuple):
+    """What the masked pass gives; V images, N = h w tokens."""
+
+    tokens: torch.Tensor  # (V, C, h, w), F
+    logits: torch.Tensor  # (V, K, ., .), z
+    groups: torch.Tensor  # (V, N) classes that the decoder keeps apart, -1 where there is none; all zero for `mim`
+    known: torch.Tensor  # (V, N) bool: the (image, class) has a visible token, so that a hidden one can be reconstructed
+    prediction: torch.Tensor  # (V, N, p p channels), G(F, c_t, M)
+    centroids: ClassCentroids  # of F by true class
+
+
 class Output(NamedTuple):
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]  # weighted, so that they add up to the loss
     figures: dict[str, torch.Tensor]  # for the log, without gradient
-    features: list[torch.Tensor]  # of each pass, with diagnostics only
 
 
 class Objective(nn.Module):
-    """forward(batch, ramp, diagnostics=False) -> Output.
+    """forward(batch, ramp, diagnostics=False, gradients=False) -> Output.
 
     batch: a dict of `cmim.data.batches.TrainBatches`.
     ramp: r(t), a scalar tensor; None before mim.start, where the masked pass is left out.
-    diagnostics: also compute the figures that cost time, and keep what `gradient_norms` needs.
+    diagnostics: also compute the figures that cost time.
+    gradients: also the norm of each term's gradient at the features, eagerly and at the cost of a backward pass a term.
 
     `ranks` is the number of processes that share a batch, each of which holds an equal part of it.
     """
@@ -88,7 +108,9 @@ class Objective(nn.Module):
         self.ranks = 1
         self.config, self.num_classes = config, num_classes
         self.mean, self.std = normalisation(config.data)
+        self.stride = token_stride(config)
         self.net = build_segmenter(config.model, num_classes, self.mean, self.std)
+        self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
         if config.teacher.kind == "ema":
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
         if uses_masking(config):
@@ -97,7 +119,7 @@ class Objective(nn.Module):
             self.reconstruction = build_reconstruction(
                 config.reconstruction,
                 self.net.feature_channels if config.reconstruction.tokens == "decoder" else self.net.encoder_channels,
-                token_stride(config),
+                self.stride,
                 num_classes if self.class_wise else 1,
                 image_channels=len(self.mean),
             )
@@ -126,12 +148,12 @@ class Objective(nn.Module):
             if not a.is_floating_point():
                 a.copy_(b)
 
-    def forward(self, batch, ramp, diagnostics=False):
+    def forward(self, batch, ramp, diagnostics=False, gradients=False):
         config, net = self.config, self.net
         x, y = batch["labelled_image"], batch["label"]
         if not uses_unlabelled(config):
             feature = net.decode(net.encode(net.normalise(x)))
-            return self.finish({"sup": (1.0, self.supervised(net.classify(feature), y))}, {}, [feature], diagnostics)
+            return self.finish({"sup": (1.0, self.supervised(net.classify(feature), y))}, {}, [feature], gradients)
 
         # x and u_w share a pass; so do, in the decoder, the clean and the dropped-out features of u_w.
         u_w, strong = batch["weak_image"], batch["strong_image"]
@@ -174,7 +196,7 @@ class Objective(nn.Module):
             terms |= {name: (ramp * weight, term) for name, (weight, term) in masked_terms.items()}
             figures |= masked_figures
             features.append(masked_feature)
-        return self.finish(terms, figures, features, diagnostics)
+        return self.finish(terms, figures, features, gradients)
 
     def supervised(self, logits, y):
         """L_sup; with OHEM only over pixels whose true class has a probability of at most the threshold, or at most
@@ -210,7 +232,7 @@ class Objective(nn.Module):
         chosen = [available[name] for name in config.mim.views]
         image, classes, valid, masked = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         key = torch.cat([keys[name] for name in config.mim.views])
-        stride = token_stride(config)
+        stride = self.stride
         if config.mim.isolate == "input":
             classes = masking.isolate_class(classes, key, self.num_classes)
         token_classes = patch_labels(classes, stride, self.num_classes, min_share=config.reconstruction.min_share)
@@ -219,46 +241,52 @@ class Objective(nn.Module):
             masked = masking.per_class_mask(token_classes, key + 2, self.num_classes, config.mask.ratio, block)
         return MaskedViews(image, classes, valid, masked, token_classes, [len(part[0]) for part in chosen])
 
-    def see(self, views):
-        """fill(v, M) as the encoder sees it; with mim.isolate=input, other classes are hidden too."""
-        hidden = masking.to_pixels(views.masked, token_stride(self.config))
+    def see(self, image, classes, masked):
+        """fill(v, M) as the encoder sees it; with mim.isolate=input, pixels without a class are hidden too."""
+        hidden = masking.to_pixels(masked, self.stride)
         if self.config.mim.isolate == "input":
-            hidden = hidden | (views.classes == IGNORED)
-        return self.fill(self.net.normalise(views.image), hidden)
+            hidden = hidden | (classes == IGNORED)
+        return self.fill(self.net.normalise(image), hidden)
+
+    def reconstruct(self, seen, token_classes, masked):
+        """The masked pass.
+
+        Args:
+            seen: (V, channels, H, W) what the encoder sees.
+            token_classes: (V, h, w) int32, -1 where there is none.
+            masked: (V, h, w) bool.
+        """
+        with batch_norm_mode(self.net, self.config.mim.batch_norm):
+            maps = self.net.encode(seen)
+            feature = self.net.decode(maps)
+            logits = self.net.classify(feature)
+        tokens = feature if self.config.reconstruction.tokens == "decoder" else maps[-1]
+        labels = token_classes.flatten(1)
+        centroids = class_centroids(tokens, labels, masked.flatten(1), self.num_classes)
+        known = (centroids.count[:, :, 0] > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
+        groups = labels if self.class_wise else torch.where(labels >= 0, 0, -1).int()
+        prediction = self.reconstruction(tokens, groups.view_as(masked), masked)
+        return Reconstruction(tokens, logits, groups, known, prediction, centroids)
 
     def masked(self, batch, weak, u_s, strong_labels, diagnostics):
-        """The masked pass: {name: (weight, term)} of L_pix, L_feat and L_sem, figures for the log, and F."""
+        """{name: (weight, term)} of L_pix, L_feat and L_sem, figures for the log, and F."""
         config, net = self.config, self.net
         views = self.masked_views(batch, weak, u_s, strong_labels)
-        with batch_norm_mode(net, config.mim.batch_norm):
-            maps = net.encode(self.see(views))
-            feature = net.decode(maps)
-            logits = net.classify(feature)
-        tokens = feature if config.reconstruction.tokens == "decoder" else maps[-1]
+        result = self.reconstruct(self.see(views.image, views.classes, views.masked), views.token_classes, views.masked)
         masked = views.masked.flatten(1)
-        labels = views.token_classes.flatten(1)
-
-        # A hidden token can be reconstructed only if its (image, class) has a visible one.
-        present = class_centroids(tokens, labels, masked, self.num_classes)
-        visible = (present.count[:, :, 0] > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
-        if self.class_wise:
-            groups, num_groups, centroids = labels, self.num_classes, present
-        else:
-            groups, num_groups = torch.where(labels >= 0, 0, -1).int(), 1
-            centroids = class_centroids(tokens, groups, masked, 1)
-        prediction = self.reconstruction(tokens, groups.view_as(views.token_classes), views.masked)
+        num_groups = self.num_classes if self.class_wise else 1
         target = dict(
-            image=views.image, masked=masked, labels=torch.where(visible, groups, -1), num_classes=num_groups,
-            patch_size=token_stride(config), distance=config.reconstruction.distance,
+            image=views.image, masked=masked, labels=torch.where(result.known, result.groups, -1), num_classes=num_groups,
+            patch_size=self.stride, distance=config.reconstruction.distance,
             normalize=config.reconstruction.normalize, balance=config.reconstruction.balance,
             mean=self.mean, std=self.std,
         )  # fmt: skip
-        patches = masked_patch_loss(prediction, **target)
+        patches = masked_patch_loss(result.prediction, **target)
         pix = Ratio(patches.class_sum, patches.class_count)
         if config.reconstruction.balance == "token":
             pix = Ratio(pix.total.sum()[None], pix.count.sum()[None])
         pairs = centroid_distance(
-            centroids,
+            result.centroids if self.class_wise else class_centroids(result.tokens, result.groups, masked, 1),
             distance=config.centroids.distance,
             detach=config.centroids.detach,
             min_tokens=config.centroids.min_tokens,
@@ -267,20 +295,20 @@ class Objective(nn.Module):
             "pix": (config.mim.w_pix, pix),
             "feat": (config.mim.w_feat, Ratio(pairs.pair_sum[None], pairs.pair_count[None])),
         }
-        error = upsample_cross_entropy(logits, views.classes, align_corners=net.align_corners)
+        error = upsample_cross_entropy(result.logits, views.classes, align_corners=net.align_corners)
         each = zip(config.mim.views, error.split(views.sizes), views.valid.split(views.sizes), strict=True)
         for name, part, valid in each:
             share = 0.5 if name == "labelled" else 0.25
             terms[f"sem_{name}"] = (config.mim.w_sem * share, Ratio(part.sum()[None], valid.sum()[None]))
-        figures = {"valid_tokens": (labels >= 0).float().mean(), "pairs": pairs.pair_count.float()}
+        figures = {"valid_tokens": (views.token_classes >= 0).float().mean(), "pairs": self.ranks * pairs.pair_count.float()}
         if diagnostics:
             guess = mean_colour_error(net.normalise(views.image), target)
             figures["pix_vs_mean_colour"] = patches.loss.detach() / guess.clamp(min=1e-8)
-            figures["separation"] = separation(present)
-        return terms, figures, tokens
+            figures["separation"] = separation(result.centroids)
+        return terms, figures, result.tokens
 
-    def finish(self, terms, figures, features, diagnostics):
-        """Divide every S by its n, weight, and add up."""
+    def finish(self, terms, figures, features, gradients):
+        """Divide every S by its n, weight, and add up; `features` are those of each pass."""
         counts = [ratio.count for _, ratio in terms.values()]
         if self.ranks > 1:
             counts = all_reduce(torch.cat([count.long() for count in counts])).split([len(count) for count in counts])
@@ -289,6 +317,6 @@ class Objective(nn.Module):
             for (name, (weight, ratio)), count in zip(terms.items(), counts, strict=True)
         }
         loss = torch.stack(list(weighted.values())).sum()
-        if diagnostics:
-            return Output(loss, weighted, figures, features)
-        return Output(loss, {name: value.detach() for name, value in weighted.items()}, figures, [])
+        if gradients:
+            figures = figures | gradient_norms(weighted, features, self.ranks)
+        return Output(loss, {name: value.detach() for name, value in weighted.items()}, figures)

@@ -5,7 +5,13 @@
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
 
-Any setting of cmim/settings.py is an override: --section.key VALUE. The run folder gets config.yaml, labelled.txt,
+    torchrun --nproc-per-node 8 -m cmim.train CONFIG ...              # the GPUs of one machine
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m cmim.train CONFIG ...
+                                                                      # on both machines; HOST is one of them
+    srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES ...      # the same under Slurm
+
+Batches are those of all processes together, so a run does the same on any number of them that divides its batches. Any
+setting of cmim/settings.py is an override: --section.key VALUE. The run folder gets config.yaml, labelled.txt,
 metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 
@@ -13,94 +19,114 @@ import json
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from cmim.config import default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, default_workers, train_loader
-from cmim.diagnostics import gradient_norms
-from cmim.engine import checkpoint
+from cmim.engine import checkpoint, distributed
 from cmim.engine.command import CommandLine
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
-from cmim.engine.optimizer import build_optimizer, set_learning_rate
+from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.errors import UserError, run_command
+from cmim.models.batch_norm import synchronise_batch_norm
 from cmim.models.reconstruction import receptive_warning
 from cmim.objective import Objective
-from cmim.settings import uses_masking, uses_unlabelled
+from cmim.randomness import key
+from cmim.settings import token_stride, uses_masking, uses_unlabelled
 
 
 class Trainer:
-    """Everything a run needs, built from its config; `train` is the loop."""
+    """Everything a run needs; `train` is the loop."""
 
-    def __init__(self, config, splits, run):
-        self.config, self.splits, self.run = config, splits, run
+    def __init__(self, config, splits, run, objective, device):
+        self.config, self.splits, self.run, self.device = config, splits, run, device
+        self.rank, self.ranks = distributed.rank(), distributed.size()
         self.steps = total_steps(config.train, len(splits.unlabelled))
-        self.device = choose_device(config.train.device)
-        self.dtype = choose_precision(config.train.precision, self.device)
-        torch.manual_seed(config.seed)
-        self.objective = Objective(config, len(splits.class_names)).to(self.device)
+        self.lr = scaled_lr(config.optimizer, config.train)
+        self.dtype = choose_precision(config.train.precision, device)
+        self.objective = objective.to(device)
+        objective.ranks = self.ranks
+        if self.ranks > 1:
+            synchronise_batch_norm(objective.net)
         if config.train.channels_last:
-            self.objective.to(memory_format=torch.channels_last)
-        compiles = self.device.type == "cuda" if config.train.compile is None else config.train.compile
-        self.compiled = torch.compile(self.objective, fullgraph=True) if compiles else self.objective
-        self.optimizer = build_optimizer(config.optimizer, self.objective)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+            objective.to(memory_format=torch.channels_last)
+        compiles = device.type == "cuda" if config.train.compile is None else config.train.compile
+        self.compute = torch.compile(objective, fullgraph=True) if compiles else objective
+        if self.ranks > 1:
+            self.compute = DistributedDataParallel(
+                self.compute,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # alike on all processes, as they see the same statistics
+                gradient_as_bucket_view=True,
+                find_unused_parameters=uses_masking(config) and config.mim.start > 0,  # the decoder's, before the start
+            )
+        self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou = 0, 0.0
         if run.last.exists():
             self.load()
-        cut_metrics(run.metrics, self.step)
+        if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
+            raise UserError(f"not every process sees {run.last}; put the run folder where all machines can read it")
+        if self.rank == 0:
+            cut_metrics(run.metrics, self.step)
 
     def train(self):
         config, settings = self.config, self.config.train
-        batches, micro = TrainBatches(self.splits, config), settings.accumulate
+        batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
         loader = iter(train_loader(batches, self.step * micro, self.steps * micro, self.workers()))
         images = settings.labelled_batch + settings.unlabelled_batch * uses_unlabelled(config)
-        log = RunLog(self.run, self.step, self.steps, images, self.device)
-        while self.step < self.steps:
-            evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-            # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
-            report = self.due("log_every") or picture or save or evaluate
-            weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
-            weight = None if weight is None else torch.full((), weight, device=self.device)
-            factor = poly(self.step, self.steps, config.optimizer.poly_power)
-            set_learning_rate(self.optimizer, factor)
-            norms = {}
+        with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
+            while self.step < self.steps:
+                evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
+                # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
+                report = self.due("log_every") or picture or save or evaluate
+                weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
+                weight = None if weight is None else torch.full((), weight, device=self.device)
+                factor = poly(self.step, self.steps, config.optimizer.poly_power)
+                set_learning_rate(self.optimizer, factor)
 
-            self.objective.train()
-            torch.backends.cudnn.benchmark = True  # crops have one size; evaluation turns it off
-            for _ in range(micro):
-                batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                compute = self.objective if picture else self.compiled
-                with autocast(self.device, self.dtype):
-                    output = compute(batch, weight, diagnostics=report)
-                norms = gradient_norms(output) if picture else norms
-                self.scaler.scale(output.loss / micro).backward()
-                log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            if config.teacher.kind == "ema":
-                self.objective.update_teacher(self.step)
-            self.step += 1
+                self.objective.train()
+                torch.backends.cudnn.benchmark = True  # crops have one size; evaluation turns it off
+                for i in range(micro):
+                    batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
+                    # Dropout layers, if the net has any, draw from here; all else draws by sample.
+                    torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
+                    with self.gradients_stay(i + 1 < micro), eager(picture):
+                        with autocast(self.device, self.dtype):
+                            output = self.compute(batch, weight, diagnostics=report, gradients=picture)
+                        self.scaler.scale(output.loss / micro).backward()
+                    log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                self.optimizer.zero_grad(set_to_none=True)
+                if config.teacher.kind == "ema":
+                    self.objective.update_teacher(self.step)
+                self.step += 1
 
-            if report:
-                log.write(self.step, config.optimizer.lr * factor, norms)
-            if save or evaluate:
-                self.refuse_broken_weights()
-            if evaluate:
-                self.evaluate(log)
-            if picture:
-                self.picture()
-            if save:
-                self.save()
-        self.finish(log)
-        log.close()
+                if report:
+                    log.write(self.step, self.lr * factor)
+                if save or evaluate:
+                    self.refuse_broken_weights()
+                if evaluate:
+                    self.evaluate(log)
+                if picture and self.rank == 0:
+                    self.picture()
+                if save and self.rank == 0:
+                    self.save()
+            self.finish(log)
+
+    def gradients_stay(self, stay):
+        """While micro-batches follow, gradients are added up in each process before they are averaged over all."""
+        return self.compute.no_sync() if stay and self.ranks > 1 else nullcontext()
 
     def due(self, every):
         """Whether the coming step ends an interval of this setting; the last step ends all."""
@@ -122,7 +148,8 @@ class Trainer:
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
             self.best_miou = result.scores.miou
-            checkpoint.save({"net": self.objective.evaluated().state_dict(), **self.about()}, self.run.best)
+            if self.rank == 0:
+                checkpoint.save({"net": self.objective.evaluated().state_dict(), **self.about()}, self.run.best)
 
     def measure(self, image_set, name):
         net = self.objective.evaluated()
@@ -140,10 +167,12 @@ class Trainer:
             "iou": by_class(result.scores, self.splits.class_names),
             "split": split,
             "step": self.step,
+            "epochs": self.config.train.epochs,
             "pixel_accuracy": result.scores.pixel_accuracy,
             "mean_accuracy": result.scores.mean_accuracy,
         }
-        write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
+        if self.rank == 0:
+            write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
         print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
 
@@ -169,8 +198,6 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "best_miou": self.best_miou,
             **self.about(),
         }
@@ -183,13 +210,15 @@ class Trainer:
         checkpoint.load_into(self.objective, state["objective"], self.run.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda" and state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.step, self.best_miou = state["step"], state["best_miou"]
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
         console.print(f"continuing {self.run.folder} at step {self.step}")
+
+
+def eager(wanted):
+    """Leaves `torch.compile` aside inside the `with` block where `wanted`."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 def main(arguments):
@@ -200,41 +229,81 @@ def main(arguments):
     given, overrides = parser.parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
+    console.quiet = distributed.world().rank > 0
     config_path = given.config or default_config_path()
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
     splits = load_splits(config.data)
-    check_counts(config, splits)
+    check_counts(config, splits, distributed.world().size)
+    device = choose_device(config.train.device)
     run = open_run(given.output or default_folder(config_path), config, given.resume)
     describe(config, splits, run)
-    trainer = Trainer(config, splits, run)
-    start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
-    trainer.train()
+    objective = build_objective(config, len(splits.class_names), run)
+    with distributed.joined(device):  # only now, when nothing is left that a user can have got wrong
+        run = Run(distributed.from_first(str(run.folder)))
+        trainer = Trainer(config, splits, run, objective, device)
+        if distributed.rank() == 0:
+            start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
+        trainer.train()
 
 
-def check_counts(config, splits):
-    if len(splits.labelled) < config.train.labelled_batch:
+def build_objective(config, num_classes, run):
+    """With the weights that a run starts from; those of a continued run come from its checkpoint."""
+    torch.manual_seed(config.seed)
+    if run.last.exists():
+        model = config.model.model_copy(update={"weights": "none", "init_from": None})
+        config = config.model_copy(update={"model": model})
+    objective = Objective(config, num_classes)
+    if objective.note:
+        console.print(f"note: {objective.note}")
+    return objective
+
+
+def check_counts(config, splits, processes):
+    """That there are images enough, and that the processes can share a batch."""
+    train = config.train
+    if len(splits.labelled) < train.labelled_batch:
         raise UserError(
-            f"{len(splits.labelled)} labelled images are fewer than train.labelled_batch {config.train.labelled_batch}; "
+            f"{len(splits.labelled)} labelled images are fewer than train.labelled_batch {train.labelled_batch}; "
             "lower it, or raise data.labelled"
         )
-    if uses_unlabelled(config) and len(splits.unlabelled) < config.train.unlabelled_batch:
+    if uses_unlabelled(config) and len(splits.unlabelled) < train.unlabelled_batch:
         raise UserError(
             f"{len(splits.unlabelled)} unlabelled images are fewer than train.unlabelled_batch "
-            f"{config.train.unlabelled_batch}; lower it, add images to unlabeled/, or lower data.labelled"
+            f"{train.unlabelled_batch}; lower it, add images to unlabeled/, or lower data.labelled"
         )
+    pairs = 2 if config.method.cutmix > 0 else 1
+    for name, size, multiple in (
+        ("labelled_batch", train.labelled_batch, 1),
+        ("unlabelled_batch", train.unlabelled_batch if uses_unlabelled(config) else 0, pairs),
+    ):
+        if size % (processes * multiple):
+            each = "pairs of images (method.cutmix)" if multiple == 2 else "images"
+            more = -(-size // (processes * multiple)) * processes * multiple
+            raise UserError(f"train.{name} is {size}, but {processes} processes share {each} equally; try {more}")
 
 
 def describe(config, splits, run):
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
+    processes = distributed.world().size
     console.print(
         f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images, "
         f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
+        + (f"; {processes} processes" if processes > 1 else "")
     )
+    for note in splits.notes:
+        console.print(f"note: {note}")
+    train, optimizer = config.train, config.optimizer
+    lr = scaled_lr(optimizer, train)
+    if lr != optimizer.lr:
+        console.print(
+            f"note: the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
+            f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
+        )
     reconstruction = config.reconstruction
     if uses_masking(config) and reconstruction.decoder == "conv":
-        stride = 4 if reconstruction.tokens == "decoder" else config.model.output_stride
+        stride = token_stride(config)
         note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
         if note:
             console.print(f"note: {note}")
@@ -242,4 +311,6 @@ def describe(config, splits, run):
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # Of PyTorch to its users: renamed from 2.14 on; and needed only before mim.start.
+    warnings.filterwarnings("ignore", message=".*(broadcast_buffers|find_unused_parameters).*")
     run_command(lambda: main(sys.argv[1:]))

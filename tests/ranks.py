@@ -19,7 +19,8 @@ def run_on_ranks(function, ranks, folder, *arguments):
     meeting = folder / f"meeting-{len(list(folder.iterdir()))}"
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=_join_and_call, args=(function, r, ranks, meeting, pipes[r][1], arguments)) for r in range(ranks)
+        context.Process(target=_join_and_call, args=(function, r, ranks, meeting, pipes[r][1], arguments))
+        for r in range(ranks)
     ]
     for process in processes:
         process.start()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cmim import masking, pseudo_labels
+from cmim import objective as objective_module
 from cmim.diagnostics import gradient_norms
 from cmim.objective import Objective
 from tests.plain_objective import (
@@ -163,12 +164,13 @@ def test_empty_terms_are_connected_zeros(monkeypatch, preset, empty, options):
         batch["label"] = torch.full_like(batch["label"], 255)
     if empty in ("padding", "everything"):
         batch["valid"] = torch.zeros_like(batch["valid"])
-    output = objective(batch, ramp(), diagnostics=True)
-    for name, term in output.terms.items():
+    terms, _ = see_graph(monkeypatch)
+    output = objective(batch, ramp(), diagnostics=True, gradients=True)
+    for name, term in terms.items():
         assert term.requires_grad and term.isfinite(), name
         assert (term == 0) == (zero is None or name in zero), name
+    assert terms == output.terms and {f"gradient_{name}" for name in terms} < set(output.figures)
     assert all(figure.isfinite() for figure in output.figures.values())
-    assert all(norm.isfinite() for norm in gradient_norms(output).values())
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
     trained = [p.grad is not None and bool(p.grad.any()) for p in objective.net.parameters()]
@@ -207,29 +209,45 @@ def test_ramp_scales_the_masked_terms(monkeypatch):
         torch.testing.assert_close(low.terms[name], factor * high.terms[name])
 
 
+def see_graph(monkeypatch):
+    """The terms, with their graph, and the features that the next objective measures gradients of."""
+    terms, features = {}, []
+
+    def record(given_terms, given_features, ranks):
+        terms.update(given_terms)
+        features.extend(given_features)
+        return gradient_norms(given_terms, given_features, ranks)
+
+    monkeypatch.setattr(objective_module, "gradient_norms", record)
+    return terms, features
+
+
 @pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "cmim"])
 def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     config = make_config(preset, data__background=0)
     objective, batch = make_objective(monkeypatch, config), make_batch(config)
-    short, full = deepcopy(objective)(batch, ramp()), objective(batch, ramp(), diagnostics=True)
+    terms, features = see_graph(monkeypatch)
+    short, some = (deepcopy(objective)(batch, ramp(), diagnostics=d) for d in (False, True))
+    assert terms == {}
+    full = objective(batch, ramp(), diagnostics=True, gradients=True)
     torch.testing.assert_close(short.loss, full.loss, rtol=0, atol=0)
-    assert short.features == [] and not any(t.requires_grad for t in short.terms.values())
+    assert not any(t.requires_grad for output in (short, full) for t in output.terms.values())
     more = {"pix_vs_mean_colour", "separation"} if preset == "cmim" else set()
-    assert set(full.figures) - set(short.figures) == more
-    assert not any(figure.requires_grad or figure.dim() for figure in full.figures.values())
-    assert len(full.features) == {"supervised": 1, "fixmatch": 2, "unimatch": 2, "cmim": 3}[preset]
-
-    torch.testing.assert_close(sum(full.terms.values()), full.loss)
-    norms = gradient_norms(full)
+    assert set(some.figures) - set(short.figures) == more
+    norms = {name: full.figures.pop(name) for name in set(full.figures) - set(some.figures)}
     assert set(norms) == {f"gradient_{name}" for name in full.terms}
-    together = [torch.zeros_like(f) for f in full.features]
-    for name, term in full.terms.items():
-        parts = torch.autograd.grad(term, full.features, retain_graph=True, materialize_grads=True)
+    assert not any(figure.requires_grad or figure.dim() for figure in full.figures.values())
+    assert len(features) == {"supervised": 1, "fixmatch": 2, "unimatch": 2, "cmim": 3}[preset]
+
+    torch.testing.assert_close(sum(terms.values()), full.loss)
+    together = [torch.zeros_like(f) for f in features]
+    for name, term in terms.items():
+        parts = torch.autograd.grad(term, features, retain_graph=True, materialize_grads=True)
         together = [a + b for a, b in zip(together, parts, strict=True)]
         expected = torch.cat([p.flatten() for p in parts]).norm()
         assert expected > 0, name
         torch.testing.assert_close(norms[f"gradient_{name}"], expected, msg=lambda m, n=name: f"{n}: {m}")
-    whole = torch.autograd.grad(full.loss, full.features)
+    whole = torch.autograd.grad(full.loss, features)
     for a, b in zip(together, whole, strict=True):
         torch.testing.assert_close(a, b)
 

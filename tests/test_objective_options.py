@@ -17,6 +17,7 @@ EFFECTS = [
     ("method__ohem", {**OHEM, "min_kept": 1000}, {"method__ohem": OHEM}, {"sup"}),
     ("mim__tau", 0.7, {}, {"pix", "feat"} | UNLABELLED_SEM),
     ("mim__w_pix", 1.0, {}, {"pix"}),
+    ("method__complementary", False, {"method__preset": "unimatch_v2"}, {"strong1", "strong2"}),
     ("mim__w_feat", 1.0, {}, {"feat"}),
     ("mim__w_sem", 3.0, {}, {"sem_labelled"} | UNLABELLED_SEM),
     ("mim__isolate", "input", {}, MASKED_TERMS),
@@ -49,14 +50,15 @@ EFFECTS = [
 def test_an_option_changes_what_it_should_and_nothing_else(monkeypatch, option, value, common, changed):
     sides = []
     for options in (common, {**common, option: value}):
-        config = make_config("cmim", **options)
+        preset = options.get("method__preset", "cmim")
+        config = make_config(preset, **{name: v for name, v in options.items() if name != "method__preset"})
         objective = make_objective(monkeypatch, config)
         if sides:  # the same weights wherever both have them
             theirs, ours = sides[0][0].state_dict(), objective.state_dict()
             shared = {name for name, v in ours.items() if name in theirs and theirs[name].shape == v.shape}
             objective.load_state_dict(ours | {name: theirs[name] for name in shared})
         # The mask of the batch belongs to the batch: both sides get one.
-        output = objective(make_batch(make_config("cmim")), ramp())
+        output = objective(make_batch(make_config(preset)), ramp())
         output.loss.backward()
         sides.append((objective, output.terms))
     (before, old), (after, new) = sides

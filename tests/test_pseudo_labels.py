@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, pseudo_labels
+from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, drop_complementary, pseudo_labels
 
 
 def keys(count, seed=0):
@@ -96,3 +96,22 @@ def test_dropped_channels_depend_on_the_key_alone():
         assert torch.equal(a, b[order])
     half = drop_channels([m.bfloat16() for m in maps], drawn, 0.5)
     assert all(torch.equal(h, w.bfloat16()) for h, w in zip(half, whole, strict=True))
+
+
+def test_complementary_channels():
+    drawn = keys(200)
+    maps = [torch.ones(400, 30, 2, 1), torch.ones(400, 30, 1, 1), torch.ones(400, 8, 1, 1)]
+    first, second = zip(*(d.split(200) for d in drop_complementary(maps, drawn)), strict=True)
+    whole = (first[0] == 1).flatten(1).all(1)
+    assert 70 < whole.sum() < 130  # about half of the images
+    for a, b, m in zip(first, second, maps, strict=True):
+        assert torch.equal(a + b, 2 * m[:200])
+        assert torch.equal((a == 1).flatten(1).all(1), whole)
+        assert set(a[~whole].unique().tolist()) == {0.0, 2.0}
+        assert torch.equal(a.flatten(2).amin(2), a.flatten(2).amax(2))  # whole channels
+        assert torch.equal(a[:, :, 0, 0], first[0][:, : a.shape[1], 0, 0])  # the same in maps of equal width
+    assert 0.45 < (first[0][~whole] == 0).float().mean() < 0.55
+    assert len(first[0][~whole].flatten(1).unique(dim=0)) == (~whole).sum()  # every image draws its own
+    order = torch.tensor([7, 3, 207, 203])
+    some = drop_complementary([m[order] for m in maps], drawn[order[:2]])
+    assert torch.equal(some[0], torch.cat([first[0], second[0]])[order])

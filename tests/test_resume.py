@@ -17,7 +17,7 @@ from cmim.engine.run import Run
 from cmim.errors import UserError
 from tests.tiny_runs import read_metrics, run_tiny, tiny
 
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "memory_gib")
 STEPS = 12
 
 

@@ -16,6 +16,7 @@ TINY = {
     "method.tau": 0, "mim.tau": 0, "mim.start": 0, "mim.ramp": 0, "centroids.min_tokens": 1,
     "reconstruction.width": 16, "reconstruction.depth": 1,
     "train.device": "cpu", "train.steps": 2, "train.log_every": 1, "train.labelled_batch": 2, "train.unlabelled_batch": 2,
+    "optimizer.lr_batch": 2,
 }  # fmt: skip
 
 
@@ -42,8 +43,9 @@ def read_metrics(run):
     return [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
 
 
-def write_folder(root, sizes=((40, 48),), train=4, val=2, test=2):
-    """A data folder of three classes, coloured bands; `sizes` (height, width) are taken in turn."""
+def write_folder(root, sizes=((40, 48),), train=4, val=2, test=2, channels=3):
+    """A data folder of three classes, coloured bands; `sizes` (height, width) are taken in turn. One, three or four channels
+    are stored as .png, others as .npy."""
     rng = np.random.default_rng(0)
     root.mkdir(parents=True)
     (root / "classes.txt").write_text("sky\nroad\ntree\n")
@@ -53,10 +55,16 @@ def write_folder(root, sizes=((40, 48),), train=4, val=2, test=2):
             label = np.sort(rng.integers(0, 3, height)).astype(np.uint8)[:, None].repeat(width, 1)
             label[:2, :3] = 255
             pixels = np.array([[90, 130, 200], [110, 110, 110], [40, 140, 50]], np.uint8)[label % 255 % 3]
+            pixels = pixels[..., np.arange(channels) % 3]
             pixels = (pixels + rng.integers(0, 40, pixels.shape)).astype(np.uint8)
-            for kind, array in (("images", pixels), ("masks", label)):
-                (root / split / kind).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(root / split / kind / f"{split}{i}.png")
+            image, mask = (root / split / kind / f"{split}{i}" for kind in ("images", "masks"))
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(label).save(f"{mask}.png")
+            if channels in (1, 3, 4):
+                Image.fromarray(pixels.squeeze()).save(f"{image}.png")
+            else:
+                np.save(f"{image}.npy", pixels)
     return root
 
 

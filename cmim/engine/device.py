@@ -5,19 +5,29 @@ import os
 import torch
 
 from cmim.data.batches import available_cores
+from cmim.engine.distributed import world
 from cmim.errors import UserError
 
 
 def choose_device(name):
-    """The device of `train.device`. On the CPU, a core is left to the loader unless OMP_NUM_THREADS says otherwise:
-    OpenMP threads wait for one another after every operation, so one that shares its core holds up all."""
+    """The device of `train.device` for this process. On the CPU, a core is left to the loader unless OMP_NUM_THREADS says
+    otherwise: OpenMP threads wait for one another after every operation, so one that shares its core holds up all."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() - 1))
-    return torch.device(name)
+    if name == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, available_cores() // world().local_size - 1))
+        return torch.device("cpu")
+    here = world()
+    if here.local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{here.local_size} processes on this machine, but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "start as many with --nproc-per-node, or use --train.device cpu"
+        )
+    torch.cuda.set_device(here.local_rank)
+    return torch.device("cuda", here.local_rank)
 
 
 def choose_precision(name, device):

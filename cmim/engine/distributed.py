@@ -48,8 +48,8 @@ def joined(device):
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise UserError(
-            "another process of this run has ended: its own message or torchrun's report below says why (exit code -9: "
-            "killed, often for want of memory); the same command with --output RUN --resume continues from the last checkpoint"
+            "another process of this run has ended: its own message or torchrun's report says why (exit code -9: killed, "
+            "often for want of memory); --output RUN --resume continues from the last checkpoint"
         ) from error
     dist.destroy_process_group()  # not after an error: it would wait for those that have gone
 

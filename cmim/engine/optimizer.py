@@ -3,17 +3,24 @@
 import torch
 
 
-def build_optimizer(settings, objective):
+def scaled_lr(optimizer, train):
+    """`optimizer.lr` of an `OptimizerSettings` in proportion to the labelled images of a step (Goyal et al. 2017, arXiv
+    1706.02677), of a `TrainSettings`."""
+    return optimizer.lr * train.labelled_batch * train.accumulate / optimizer.lr_batch
+
+
+def build_optimizer(settings, objective, lr):
     """SGD or AdamW with two groups: the encoder at `lr`, everything else that learns at lr x head_lr_factor.
 
     Each group carries its `base_lr`, which the schedule multiplies.
     """
-    encoder = list(objective.net.encoder.parameters())
+    encoder = [p for p in objective.net.encoder.parameters() if p.requires_grad]
     ours = {id(p) for p in encoder}
     rest = [p for p in objective.parameters() if p.requires_grad and id(p) not in ours]
     groups = [
-        {"params": parameters, "lr": lr, "base_lr": lr}
-        for parameters, lr in ((encoder, settings.lr), (rest, settings.lr * settings.head_lr_factor))
+        {"params": parameters, "lr": rate, "base_lr": rate}
+        for parameters, rate in ((encoder, lr), (rest, lr * settings.head_lr_factor))
+        if parameters
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
