@@ -38,6 +38,7 @@ setup(
         "numpy",
         "torchvision",
         "timm>=1.0.20",
+        "segmentation-models-pytorch>=0.6",
         "safetensors",
         "Pillow",
         "PyYAML",
