@@ -37,10 +37,12 @@ class DataSettings(Section):
     benchmarks as they are distributed."""
     root: Path | None = None
     split: Path | None = None
-    """Folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK` under `root` (UniMatch's split files); val.txt, and
-    test.txt if there is one, lie beside them or one folder up. Without it, `labelled` divides the training images."""
+    """Folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK` under `root` (UniMatch's split files; the mask of an
+    unlabelled image may be missing or None). val.txt and test.txt may lie beside them or one folder up. Without it,
+    `labelled` divides the training images; with it, `labelled` is not used."""
     classes: list[str] | Positive | None = None
-    """Names or number of the classes; by default read from ROOT/classes.txt, one name a line."""
+    """Names or number of the classes of `folder`; by default read from ROOT/classes.txt, one name a line. Benchmarks
+    have their own, as of the next two."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
     """Mask value without a class."""
     label_map: dict[int, int] = {}
@@ -58,7 +60,10 @@ class DataSettings(Section):
     split_seed: int = 0
     """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
     val: str = "val"
+    """`val`: val.txt of the split if there is one, else ROOT/val (folder) or the official validation images. Else another
+    folder of ROOT, or a text file of lines `IMAGE MASK` (for a benchmark also of ids)."""
     test: str | None = "test"
+    """Likewise; where there is no `test`, as for the benchmarks, the result is on val."""
     size: tuple[Positive, Positive] | None = None
     """Images are resized to (height, width) first; evaluation still compares at the original resolution."""
     crop: Positive = 320
@@ -66,7 +71,7 @@ class DataSettings(Section):
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     """Random resize of the weak augmentation."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that load data; by default the cores but one, at most 8."""
+    """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
 
 

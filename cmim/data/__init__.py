@@ -1,5 +1,6 @@
 """Images and labels: where they come from, how they are augmented, and the batches made of them."""
 
+from cmim.data.benchmarks import load_benchmark
 from cmim.data.folder import load_folder
 from cmim.data.shapes import load_shapes
 
@@ -10,4 +11,4 @@ def load_splits(settings):
     Raises:
         UserError: a file, a folder or a setting is missing or wrong; the message names it and the remedy.
     """
-    return {"shapes": load_shapes, "folder": load_folder}[settings.format](settings)
+    return {"shapes": load_shapes, "folder": load_folder}.get(settings.format, load_benchmark)(settings)

@@ -1,4 +1,8 @@
-"""Weak and strong views and CutMix boxes, with the constants of UniMatch (Yang et al. 2023); all randomness from `rng`."""
+"""Weak and strong views and CutMix boxes, with the constants of UniMatch (Yang et al. 2023); all randomness from `rng`.
+
+Images may have any number of channels. Three are red, green and blue; the steps of the strong view that need these
+(saturation, hue, grey) are left out for others.
+"""
 
 import numpy as np
 import torch
@@ -12,29 +16,30 @@ def weak(image, label, rng, crop, scale):
     and at the bottom (then flipped with the rest).
 
     Args:
-        image: PIL RGB.
+        image: (H, W, C) uint8.
         label: (H, W) uint8 over the same field of view, at any resolution; or None.
         rng: `np.random.Generator`.
         crop: side S of the result in pixels.
         scale: bounds of the factor of the longer side; the aspect is kept.
 
     Returns:
-        image (3, S, S) uint8, black where padded; label (S, S) uint8, IGNORED where padded (all IGNORED without a label);
+        image (C, S, S) uint8, black where padded; label (S, S) uint8, IGNORED where padded (all IGNORED without a label);
         valid (S, S) bool, False where padded.
     """
-    longest = max(image.size)
+    sides = image.shape[1::-1]  # width, height
+    longest = max(sides)
     target = int(rng.integers(int(longest * scale[0]), int(longest * scale[1]) + 1))
-    width, height = (max(1, round(side * target / longest)) for side in image.size)
+    width, height = (max(1, round(side * target / longest)) for side in sides)
     left, top = (int(rng.integers(max(side - crop, 0) + 1)) for side in (width, height))
     columns, rows = min(width, crop), min(height, crop)
     flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
 
-    pixels, classes = np.zeros((crop, crop, 3), np.uint8), np.full((crop, crop), IGNORED, np.uint8)
-    valid = np.zeros((crop, crop), bool)
+    pixels = np.zeros((crop, crop, image.shape[2]), np.uint8)
+    classes, valid = np.full((crop, crop), IGNORED, np.uint8), np.zeros((crop, crop), bool)
     # Resizing only the part that the crop keeps gives the pixels of resizing everything, then cropping.
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min((left + columns) * x, image.width), min((top + rows) * y, image.height))
-    pixels[:rows, :columns] = image.resize((columns, rows), Image.Resampling.BILINEAR, box)
+    x, y = sides[0] / width, sides[1] / height
+    box = (left * x, top * y, min((left + columns) * x, sides[0]), min((top + rows) * y, sides[1]))
+    pixels[:rows, :columns] = resize(image, (rows, columns), box)
     valid[:rows, :columns] = True
     if label is not None:
         nearest = _nearest(top, rows, height, label.shape[0])[:, None], _nearest(left, columns, width, label.shape[1])
@@ -44,14 +49,16 @@ def weak(image, label, rng, crop, scale):
 
 def strong(image, rng):
     """Colour jitter (brightness, contrast and saturation 0.5, hue 0.25; probability 0.8) in random order, grey (0.2) and
-    Gaussian blur of radius 0.1 to 2 (0.5).
+    Gaussian blur of radius 0.1 to 2 (0.5). For other than three channels: brightness, contrast and blur, the same for all.
 
     Args:
-        image: (3, H, W) uint8, a weak view.
+        image: (C, H, W) uint8, a weak view.
 
     Returns:
-        (3, H, W) uint8.
+        (C, H, W) uint8.
     """
+    if len(image) != 3:
+        return _strong_of_any(image.numpy(), rng)
     view = Image.fromarray(image.permute(1, 2, 0).numpy())
     if rng.random() < 0.8:
         brightness, contrast, saturation = rng.uniform(0.5, 1.5, 3)
@@ -71,6 +78,23 @@ def strong(image, rng):
     return _to_tensor(np.asarray(view))
 
 
+def resize(image, size, box=None):
+    """Bilinear resize, antialiased where it shrinks.
+
+    Args:
+        image: (H, W, C) uint8.
+        size: (height, width) of the result.
+        box: (left, top, right, bottom) in pixels, the part to take; by default everything.
+
+    Returns:
+        (height, width, C) uint8.
+    """
+    to = lambda pixels: np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box))  # noqa: E731
+    if image.shape[2] == 3:
+        return to(image)
+    return np.stack([to(np.ascontiguousarray(channel)) for channel in image.transpose(2, 0, 1)], axis=2)
+
+
 def cutmix_box(rng, size, p):
     """(top, left, bottom, right) of a CutMix box in a size x size crop, zeros with probability 1 - p.
 
@@ -85,6 +109,20 @@ def cutmix_box(rng, size, p):
         top, left = (int(start) for start in rng.integers(size, size=2))
         if top + height <= size and left + width <= size:
             return top, left, top + height, left + width
+
+
+def _strong_of_any(image, rng):
+    """Brightness and contrast see the channels (C, H, W) one below another, as one grey picture."""
+    view = Image.fromarray(image.reshape(-1, image.shape[2]))
+    if rng.random() < 0.8:
+        factors = rng.uniform(0.5, 1.5, 2)
+        for i in rng.permutation(2):
+            view = (ImageEnhance.Brightness, ImageEnhance.Contrast)[i](view).enhance(factors[i])
+    pixels = np.asarray(view).reshape(image.shape)
+    if rng.random() < 0.5:
+        blur = ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))
+        pixels = np.stack([np.asarray(Image.fromarray(channel).filter(blur)) for channel in pixels])
+    return torch.from_numpy(pixels.copy())
 
 
 def _nearest(start, count, resized, original):

@@ -1,8 +1,8 @@
 """Training micro-batches and evaluation batches, made by worker processes.
 
-Sample i of micro-step m on rank r has the global position (m x ranks + r) x batch + i; everything about it is drawn from
-generators keyed by the seed, this position and a purpose. So no batch depends on the number of workers, on where a run was
-resumed or on how the same global batch is spread over ranks.
+The batch sizes of the settings are those of all ranks together. Sample i of micro-step m on rank r has the global position
+m x batch + r x (batch / ranks) + i; everything about it is drawn from generators keyed by the seed, this position and a
+purpose. So no batch depends on the number of workers, on where a run was resumed or on the number of ranks.
 """
 
 import os
@@ -10,25 +10,25 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cmim.data.augmentation import cutmix_box, strong, weak
+from cmim.data.augmentation import cutmix_box, resize, strong, weak
 from cmim.randomness import key, numpy_generator, torch_generator
 from cmim.settings import token_stride, uses_masking, uses_unlabelled
 from cmim_kernels import random_mask
 
 
 class TrainBatches(Dataset):
-    """Item m is the micro-batch m of one rank, a dict of tensors. L and U are the labelled and the unlabelled batch size, S
-    the crop, (h, w) the token grid, V the number of strong views (2 for unimatch, else 1).
+    """Item m is the part of one rank in micro-batch m, a dict of tensors. L and U are the labelled and the unlabelled batch
+    size divided by the number of ranks, C the channels, S the crop, (h, w) the token grid, V the number of strong views (2
+    for unimatch and unimatch_v2, else 1).
 
-        labelled_image (L, 3, S, S) uint8   label (L, S, S) uint8, 255 without a class   labelled_key (L,) int64
+        labelled_image (L, C, S, S) uint8   label (L, S, S) uint8, 255 without a class   labelled_key (L,) int64
 
     unless the preset is supervised:
 
-        weak_image (U, 3, S, S) uint8       valid (U, S, S) bool, False where padded      key (U,) int64
-        strong_image (V, U, 3, S, S) uint8, views of the weak image before CutMix
+        weak_image (U, C, S, S) uint8       valid (U, S, S) bool, False where padded      key (U,) int64
+        strong_image (V, U, C, S, S) uint8, views of the weak image before CutMix
         box (V, U, 4) int64: top, left, bottom, right; zeros where a view has no CutMix
 
     for presets with masked views, True where hidden:
@@ -53,8 +53,9 @@ class TrainBatches(Dataset):
         return batch
 
     def _positions(self, step, batch):
-        first = (step * self.world_size + self.rank) * batch
-        return range(first, first + batch)
+        share = batch // self.world_size
+        first = step * batch + self.rank * share
+        return range(first, first + share)
 
     def _labelled(self, position):
         i = self._index(position, len(self.labelled), "labelled order")
@@ -73,7 +74,7 @@ class TrainBatches(Dataset):
         config, seed = self.config, self.config.seed
         i = self._index(position, len(self.unlabelled), "unlabelled order")
         image, _, valid = self._weak(self.unlabelled.image(i), None, position, "unlabelled weak")
-        views = range(2 if config.method.preset == "unimatch" else 1)
+        views = range(2 if config.method.preset.startswith("unimatch") else 1)
         boxes = [
             cutmix_box(numpy_generator(seed, position, f"box {v}"), config.data.crop, config.method.cutmix) for v in views
         ]
@@ -97,7 +98,7 @@ class TrainBatches(Dataset):
     def _weak(self, image, label, position, purpose):
         data = self.config.data
         rng = numpy_generator(self.config.seed, position, purpose)
-        return weak(_resize(image, data.size), label, rng, data.crop, data.scale)
+        return weak(_shown(image, data.size), label, rng, data.crop, data.scale)
 
     def _mask(self, position, purpose):
         mask, stride = self.config.mask, token_stride(self.config)
@@ -111,18 +112,18 @@ def train_loader(batches, start, stop, workers):
     return DataLoader(batches, sampler=range(start, stop), **_options(workers))
 
 
-def evaluation_loader(image_set, settings, batch, workers):
-    """Consecutive images of equal size, at most `batch` at a time.
+def evaluation_loader(image_set, settings, batch, workers, rank=0, world_size=1):
+    """Consecutive images of equal size, at most `batch` at a time; of several ranks, every one gets images of its own.
 
     Args:
         image_set: an `ImageSet` with labels.
         settings: `DataSettings`; images are resized to `settings.size`, labels are not.
 
     Yields:
-        images (n, 3, h, w) uint8; labels, a list of n tensors (H, W) uint8 at the original resolution; the n indices.
+        images (n, C, h, w) uint8; labels, a list of n tensors (H, W) uint8 at the original resolution; the n indices.
     """
-    group = []
-    for image, label, index in DataLoader(_Evaluation(image_set, settings.size), shuffle=False, **_options(workers)):
+    group, share = [], range(rank, len(image_set), world_size)
+    for image, label, index in DataLoader(_Evaluation(image_set, settings.size), sampler=share, **_options(workers)):
         if group and (len(group) == batch or group[0][0].shape != image.shape):
             yield _collate(group)
             group = []
@@ -132,8 +133,8 @@ def evaluation_loader(image_set, settings, batch, workers):
 
 
 def default_workers():
-    """The cores of this process but one, at most 8."""
-    return min(available_cores() - 1, 8)
+    """The cores of this process, shared with the other ones that torchrun started here, but one; at most 8."""
+    return max(0, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 8))
 
 
 def available_cores():
@@ -149,7 +150,7 @@ class _Evaluation(Dataset):
 
     def __getitem__(self, i):
         label = self.image_set.label(i)
-        pixels = np.array(_resize(self.image_set.image(i), self.size))
+        pixels = np.array(_shown(self.image_set.image(i), self.size))
         return torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(label), i
 
 
@@ -164,9 +165,9 @@ def _options(workers):
     return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
 
 
-def _resize(image, size):
+def _shown(image, size):
     """`image` at size (height, width), or as it is."""
-    return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
+    return resize(image, size) if size else image
 
 
 @lru_cache(maxsize=4)

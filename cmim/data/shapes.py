@@ -7,7 +7,6 @@ rings. Hues are random, so that colour tells nothing; light, ground and pixels a
 from functools import cache
 
 import numpy as np
-from PIL import Image
 
 from cmim.data.datasets import Splits
 from cmim.randomness import numpy_generator
@@ -46,13 +45,10 @@ class ShapesSet:
         return f"shapes_{self.numbers[i]}"
 
     def image(self, i):
-        return Image.fromarray(self._draw(i)[0])
+        return self._draw(i)[0]
 
     def label(self, i):
         return self._draw(i)[1]
-
-    def subset(self, indices):
-        return ShapesSet([self.numbers[i] for i in indices], self.seed)
 
     def _draw(self, i):
         number = self.numbers[i]

@@ -1,87 +1,153 @@
-"""Which images of a folder are labelled, what the classes are called, and that no image is on both sides."""
+"""From a data set on disk to the splits of a run: which images are labelled, and that none of them is held out too."""
 
-import difflib
 import hashlib
-from pathlib import Path, PurePath
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+
+from cmim.data.datasets import Splits
+from cmim.data.files import FileSet
+from cmim.data.labels import Encoding
+from cmim.data.lists import Listing, find_name, index_names, read_images, read_lines, read_pairs, require, with_masks
 from cmim.errors import UserError
 from cmim.randomness import numpy_generator
 
 
-def class_names(settings, root):
-    """The names from `data.classes`, or ROOT/classes.txt: one a line, blank lines skipped."""
-    names, source = settings.classes, "data.classes"
-    if isinstance(names, int):
-        names = [f"class {k}" for k in range(names)]
-    elif names is None:
-        source = root / "classes.txt"
-        if not source.is_file():
-            raise UserError(
-                f"the classes are unknown: write {source}, one name a line, or give their number as --data.classes"
-            )
-        try:
-            names = [line for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError):
-            raise UserError(f"cannot read {source}: save it as UTF-8 text, one class name a line") from None
-    names = tuple(name.strip() for name in names)
-    repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if repeated is not None or "" in names:
-        what = "an empty name" if "" in names else f"the name {repeated!r} twice"
-        raise UserError(f"{source} holds {what}: every class needs a name of its own")
-    if not 2 <= len(names) <= 255:
-        raise UserError(f"{source} gives {len(names)} classes; there must be 2 to 255, the background counts as one")
-    return names
+class Source(Protocol):
+    """A data set on disk. A pair is the path of an image and that of its mask, or None."""
+
+    class_names: tuple[str, ...]
+    colours: np.ndarray
+    layout: str
+    """Where its files belong."""
+    mask_remedy: str
+    """Where missing masks come from."""
+    split_example: str
+    """What `data.split` should be."""
+    held_out_remedy: str
+    """What `data.val` and `data.test` should be."""
+    known: Callable[[], list[tuple[Path, Path]]] | None
+    """The pairs that a list may name by their ids; None where it has to give paths."""
+
+    def training(self) -> list[tuple[Path, Path | None]]:
+        """The images that `data.labelled` divides."""
+
+    def unlabelled(self) -> list[Path]:
+        """More images, always unlabelled."""
+
+    def held_out(self, name) -> list[tuple[Path, Path]] | None:
+        """Its own images of this name, such as "val"; None where it has none."""
+
+    def find_mask(self, mask, listing) -> Path:
+        """The file to read for `mask`: itself or, where the `Listing` has only that, another one that stands for it."""
+
+    def encoding(self, mask) -> Encoding:
+        """What the values of a mask stand for."""
+
+    def look(self, masks) -> list[str]:
+        """Look at the masks {split: paths} before `encoding` is asked for; notes for the user."""
 
 
-def divide(images, masks, settings):
-    """Indices of the labelled images and of all others, both in order.
+def load_files(settings, source):
+    """The splits of a source. Where no image is unlabelled, the labelled ones serve, without their masks.
+
+    `data.labelled` divides the training images unless there is a `data.split`. For val (test likewise): `val` is val.txt of
+    the split if there is one, else the source's own; another name is the source's own of that name, else a list file.
+    """
+    if settings.split is not None:
+        labelled, unlabelled = _read_split(settings, source)
+    else:
+        labelled, rest = divide(source.training(), settings)
+        unlabelled = rest + source.unlabelled()
+    sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}
+    sets = {name: pairs for name, pairs in sets.items() if pairs is not None}
+    images = {name: [image for image, _ in pairs] for name, pairs in sets.items()}
+    images["unlabelled"] = unlabelled or images["labelled"]
+
+    listing = Listing()
+    require([image for paths in images.values() for image in paths], listing, "image", source.layout)
+    masks = {}
+    for name, pairs in sets.items():
+        masks[name] = [source.find_mask(mask, listing) for _, mask in pairs]
+        require(masks[name], listing, "mask", source.mask_remedy)
+        if name != "labelled":
+            refuse_shared_images(images["labelled"], images[name], name)
+    notes = source.look(masks)
+    masks["unlabelled"] = [None] * len(images["unlabelled"])
+    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels) for name in images}
+    about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(notes)}
+    return Splits(**{"test": None} | made | about)
+
+
+def divide(pairs, settings):
+    """The labelled pairs, and the images of all others, both in order.
 
     A share or a number of images is a plain random sample of the images that have a mask, not stratified by class. It
     depends on `split_seed` and the number of images only, and a smaller sample is part of a larger one.
     """
-    candidates = [i for i, mask in enumerate(masks) if mask is not None]
+    candidates = [i for i, (_, mask) in enumerate(pairs) if mask is not None]
     if not candidates:
-        folder = images[0].parent.parent / "masks"
+        folder = pairs[0][0].parent.parent / "masks"
         raise UserError(
             f"no labelled image found: {folder} holds no mask (.png, .bmp, .gif, .tif) with the name of an image"
         )
     if isinstance(settings.labelled, Path):
-        labelled = _listed(settings.labelled, images, masks)
+        labelled = _named(settings.labelled, pairs)
     else:
         count = settings.labelled
         if isinstance(count, float):
             count = max(1, round(count * len(candidates)))
         if count > len(candidates):
-            raise UserError(f"data.labelled is {count}, but only {len(candidates)} images of train/ have a mask; lower it")
+            raise UserError(f"data.labelled is {count}, but only {len(candidates)} training images have a mask; lower it")
         order = numpy_generator(settings.split_seed, 0, "labelled images").permutation(len(candidates))
         labelled = sorted(candidates[i] for i in order[:count])
     chosen = set(labelled)
-    return labelled, [i for i in range(len(images)) if i not in chosen]
+    return [pairs[i] for i in labelled], [image for i, (image, _) in enumerate(pairs) if i not in chosen]
 
 
-def _listed(path, images, masks):
+def _named(path, pairs):
     """Indices of the images that a text file names, one a line, with or without folder and suffix."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"data.labelled: cannot read {path} ({reason}); it lists the labelled images, one name a line"
-        ) from None
-    index = {key: i for i, image in enumerate(images) for key in (image.name, image.stem)}
-    found = set()
-    for line in filter(None, lines):
-        name = PurePath(line).name
-        if name not in index:
-            nearest = difflib.get_close_matches(name, index, 1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise UserError(f"{path} names {line}, which is not in {images[0].parent}{hint}")
-        if masks[index[name]] is None:
+    index, found = index_names([image for image, _ in pairs]), set()
+    for line in read_lines(path, "data.labelled", "the labelled images, one name a line"):
+        i = find_name(line, index, path)
+        if pairs[i][1] is None:
             raise UserError(f"{path} names {line}, which has no mask; add the mask or take the line away")
-        found.add(index[name])
+        found.add(i)
     if not found:
         raise UserError(f"{path} names no image: write the labelled images there, one name a line")
     return sorted(found)
+
+
+def _read_split(settings, source):
+    folder = settings.split
+    labelled = folder / "labeled.txt"
+    if not labelled.is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/labeled.txt"))
+        remedy = f"give one of its folders ({', '.join(inside)})" if inside else source.split_example
+        raise UserError(f"data.split: there is no file {labelled}; {remedy}")
+    unlabelled = read_images(folder / "unlabeled.txt", "data.split", settings.root)
+    return with_masks(read_pairs(labelled, "data.split", settings.root), labelled), unlabelled
+
+
+def _held_out(settings, source, key):
+    name = getattr(settings, key)
+    if name is None:
+        return None
+    for folder in (settings.split, settings.split.parent) if settings.split is not None else ():
+        path = folder / f"{name}.txt"
+        if name in ("val", "test") and path.is_file():
+            return with_masks(read_pairs(path, "data.split", settings.root), path)
+    pairs = source.held_out(name)
+    if pairs is not None:
+        return pairs
+    if name == key == "test":
+        return None
+    path = Path(name)
+    if path.is_file():
+        return with_masks(read_pairs(path, f"data.{key}", settings.root, source.known), path)
+    raise UserError(f"data.{key}: there is no folder or text file {name}: {source.held_out_remedy}")
 
 
 def refuse_shared_images(labelled, held_out, split):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmim.data.augmentation import _turn_hue, cutmix_box, strong, weak
+from cmim.data.augmentation import _turn_hue, cutmix_box, resize, strong, weak
 
 
 class Scripted:
@@ -27,25 +27,35 @@ class Scripted:
         return self._random.popleft()
 
 
-def photograph(width, height, seed=0):
+def photograph(width, height, seed=0, channels=3):
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)), rng.integers(0, 5, (height, width), np.uint8)
+    return rng.integers(0, 256, (height, width, channels), np.uint8), rng.integers(0, 5, (height, width), np.uint8)
+
+
+def resized_by_pillow(image, size):
+    """Every channel by itself; `size` is (width, height)."""
+    parts = [
+        Image.fromarray(np.ascontiguousarray(c)).resize(size, Image.Resampling.BILINEAR) for c in image.transpose(2, 0, 1)
+    ]
+    return np.stack([np.asarray(part) for part in parts], -1)
 
 
 @given(
     width=st.integers(5, 40), height=st.integers(5, 40), factor=st.floats(0.5, 2), crop=st.integers(4, 40),
     left=st.integers(0, 80), top=st.integers(0, 80), flip=st.booleans(), seed=st.integers(0, 9),
+    channels=st.sampled_from([1, 2, 3, 4, 6]),
 )  # fmt: skip
-def test_weak_is_resize_pad_crop_flip(width, height, factor, crop, left, top, flip, seed):
-    image, label = photograph(width, height, seed)
+def test_weak_is_resize_pad_crop_flip(width, height, factor, crop, left, top, flip, seed, channels):
+    image, label = photograph(width, height, seed, channels)
     target = round(max(width, height) * factor)
     rng = Scripted([target, left, top], [0.0 if flip else 0.9])
     got, got_label, got_valid = weak(image, label, rng, crop, (0.01, 100))
 
     resized = tuple(max(1, round(s * target / max(width, height))) for s in (width, height))
-    pixels = np.asarray(image.resize(resized, Image.Resampling.BILINEAR))
+    pixels = resized_by_pillow(image, resized)
     x, y = (
-        [floor(Fraction(2 * i + 1, 2) * old / new) for i in range(new)] for new, old in zip(resized, image.size, strict=True)
+        [floor(Fraction(2 * i + 1, 2) * old / new) for i in range(new)]
+        for new, old in zip(resized, (width, height), strict=True)
     )
     classes = label[np.ix_(y, x)]
     padding = [(0, max(crop - side, 0)) for side in resized[::-1]]
@@ -67,7 +77,7 @@ def test_weak_draws_its_parameters():
     rng = np.random.default_rng(0)
     views = [weak(image, label, rng, 16, (1, 1)) for _ in range(300)]
     # At scale 1 every view is a window of the image or of its mirror image: find which.
-    pixels, windows = np.asarray(image), {}
+    pixels, windows = image, {}
     for top in range(15):
         for left in range(25):
             window = pixels[top : top + 16, left : left + 16]
@@ -83,7 +93,7 @@ def test_weak_draws_its_parameters():
 
 def test_weak_takes_a_label_of_another_resolution():
     label = np.kron(np.arange(12).reshape(3, 4), np.ones((40, 40))).astype(np.uint8)  # 120 x 160
-    image = Image.fromarray(label * 20).resize((40, 30), Image.Resampling.NEAREST).convert("RGB")
+    image = np.stack([label[20::40, 20::40].repeat(10, 0).repeat(10, 1) * 20] * 3, -1)
     agree = []
     for seed in range(20):
         view, classes, valid = weak(image, label, np.random.default_rng(seed), 32, (0.8, 2))
@@ -97,6 +107,41 @@ def test_weak_without_a_label():
     assert (label == 255).all() and int(valid.sum()) == 20 * 15
 
 
+@given(width=st.integers(2, 30), height=st.integers(2, 30), size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_resize_takes_every_channel_by_itself(width, height, size):
+    for channels in (1, 3, 4, 5):
+        image = photograph(width, height, 0, channels)[0]
+        assert (resize(image, size) == resized_by_pillow(image, size[::-1])).all()
+
+
+def test_strong_of_other_channels_is_brightness_contrast_and_blur():
+    """A flat image of level v becomes v x brightness, on which contrast changes nothing; blur neither."""
+    rng = np.random.default_rng(0)
+    for channels in (1, 2, 4, 9):
+        flat = torch.full((channels, 5, 7), 100, dtype=torch.uint8)
+        views = [strong(flat, rng) for _ in range(400)]
+        assert all(v.shape == flat.shape and v.dtype == torch.uint8 and v.unique().numel() == 1 for v in views)
+        levels = np.array([int(v[0, 0, 0]) for v in views])
+        assert levels.min() in range(50, 56) and levels.max() in range(144, 151)
+        assert 0.15 < np.mean(levels == 100) < 0.27  # 0.2 without jitter, and factors that round to 100
+    # Channels of two levels: brightness keeps their ratio, contrast moves them around their mean, the same for each pixel.
+    two = torch.tensor([60, 120], dtype=torch.uint8)[:, None, None].expand(2, 4, 4).contiguous()
+    spread = [(float(v[0, 0, 0]), float(v[1, 0, 0])) for v in (strong(two, rng) for _ in range(400))]
+    ratio = np.array([b / a for a, b in spread])
+    assert 1.35 < ratio.min() < 1.5 and 2.7 < ratio.max() < 3.2 and abs(np.median(ratio) - 2) < 0.1  # 105 / 75 to 135 / 45
+    assert two.tolist() == torch.tensor([60, 120])[:, None, None].expand(2, 4, 4).tolist()
+
+
+def test_strong_blurs_channels_apart():
+    pixels = torch.zeros(4, 16, 16, dtype=torch.uint8)
+    pixels[2] = torch.from_numpy(photograph(16, 16)[1] * 60)
+    views = [strong(pixels, np.random.default_rng(seed)) for seed in range(60)]
+    assert all(v[i].unique().numel() == 1 for v in views for i in (0, 1, 3))  # nothing leaks into the flat ones
+    inner = lambda v: (v[2].float().diff(dim=0).abs().mean() / v[2].float().mean()).item()  # noqa: E731
+    roughness = np.array([inner(v) for v in views])
+    assert roughness.min() < 0.1 * roughness.max() and 0.3 < np.mean(roughness < 0.7 * roughness.max()) < 0.7
+
+
 def test_strong_probabilities():
     pixels = torch.zeros(3, 6, 6, dtype=torch.uint8)
     pixels[0], pixels[1] = 200, 90
@@ -106,7 +151,7 @@ def test_strong_probabilities():
     grey = np.mean([bool((v[0] == v[1]).all() and (v[1] == v[2]).all()) for v in views])
     same = np.mean([torch.equal(v, pixels) for v in views])  # blur leaves a flat picture alone
     assert abs(grey - 0.2) < 0.05 and abs(same - 0.2 * 0.8) < 0.05
-    textured = torch.from_numpy(np.array(photograph(6, 6)[0])).permute(2, 0, 1).contiguous()
+    textured = torch.from_numpy(photograph(6, 6)[0]).permute(2, 0, 1).contiguous()
     same = np.mean([torch.equal(strong(textured, rng), textured) for _ in range(1000)])
     assert 0.04 < same < 0.13  # 0.2 x 0.8 x 0.5, and blurs of a radius too small to show
 

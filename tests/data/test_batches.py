@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from cmim.data import load_splits
-from cmim.data.batches import TrainBatches, default_workers, evaluation_loader, train_loader
+from cmim.data.batches import TrainBatches, available_cores, default_workers, evaluation_loader, train_loader
 from cmim.data.datasets import Splits
 from cmim.errors import UserError
 from cmim.settings import Config
@@ -13,8 +12,8 @@ from cmim.settings import Config
 class Numbered:
     """Image i has the flat colour i; its label is i % 3 at `detail` times the resolution."""
 
-    def __init__(self, sizes, detail=1, labelled=True):
-        self.sizes, self.detail, self.labelled = list(sizes), detail, labelled
+    def __init__(self, sizes, detail=1, labelled=True, channels=3):
+        self.sizes, self.detail, self.labelled, self.channels = list(sizes), detail, labelled, channels
 
     def __len__(self):
         return len(self.sizes)
@@ -23,15 +22,12 @@ class Numbered:
         return str(i)
 
     def image(self, i):
-        return Image.new("RGB", self.sizes[i], (i, i, i))
+        return np.full((*self.sizes[i][::-1], self.channels), i % 256, np.uint8)
 
     def label(self, i):
         assert self.labelled, "the label of an unlabelled image was read"
         width, height = self.sizes[i]
         return np.full((height * self.detail, width * self.detail), i % 3, np.uint8)
-
-    def subset(self, indices):
-        return Numbered([self.sizes[i] for i in indices], self.detail, self.labelled)
 
 
 class Broken(Numbered):
@@ -50,10 +46,12 @@ def settings(preset="cmim", seed=0, labelled=2, unlabelled=4, **data):
     )
 
 
-def numbered(labelled=5, unlabelled=7, **options):
+def numbered(labelled=5, unlabelled=7, channels=3, **options):
     return Splits(
-        Numbered([(32, 32)] * labelled, **options), Numbered([(32, 32)] * unlabelled, labelled=False), None, None, (), None
-    )
+        Numbered([(32, 32)] * labelled, channels=channels, **options),
+        Numbered([(32, 32)] * unlabelled, labelled=False, channels=channels),
+        None, None, (), None,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +74,7 @@ MASKED = UNLABELLED | {"labelled_mask", "weak_mask", "strong_mask"}
         ("supervised", SUPERVISED, 0),
         ("fixmatch", UNLABELLED, 1),
         ("unimatch", UNLABELLED, 2),
+        ("unimatch_v2", UNLABELLED, 2),
         ("mim", MASKED, 1),
         ("cmim", MASKED, 1),
     ],
@@ -129,15 +128,41 @@ def test_workers_and_resume_change_nothing(splits, workers):
     assert not equal(loaded[0], loaded[1])
 
 
-def test_ranks_change_nothing(splits):
-    one = TrainBatches(splits, settings("unimatch", labelled=4, unlabelled=4))
-    two = [TrainBatches(splits, settings("unimatch", labelled=2, unlabelled=2), rank, 2) for rank in (0, 1)]
+@pytest.mark.parametrize("preset", ["unimatch", "cmim"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_change_nothing(splits, preset, ranks):
+    config = settings(preset, labelled=4, unlabelled=8)
+    one = TrainBatches(splits, config)
     for step in (0, 5):
-        parts = [t[step] for t in two]
+        parts = [TrainBatches(splits, config, rank, ranks)[step] for rank in range(ranks)]
+        assert all(len(part["label"]) == 4 // ranks and len(part["key"]) == 8 // ranks for part in parts)
         joined = {
             name: torch.cat([p[name] for p in parts], dim=1 if name in ("strong_image", "box") else 0) for name in parts[0]
         }
         assert equal(one[step], joined)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_keep_the_partners_of_cutmix(splits, ranks):
+    def partners(world_size, step):
+        """Pairs of global positions by their keys; image i is mixed with image i XOR 1 of the local batch."""
+        keys = [
+            TrainBatches(splits, settings(labelled=4, unlabelled=8), r, world_size)[step]["key"].tolist()
+            for r in range(world_size)
+        ]
+        return {frozenset((local[i], local[i ^ 1])) for local in keys for i in range(len(local))}
+
+    assert partners(ranks, 3) == partners(1, 3) and len(partners(1, 3)) == 4
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_other_numbers_of_channels(channels):
+    batch = TrainBatches(numbered(channels=channels), settings("cmim", scale=(1, 1), size=(24, 20)))[0]
+    for name, shape in (("labelled_image", (2,)), ("weak_image", (4,)), ("strong_image", (1, 4))):
+        assert batch[name].shape == (*shape, channels, 32, 32) and batch[name].dtype == torch.uint8
+    assert (batch["weak_image"] == batch["weak_image"][:, :1]).all()
+    images, _, _ = next(evaluation_loader(Numbered([(8, 6)] * 3, channels=channels), settings(size=(12, 10)).data, 2, 0))
+    assert images.shape == (2, channels, 12, 10) and (images[1] == 1).all()
 
 
 def test_every_epoch_is_a_permutation():
@@ -205,5 +230,21 @@ def test_evaluation_resizes_images_but_not_labels():
     assert [tuple(label.shape) for label in labels] == [(6, 8), (8, 6)]
 
 
-def test_default_workers():
-    assert 0 <= default_workers() <= 8
+@pytest.mark.parametrize(("images", "ranks"), [(7, 2), (7, 3), (2, 4), (8, 4)])
+def test_every_image_is_evaluated_on_one_rank(images, ranks):
+    seen = []
+    for rank in range(ranks):
+        groups = list(evaluation_loader(Numbered([(8, 6)] * images), settings().data, 2, 0, rank, ranks))
+        assert all((image == i).all() for batch, _, indices in groups for image, i in zip(batch, indices, strict=True))
+        seen += [i for _, _, indices in groups for i in indices]
+        assert abs(len(seen) - images * (rank + 1) / ranks) < ranks
+    assert sorted(seen) == list(range(images))
+
+
+def test_default_workers(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_workers() == min(available_cores() - 1, 8)
+    for cores, processes, workers in ((1, 1, 0), (64, 1, 8), (16, 4, 3), (16, 2, 7), (64, 4, 8), (2, 8, 0)):
+        monkeypatch.setattr("cmim.data.batches.available_cores", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default_workers() == workers

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, evaluation_loader
-from cmim.data.folder import colour_map, open_image, open_mask
 from cmim.errors import UserError
 from cmim.settings import Config
+from tests.tiny_runs import write_folder
 
 
 def load(root, **data):
@@ -55,11 +53,9 @@ def test_the_layout(root):
     assert splits.class_names == ("sky", "tree", "road") and splits.colours.shape == (3, 3)
     assert names(splits.labelled) == ["a", "b", "c", "d"] and names(splits.unlabelled) == ["e", "f", "u"]
     assert names(splits.val) == ["x", "y"] and names(splits.test) == ["z"]
-    assert splits.val.image(1).size == (8, 6) and splits.val.image(1).mode == "RGB"
+    assert (splits.val.image(1) == np.asarray(Image.open(root / "val/images/y.png"))).all()
     assert (splits.val.label(1) == np.asarray(Image.open(root / "val/masks/y.png"))).all()
-    assert splits.val.label(0).dtype == np.uint8
-    assert names(splits.labelled.subset([2, 0])) == ["c", "a"]
-    assert (splits.labelled.subset([2]).label(0) == splits.labelled.label(2)).all()
+    assert splits.val.label(0).dtype == splits.val.image(0).dtype == np.uint8
 
 
 def test_unlabelled_masks_are_never_opened(root):
@@ -110,6 +106,31 @@ def test_a_list_of_labelled_images(root):
     assert names(splits.labelled) == ["a", "c"] and names(splits.unlabelled) == ["b", "d", "e", "f", "u"]
 
 
+def test_split_files(root):
+    (root / "s").mkdir()
+    (root / "s/labeled.txt").write_text("train/images/b.png train/masks/b.png\nval/images/x.png val/masks/x.png")
+    (root / "s/unlabeled.txt").write_text("unlabeled/u.bmp\ntrain/images/a.png train/masks/nothing.png\n")
+    (root / "v.txt").write_text("val/images/y.png val/masks/y.png")
+    splits = load(root, split=str(root / "s"), val=str(root / "v.txt"), label_map={1: 2})
+    assert names(splits.labelled) == ["b", "x"] and names(splits.unlabelled) == ["u", "a"]
+    assert names(splits.val) == ["y"] and names(splits.test) == ["z"]
+    stored = np.asarray(Image.open(root / "train/masks/b.png"))
+    assert (splits.labelled.label(0) == np.where(stored == 1, 2, stored)).all()
+    assert "images/x.png is a labelled image and also in val" in mistake(root, split=str(root / "s"))  # ROOT/val serves
+    (root / "v.txt").write_text("val/images/y.png")
+    assert "v.txt names y.png without a mask" in mistake(root, split=str(root / "s"), val=str(root / "v.txt"))
+    (root / "s/labeled.txt").write_text("train/images/b.png train/masks/q.png")
+    assert re.search("mask .*masks/q.png is missing: add it", mistake(root, split=str(root / "s")))
+    assert re.search("no file nowhere/labeled.txt; data.split is a folder of labeled.txt", mistake(root, split="nowhere"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels(tmp_path, channels):
+    splits = load(write_folder(tmp_path / "data", channels=channels), channels=channels, labelled=2)
+    assert splits.labelled.image(0).shape == (40, 48, channels) and splits.val.label(1).shape == (40, 48)
+    assert len(np.unique(splits.labelled.image(0))) > 40
+
+
 def test_test_is_optional_and_can_be_left_out(root):
     assert load(root, test=None).test is None
     assert names(load(root, test="val").test) == ["x", "y"]
@@ -125,63 +146,6 @@ def test_label_map_then_ignore(root):
     assert label.tolist() == [[0, 1, 255, 9], [1, 2, 255, 255]]
     label = load(root, label_map={255: 0, 0: 255, 7: 2, 9: 2, 200: 2, 254: 2}).val.label(0)
     assert label.tolist() == [[255, 0, 2, 2], [1, 2, 2, 2]]
-
-
-VALUES = np.array([[0, 1, 2, 255], [2, 2, 1, 0]])
-
-
-@pytest.mark.parametrize(
-    ("suffix", "make"),
-    [
-        (".png", lambda v: Image.fromarray(v.astype(np.uint8))),
-        (".bmp", lambda v: Image.fromarray(v.astype(np.uint8))),
-        (".tif", lambda v: Image.fromarray(v.astype(np.uint8))),
-        (".GIF", lambda v: indexed(v)),
-        (".png", lambda v: indexed(v)),
-        (".png", lambda v: Image.fromarray(v.astype(np.uint16))),
-        (".tiff", lambda v: Image.fromarray(v.astype(np.uint16))),
-        (".tif", lambda v: Image.fromarray(v.astype(np.int32))),
-        (".png", lambda v: Image.fromarray(np.stack([v] * 3, -1).astype(np.uint8))),
-        (".png", lambda v: Image.fromarray(np.stack([v] * 3 + [v * 0 + 9], -1).astype(np.uint8))),
-        (".png", lambda v: Image.merge("LA", [Image.fromarray(v.astype(np.uint8))] * 2)),
-    ],
-)
-def test_kinds_of_masks(root, suffix, make):
-    (root / "val/masks/x.png").unlink()
-    save_pair(root / "val", "x", VALUES)
-    (root / "val/masks/x.png").unlink()
-    make(VALUES).save(root / f"val/masks/x{suffix}", optimize=False)
-    assert (load(root).val.label(0) == VALUES).all()
-
-
-def indexed(values):
-    """Palette indices whose colours say something else."""
-    image = Image.fromarray(values.astype(np.uint8), mode="P")
-    image.putpalette([(37 * i + c * 91) % 256 for i in range(256) for c in range(3)])
-    return image
-
-
-def test_one_bit_masks(tmp_path):
-    bits = np.array([[True, False], [False, True]])
-    Image.fromarray(bits).save(tmp_path / "m.png")
-    assert Image.open(tmp_path / "m.png").mode == "1" and (open_mask(tmp_path / "m.png") == bits).all()
-
-
-def test_images_of_other_modes_become_rgb_as_stored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (8, 6)
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        path = tmp_path / (mode + ".tif")
-        Image.new(mode, (3, 2)).save(path)
-        assert open_image(path).mode == "RGB"
-
-
-def test_colour_map():
-    colours = colour_map(255)
-    assert colours[[0, 1, 2, 15, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128]]
-    assert len(np.unique(colours, axis=0)) == 255
 
 
 def mistake(root, **data):
@@ -216,9 +180,9 @@ MISTAKES = {
         lambda r: [p.unlink() for p in (r / "train/images").iterdir()], {}, "train/images holds no image; expected .jpg",
     ),
     "no masks": (lambda r: remove(r / "train/masks"), {}, "no labelled image found: .*train/masks holds no mask"),
-    "no val": (lambda r: remove(r / "val"), {}, "data.val: there is no folder .*val"),
-    "wrong val": (nothing, {"val": "vla"}, "data.val: there is no folder .*vla"),
-    "wrong test": (nothing, {"test": "tset"}, "data.test: there is no folder .*tset"),
+    "no val": (lambda r: remove(r / "val"), {}, "data.val: there is no folder or text file val: .*masks/"),
+    "wrong val": (nothing, {"val": "vla"}, "data.val: there is no folder or text file vla"),
+    "wrong test": (nothing, {"test": "tset"}, "data.test: there is no folder or text file tset"),
     "val without a mask": (lambda r: (r / "val/masks/x.png").unlink(), {}, "images/x.png has no mask: put x.png into"),
     "no classes": (lambda r: (r / "classes.txt").unlink(), {}, "classes are unknown: write .*classes.txt, .*--data.classes"),
     "empty classes": (lambda r: (r / "classes.txt").write_text("\n"), {}, "classes.txt gives 0 classes"),
@@ -251,7 +215,7 @@ MISTAKES = {
     "empty mask": (lambda r: (r / "val/masks/x.png").write_bytes(b""), {}, "cannot read .*val/masks/x.png: no image"),
     "twin images": (lambda r: save(r / "train/images/a.jpg", np.zeros((6, 8, 3))), {}, "a.jpg and a.png: rename one"),
     "twin masks": (lambda r: save(r / "train/masks/a.bmp", np.zeros((6, 8))), {}, "masks holds a.bmp and a.png: rename"),
-    "too few": (nothing, {"labelled": 5}, "data.labelled is 5, but only 4 images of train/ have a mask"),
+    "too few": (nothing, {"labelled": 5}, "data.labelled is 5, but only 4 training images have a mask"),
     "no list": (nothing, {"labelled": "nowhere.txt"}, "data.labelled: cannot read nowhere.txt"),
     "copy in val": (
         lambda r: (r / "val/images/x.png").write_bytes((r / "train/images/b.png").read_bytes()), {"labelled": 1.0},
@@ -277,7 +241,7 @@ def test_mistakes(root, case):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\nb.pgn\n", r"names b.pgn, which is not in .*images; did you mean b.png\?"),
+        ("a\nb.pgn\n", r"names b.pgn, which is no image of this data set; did you mean b.png\?"),
         ("a\ne\n", "names e, which has no mask"),
         ("\n", "names no image"),
     ],
@@ -299,31 +263,6 @@ def test_stray_files_are_no_images(root):
     (root / "train/images/Thumbs.db").write_bytes(b"")
     splits = load(root, labelled=1.0)
     assert names(splits.labelled) == ["a", "b", "c", "d"] and names(splits.unlabelled) == ["e", "f", "u"]
-
-
-def test_an_image_beyond_pillows_limit(root, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(UserError, match=r"images/x\.png: "):
-        load(root).val.image(0)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP"]))
-def test_damaged_files_are_read_or_refused(tmp_path, data, kind):
-    path = tmp_path / "file.png"
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16), np.uint8)
-    Image.fromarray(noise).convert("L" if kind == "GIF" else "RGB").save(path, kind)
-    content = bytearray(path.read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    for read in (open_image, open_mask):
-        try:
-            assert read(path) is not None
-        except UserError as error:
-            assert str(path) in str(error)
 
 
 CAMVID = os.environ.get("CMIM_TEST_CAMVID")

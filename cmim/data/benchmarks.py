@@ -1,0 +1,232 @@
+"""`voc`, `cityscapes`, `coco`, `ade20k`: the benchmarks of semi-supervised segmentation, laid out as they are distributed.
+
+Each is a `Source`: the official training images are divided by `data.labelled`, or `data.split` names one of UniMatch's
+split folders. `val` is the official validation set; none has public labels for a test set. Masks may be the original ones or
+those that UniMatch prepared, which SemiVL's authors keep as a release on GitHub.
+"""
+
+import numpy as np
+
+from cmim.data.benchmark_classes import (
+    ADE20K_NAMES,
+    CITYSCAPES_COLOURS,
+    CITYSCAPES_LABEL_IDS,
+    CITYSCAPES_NAMES,
+    COCO_NAMES,
+    VOC_NAMES,
+)
+from cmim.data.datasets import IGNORED
+from cmim.data.files import open_mask
+from cmim.data.labels import Encoding, colour_map, table_of
+from cmim.data.lists import read_lines
+from cmim.data.splits import load_files
+from cmim.errors import UserError
+
+PREPARED = "https://github.com/google-research/semivl/releases/download/checkpoints/ground_truth_{}.zip"
+LOOK = 32
+"""Masks of each split that `Ade20k.look` opens."""
+
+
+def load_benchmark(settings):
+    """The splits of `settings.format` under `settings.root`."""
+    source = {"voc": Voc, "cityscapes": Cityscapes, "coco": Coco, "ade20k": Ade20k}[settings.format](settings)
+    return load_files(settings, source)
+
+
+class Benchmark:
+    """What the four share; a `Source`."""
+
+    def __init__(self, settings):
+        self.root = settings.root
+        if not self.root.is_dir():
+            raise UserError(f"data.root: there is no folder {self.root}")
+        for key, default in (("classes", None), ("ignore", IGNORED), ("label_map", {})):
+            if getattr(settings, key) != default:
+                raise UserError(
+                    f"data.{key}: {settings.format} has its own classes; for others give data.format folder and data.split"
+                )
+
+    held_out_remedy = "it is `val`, or a text file of ids or of lines `IMAGE MASK`, two paths under data.root"
+
+    def unlabelled(self):
+        return []
+
+    def held_out(self, name):
+        return self.validation() if name == "val" else None
+
+    def known(self):
+        return self.training() + self.validation()
+
+    def find_mask(self, mask, listing):
+        return mask
+
+    def encoding(self, mask):
+        return self._encoding
+
+    def look(self, masks):
+        return []
+
+    def _images(self, pattern):
+        images = sorted((path for path in self.root.glob(pattern) if not path.name.startswith(".")), key=str)
+        if not images:
+            raise UserError(f"there is no image {self.root / pattern}: {self.layout}")
+        return images
+
+
+class Voc(Benchmark):
+    """PASCAL VOC 2012 (Everingham et al. 2015) with the masks of SBD (Hariharan et al. 2011) merged into its own."""
+
+    class_names = VOC_NAMES
+    colours = colour_map(len(VOC_NAMES))
+    layout = "data.root is the folder VOC2012 of VOCtrainval_11-May-2012.tar, with JPEGImages/ and SegmentationClass/"
+    mask_remedy = f"masks merged with SBD's go into SegmentationClass/ or SegmentationClassAug/: {PREPARED.format('voc')}"
+    split_example = "git clone https://github.com/LiheYoung/UniMatch, then --data.split UniMatch/splits/pascal/92"
+    _encoding = Encoding(
+        table_of({k: k for k in range(21)}, [IGNORED]),
+        f"VOC's hold 0 to 20 and 255; take the file from {PREPARED.format('voc')}",
+    )
+
+    def training(self):
+        """trainaug.txt (or train_aug.txt) where SBD's list is there, else train.txt."""
+        lists = self.root / "ImageSets" / "Segmentation"
+        names = [name for name in ("trainaug.txt", "train_aug.txt") if (lists / name).is_file()] or ["train.txt"]
+        return self._listed(lists / names[0])
+
+    def validation(self):
+        return self._listed(self.root / "ImageSets" / "Segmentation" / "val.txt")
+
+    def find_mask(self, mask, listing):
+        merged = mask.parent.parent / "SegmentationClassAug" / mask.name
+        return merged if mask not in listing and merged in listing else mask
+
+    def look(self, masks):
+        counts = {name: sum(mask.parent.name == "SegmentationClassAug" for mask in masks[name]) for name in masks}
+        return [f"{count} {name} masks are from SegmentationClassAug/" for name, count in counts.items() if count]
+
+    def _listed(self, path):
+        if not path.is_file():
+            raise UserError(f"there is no list {path}: {self.layout}, and ImageSets/ where there is no data.split")
+        ids = [line.split()[0].rpartition("/")[2].split(".")[0] for line in read_lines(path, "data.root", "ids of images")]
+        return [(self.root / "JPEGImages" / f"{name}.jpg", self.root / "SegmentationClass" / f"{name}.png") for name in ids]
+
+
+class Cityscapes(Benchmark):
+    """Cityscapes (Cordts et al. 2016), 19 classes: train ids where csCreateTrainIdLabelImgs wrote them, else the label ids
+    of gtFine_trainvaltest.zip, file by file."""
+
+    class_names = CITYSCAPES_NAMES
+    colours = CITYSCAPES_COLOURS
+    layout = "data.root holds leftImg8bit/ (leftImg8bit_trainvaltest.zip) and gtFine/ (gtFine_trainvaltest.zip)"
+    mask_remedy = "gtFine_trainvaltest.zip of www.cityscapes-dataset.com has *_gtFine_labelIds.png of all of them"
+    split_example = "git clone https://github.com/LiheYoung/UniMatch, then --data.split UniMatch/splits/cityscapes/1_16"
+    _train_ids = Encoding(
+        table_of({k: k for k in range(19)}, [IGNORED]),
+        "train ids are 0 to 18 and 255; write the file with csCreateTrainIdLabelImgs, or remove it and have *_labelIds.png",
+    )
+    _label_ids = Encoding(
+        table_of({k: i for i, k in enumerate(CITYSCAPES_LABEL_IDS)}, {*range(34), IGNORED}),
+        "label ids are 0 to 33 and 255; take the file from gtFine_trainvaltest.zip again",
+    )
+
+    def training(self):
+        return self._city("train")
+
+    def validation(self):
+        return self._city("val")
+
+    def unlabelled(self):
+        """The images of train_extra/, which have coarse masks only."""
+        there = (self.root / "leftImg8bit" / "train_extra").is_dir()
+        return self._images("leftImg8bit/train_extra/*/*_leftImg8bit.png") if there else []
+
+    def find_mask(self, mask, listing):
+        raw = mask.with_name(mask.name.replace("_labelTrainIds.png", "_labelIds.png"))
+        return raw if mask not in listing and raw in listing else mask
+
+    def encoding(self, mask):
+        return self._label_ids if mask.name.endswith("_labelIds.png") else self._train_ids
+
+    def look(self, masks):
+        raw = sum(self.encoding(mask) is self._label_ids for paths in masks.values() for mask in paths)
+        return [f"{raw} masks hold label ids, which are mapped to train ids"] if raw else []
+
+    def _city(self, split):
+        images = self._images(f"leftImg8bit/{split}/*/*_leftImg8bit.png")
+        masks = (path.name.replace("_leftImg8bit.png", "_gtFine_labelTrainIds.png") for path in images)
+        return [(path, self.root / "gtFine" / split / path.parent.name / m) for path, m in zip(images, masks, strict=True)]
+
+
+class Coco(Benchmark):
+    """COCO 2017 (Lin et al. 2014) as semantic segmentation: the 80 things, and a background that counts as a class."""
+
+    class_names = COCO_NAMES
+    colours = colour_map(len(COCO_NAMES))
+    layout = "data.root holds train2017/, val2017/ and masks/"
+    mask_remedy = f"COCO comes without masks of classes; prepared ones go into masks/: {PREPARED.format('coco')}"
+    split_example = "git clone https://github.com/LiheYoung/UniMatch, then --data.split UniMatch/splits/coco/1_512"
+    _encoding = Encoding(
+        table_of({k: k for k in range(81)}, [IGNORED]),
+        f"0 is the background, 1 to 80 are the things in order (no category ids), 255 is none: {PREPARED.format('coco')}",
+    )
+
+    def training(self):
+        return self._year("train2017")
+
+    def validation(self):
+        return self._year("val2017")
+
+    def _year(self, folder):
+        masks = self.root / "masks"
+        return [(path, masks / f"{path.stem}.png") for path in self._images(f"{folder}/*.jpg")]
+
+
+class Ade20k(Benchmark):
+    """ADE20K's scene parsing benchmark (Zhou et al. 2017), 150 classes. Its masks hold 0 for no class and k for class k - 1;
+    UniMatch V2's hold classes from 0 and 255 for none. `look` tells them apart."""
+
+    class_names = ADE20K_NAMES
+    colours = colour_map(len(ADE20K_NAMES))
+    layout = "data.root is the folder ADEChallengeData2016, with images/ and annotations/, each training/ and validation/"
+    mask_remedy = "annotations/ of http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip has all of them"
+    split_example = "git clone https://github.com/LiheYoung/UniMatch-V2, then --data.split UniMatch-V2/splits/ade20k/1_64"
+    _original = Encoding(
+        table_of({k + 1: k for k in range(150)}, [0]), "others hold 0 to 150, as ADE20K distributes them; take one kind"
+    )
+    _prepared = Encoding(
+        table_of({k: k for k in range(150)}, [IGNORED]), "others hold 0 to 149 and 255, as UniMatch V2's; take one kind"
+    )
+
+    def training(self):
+        return self._half("training")
+
+    def validation(self):
+        return self._half("validation")
+
+    def look(self, masks):
+        """Only prepared masks hold 255, most of them do; only original ones hold 150. Absence from `LOOK` masks of a split
+        counts too: one half of a data set may have been prepared and the other one forgotten."""
+        prepared, original = [], []  # (a mask, what shows it)
+        for split, paths in masks.items():
+            chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(LOOK, len(paths))).astype(int)]
+            values = [np.unique(open_mask(path)) for path in chosen]
+            has_255 = [path for path, v in zip(chosen, values, strict=True) if IGNORED in v]
+            has_150 = [path for path, v in zip(chosen, values, strict=True) if 150 in v]
+            prepared += [(path, "holds 255") for path in has_255[:1]]
+            original += [(path, "holds 150") for path in has_150[:1]]
+            if not has_255 and not has_150 and len(chosen) == LOOK:
+                original.append((chosen[0], f"and {LOOK - 1} others of {split} hold no 255"))
+        if prepared and original:
+            (a, why_a), (b, why_b) = prepared[0], original[0]
+            raise UserError(
+                f"{a} {why_a}, so its classes count from 0; {b} {why_b}, so its classes count from 1, as ADE20K "
+                "distributes them: take all masks of one kind"
+            )
+        self._encoding = self._prepared if prepared else self._original
+        if prepared:
+            return [f"masks hold classes from 0, as UniMatch V2 prepares them: {prepared[0][0].name} holds 255"]
+        why = f"{original[0][0].name} {original[0][1]}" if original else "none that was looked at holds 255"
+        return [f"masks hold classes from 1 and 0 for none, as ADE20K distributes them: {why}"]
+
+    def _half(self, name):
+        masks = self.root / "annotations" / name
+        return [(path, masks / f"{path.stem}.png") for path in self._images(f"images/{name}/*.jpg")]

@@ -1,0 +1,148 @@
+"""Files of images and of masks.
+
+Images are taken as they are stored (an EXIF orientation is not applied), because masks are drawn over stored pixels.
+"""
+
+from pathlib import Path
+from tokenize import TokenError
+
+import numpy as np
+from PIL import Image
+
+from cmim.data.labels import class_ids
+from cmim.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
+MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TokenError, Image.DecompressionBombError)
+
+
+class FileSet:
+    """Image files and their masks; an `ImageSet`.
+
+    Args:
+        images: paths.
+        masks: the path of each one's mask, None where there is none.
+        encoding: function of a mask's path, the `cmim.data.labels.Encoding` of its values.
+        channels: of the images.
+    """
+
+    def __init__(self, images, masks, encoding, channels):
+        self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, i):
+        return self.images[i].stem
+
+    def image(self, i):
+        return open_image(self.images[i], self.channels)
+
+    def label(self, i):
+        mask = self.masks[i]
+        values = open_mask(mask)
+        height, width = _size(self.images[i])
+        if values.shape != (height, width):
+            raise UserError(
+                f"{mask} is {values.shape[1]} x {values.shape[0]} pixels, its image {self.images[i].name} is "
+                f"{width} x {height}: export the mask at the size of the image"
+            )
+        encoding = self.encoding(mask)
+        ids, wrong = class_ids(values, encoding.table)
+        if wrong is not None:
+            raise UserError(f"{mask} holds the value {wrong}, which is no class: {encoding.remedy}")
+        return ids
+
+
+def open_image(path, channels):
+    """An image file as (H, W, channels) uint8.
+
+    Three channels are RGB and one is grey, whatever the colours of the file. Four are the bands of a file that stores four
+    (RGBA, CMYK). Any number may come from a .npy file of (H, W, channels) uint8, other numbers only from there.
+
+    Raises:
+        UserError: the file cannot be read, or holds another number of channels or more than 8 bits of each.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return _open_array(path, channels)
+    if channels not in (1, 3, 4):
+        raise UserError(
+            f"{path}: data.channels is {channels}, but pictures have 1, 3 or 4: save it as .npy (H, W, {channels})"
+        )
+    image = _open(path)
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        raise UserError(f"{path} has more than 8 bits per channel (type {image.mode}): save it with 8")
+    if channels == 4 and len(image.getbands()) != 4:
+        raise UserError(f"{path} has channels {' '.join(image.getbands())}, but data.channels is 4: store 4, or change it")
+    mode = {1: "L", 3: "RGB", 4: image.mode}[channels]
+    try:
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def open_mask(path):
+    """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
+    mask = _open(path)
+    try:
+        mask.load()
+        if mask.mode in ("RGB", "RGBA", "LA"):
+            channels = np.asarray(mask)
+            grey = channels[..., :1]
+            if mask.mode != "LA" and (channels[..., :3] != grey).any():
+                raise UserError(
+                    f"{path} is a colour picture: a mask holds one number per pixel, the class; save it as an indexed or "
+                    "grey PNG of class ids"
+                )
+            return grey[..., 0]
+        if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+            raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
+        values = np.asarray(mask)
+        return values.astype(np.uint8) if values.dtype == bool else values
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _open_array(path, channels):
+    array = _map_array(path)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+        raise UserError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected uint8 of (H, W, {channels}): "
+            "save it so, or change data.channels"
+        )
+    return np.array(array, order="C")
+
+
+def _map_array(path):
+    """A .npy file whose content is not read yet, so that a damaged header cannot ask for more memory than the file has."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("no .npy file")
+        return array
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _size(path):
+    """(height, width) of an image file, from its header."""
+    if path.suffix.lower() == ".npy":
+        return _map_array(path).shape[:2]
+    with _open(path) as image:
+        return image.size[::-1]
+
+
+def _open(path):
+    try:
+        return Image.open(path)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path, error):
+    reason = getattr(error, "strerror", None) or ("no image, or damaged" if str(path) in str(error) else str(error))
+    return UserError(f"cannot read {path}: {reason}; replace the file or take it away")

@@ -1,0 +1,99 @@
+"""Text files that name images: UniMatch's split folders, lists of one's own, and which of the named files are there."""
+
+import difflib
+import os
+from pathlib import PurePath
+
+from cmim.errors import UserError
+
+
+def read_lines(path, key, content):
+    """The lines of a text file without blank ones; `key` is the setting that names it, `content` what it should hold."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{key}: cannot read {path} ({reason}); it lists {content}") from None
+    return [line for line in lines if line]
+
+
+def read_pairs(path, key, root, known=None):
+    """The lines `IMAGE MASK` of a split file as pairs of paths under `root`; the mask is None where the line has no second
+    word, or None for it.
+
+    Args:
+        known: function that returns the pairs which a line of one word, an id, may name.
+    """
+    pairs, index = [], None
+    for words in _read_words(path, key):
+        if len(words) == 1 and known is not None:
+            if index is None:
+                candidates = known()
+                index = index_names([image for image, _ in candidates])
+            pairs.append(candidates[find_name(words[0], index, path)])
+        else:
+            mask = None if words[1:] in ([], ["None"]) else root / words[1]
+            pairs.append((root / words[0], mask))
+    return pairs
+
+
+def read_images(path, key, root):
+    """The images of the lines `IMAGE MASK` of a split file, without their masks."""
+    return [root / words[0] for words in _read_words(path, key)]
+
+
+def _read_words(path, key):
+    for line in read_lines(path, key, "lines `IMAGE MASK`"):
+        words = line.split()
+        if len(words) > 2:
+            raise UserError(f"{path}: expected `IMAGE MASK`, two paths without spaces, got {line[:80]!r}")
+        yield words
+
+
+def with_masks(pairs, path):
+    """The pairs that the file `path` lists, if there are any and each has a mask."""
+    if not pairs:
+        raise UserError(f"{path} names no image: write lines `IMAGE MASK`")
+    for image, mask in pairs:
+        if mask is None:
+            raise UserError(f"{path} names {image.name} without a mask: write `IMAGE MASK`, or take the line away")
+    return pairs
+
+
+def index_names(images):
+    """Which image a file name, with or without suffix, means."""
+    return {key: i for i, image in enumerate(images) for key in (image.name, image.stem)}
+
+
+def find_name(line, index, source):
+    """What the line of a list means in an `index_names`; folders before the name do not count."""
+    name = PurePath(line).name
+    if name not in index:
+        nearest = difflib.get_close_matches(name, index, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"{source} names {line[:80]}, which is no image of this data set{hint}")
+    return index[name]
+
+
+class Listing:
+    """`path in listing`: whether a file is there. A folder is listed once, however many of its files are asked for."""
+
+    def __init__(self):
+        self._names = {}
+
+    def __contains__(self, path):
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder))
+            except OSError:
+                self._names[folder] = set()
+        return name in self._names[folder]
+
+
+def require(files, listing, what, remedy):
+    """Raise if one of `files` is missing: name the first one and how many there are."""
+    missing = [path for path in files if path not in listing]
+    if missing:
+        more = f", and {len(missing) - 1} more of {len(files)} {what}s" if len(missing) > 1 else ""
+        raise UserError(f"the {what} {missing[0]} is missing{more}: {remedy}")

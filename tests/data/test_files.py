@@ -1,0 +1,191 @@
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from PIL import Image
+
+from cmim.data.files import FileSet, open_image, open_mask
+from cmim.data.labels import Encoding, class_ids, colour_map, label_table, table_of
+from cmim.errors import UserError
+
+VALUES = np.array([[0, 1, 2, 255], [2, 2, 1, 0]])
+
+
+def three_classes(mask):
+    return Encoding(table_of({0: 0, 1: 1, 2: 2}, [255]), "save it anew")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "make"),
+    [
+        (".png", lambda v: Image.fromarray(v.astype(np.uint8))),
+        (".bmp", lambda v: Image.fromarray(v.astype(np.uint8))),
+        (".tif", lambda v: Image.fromarray(v.astype(np.uint8))),
+        (".GIF", lambda v: indexed(v)),
+        (".png", lambda v: indexed(v)),
+        (".png", lambda v: Image.fromarray(v.astype(np.uint16))),
+        (".tiff", lambda v: Image.fromarray(v.astype(np.uint16))),
+        (".tif", lambda v: Image.fromarray(v.astype(np.int32))),
+        (".png", lambda v: Image.fromarray(np.stack([v] * 3, -1).astype(np.uint8))),
+        (".png", lambda v: Image.fromarray(np.stack([v] * 3 + [v * 0 + 9], -1).astype(np.uint8))),
+        (".png", lambda v: Image.merge("LA", [Image.fromarray(v.astype(np.uint8))] * 2)),
+    ],
+)
+def test_kinds_of_masks(tmp_path, suffix, make):
+    image, mask = tmp_path / "image.png", tmp_path / f"mask{suffix}"
+    Image.new("RGB", (4, 2)).save(image)
+    make(VALUES).save(mask, optimize=False)
+    label = FileSet([image], [mask], three_classes, 3).label(0)
+    assert label.dtype == np.uint8 and label.flags.writeable and (label == VALUES).all()
+
+
+def indexed(values):
+    """Palette indices whose colours say something else."""
+    image = Image.fromarray(values.astype(np.uint8), mode="P")
+    image.putpalette([(37 * i + c * 91) % 256 for i in range(256) for c in range(3)])
+    return image
+
+
+def test_one_bit_masks(tmp_path):
+    bits = np.array([[True, False], [False, True]])
+    Image.fromarray(bits).save(tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").mode == "1" and (open_mask(tmp_path / "m.png") == bits).all()
+
+
+@given(
+    values=st_numpy.arrays(st.sampled_from([np.uint8, np.uint16, np.int32]), (3, 4), elements=st.integers(0, 255)),
+    far=st.sampled_from([None, -1, 65535, 65536, 70000]),
+    classes=st.integers(2, 200),
+    ignore=st.integers(0, 255),
+    label_map=st.dictionaries(st.integers(0, 255), st.integers(0, 1)),
+)
+def test_class_ids(values, far, classes, ignore, label_map):
+    """Pixel by pixel, as the settings describe it."""
+    if far is not None and values.dtype == np.int32:
+        values[1, 2] = far
+    if ignore in label_map.values():
+        ignore = 255
+    table = label_table(SimpleNamespace(ignore=ignore, label_map=label_map), classes)
+    expected, unknown = [], []
+    for value in values.ravel().tolist():
+        target = label_map.get(value, value)
+        expected.append(255 if target == ignore else target)
+        if target != ignore and not 0 <= target < classes:
+            unknown.append(value)
+    ids, wrong = class_ids(values, table)
+    assert wrong == (min(unknown) if unknown else None)
+    assert unknown or ids.ravel().tolist() == expected
+
+
+def test_colours_become_those_that_are_asked_for(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (8, 6)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg", 3).shape == (6, 8, 3)
+    rng = np.random.default_rng(0)
+    for mode in ("L", "P", "RGB", "RGBA", "CMYK", "1"):
+        path = tmp_path / (mode + ".tif")
+        stored = Image.fromarray(rng.integers(0, 256, (2, 3, 4), np.uint8), mode="RGBA").convert(mode)
+        stored.save(path)
+        rgb, grey = open_image(path, 3), open_image(path, 1)
+        assert rgb.shape == (2, 3, 3) and grey.shape == (2, 3, 1) and rgb.dtype == grey.dtype == np.uint8
+        assert (rgb == np.asarray(stored.convert("RGB"))).all() and (grey[..., 0] == np.asarray(stored.convert("L"))).all()
+
+
+def test_four_bands_are_taken_as_stored(tmp_path):
+    bands = np.random.default_rng(0).integers(0, 256, (5, 4, 4), np.uint8)
+    for mode, name in (("RGBA", "a.png"), ("RGBA", "a.tif"), ("CMYK", "b.tif")):
+        Image.fromarray(bands, mode=mode).save(tmp_path / name)
+        assert (open_image(tmp_path / name, 4) == bands).all()
+    Image.fromarray(bands[..., :3]).save(tmp_path / "c.png")
+    with pytest.raises(UserError, match=r"c.png has channels R G B, but data.channels is 4"):
+        open_image(tmp_path / "c.png", 4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_arrays(tmp_path, channels):
+    array = np.random.default_rng(0).integers(0, 256, (5, 6, channels), np.uint8)
+    for i, stored in enumerate((array, np.asfortranarray(array))):
+        np.save(tmp_path / f"{i}.npy", stored)
+        got = open_image(tmp_path / f"{i}.npy", channels)
+        assert got.flags.c_contiguous and got.flags.writeable and (got == array).all()
+    Image.fromarray(np.zeros((5, 6), np.uint8)).save(tmp_path / "mask.png")
+    files = FileSet([tmp_path / "0.npy"], [tmp_path / "mask.png"], three_classes, channels)
+    assert files.label(0).shape == (5, 6) and files.name(0) == "0"
+    Image.fromarray(np.zeros((6, 5), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask\.png is 5 x 6 pixels, its image 0.npy is 6 x 5"):
+        files.label(0)
+
+
+@pytest.mark.parametrize(
+    ("array", "channels", "message"),
+    [
+        (np.zeros((5, 6, 7), np.uint8), 4, r"holds uint8 of shape \(5, 6, 7\), expected uint8 of \(H, W, 4\)"),
+        (np.zeros((5, 6), np.uint8), 1, r"holds uint8 of shape \(5, 6\)"),
+        (np.zeros((5, 6, 3), np.float32), 3, "holds float32"),
+        (np.zeros((2, 2, 1, 1), np.uint8), 1, r"shape \(2, 2, 1, 1\)"),
+        (np.array([[[None]]]), 1, "cannot read .*x.npy: .*replace the file"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path, array, channels, message):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=message):
+        open_image(tmp_path / "x.npy", channels)
+
+
+def test_an_archive_that_is_called_npy(tmp_path):
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    with pytest.raises(UserError, match=r"cannot read .*x\.npy"):
+        open_image(tmp_path / "x.npy", 3)
+
+
+def test_pictures_that_do_not_fit(tmp_path):
+    path = tmp_path / "x.tif"
+    Image.fromarray(np.full((2, 3), 3000, np.uint16)).save(path)
+    for channels, message in (
+        (1, r"x.tif has more than 8 bits"),
+        (3, "more than 8 bits"),
+        (7, r"save it as .npy \(H, W, 7\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_image(path, channels)
+
+
+def test_an_image_beyond_pillows_limit(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match=r"x\.png: "):
+        open_image(tmp_path / "x.png", 3)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "npy"]))
+def test_damaged_files_are_read_or_refused(tmp_path, data, kind):
+    noise, file = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8), io.BytesIO()
+    if kind == "npy":
+        np.save(file, noise)
+    else:
+        Image.fromarray(noise).convert("L" if kind == "GIF" else "RGB").save(file, kind)
+    path, content = tmp_path / ("file.npy" if kind == "npy" else "file.png"), bytearray(file.getvalue())
+    last = 130 if kind == "npy" else len(content) - 1  # an array's header
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, last))]
+    else:
+        content[data.draw(st.integers(0, last))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    for read in (lambda p: open_image(p, 3), open_mask):
+        try:
+            assert read(path) is not None
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+def test_colour_map():
+    colours = colour_map(255)
+    assert colours[[0, 1, 2, 15, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128]]
+    assert len(np.unique(colours, axis=0)) == 255
