@@ -47,8 +47,6 @@ def main(arguments):
     for option, number in (("--jobs", given.jobs), ("--gpus", given.gpus)):
         if number < 1:
             raise UserError(f"{option} is {number}, expected at least 1")
-    if given.jobs > 1 and given.gpus > 1:
-        raise UserError("--jobs and --gpus are both above 1: all runs would share the same GPUs; leave one at 1")
     load_config(given.config, overrides)
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]

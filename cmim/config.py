@@ -160,7 +160,7 @@ def _check(config):
         if values is not None and len(values) != data.channels:
             raise UserError(f"data.{key} has {len(values)} numbers, but data.channels is {data.channels}; give one for each")
     if config.train.steps is not None and config.train.epochs is not None:
-        raise UserError("train.steps and train.epochs are both given; leave one away (--train.steps null)")
+        raise UserError("train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null")
     form = geometry(config.model)
     if data.crop % form.multiple:
         raise UserError(
