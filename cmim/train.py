@@ -71,7 +71,7 @@ class Trainer:
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best_miou = 0, 0.0
+        self.step, self.best_miou, self.val_result = 0, 0.0, None
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
@@ -143,7 +143,7 @@ class Trainer:
 
     def evaluate(self, log):
         """On data.val; keeps the best weights."""
-        result = self.measure(self.splits.val, "val")
+        self.val_result = result = self.measure(self.splits.val, "val")
         log.evaluation(self.step, result, "val", self.splits.class_names)
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
@@ -157,10 +157,11 @@ class Trainer:
 
     def finish(self, log):
         """The last step's weights on data.test (data.val where there is none) are the result."""
-        split, image_set = ("test", self.splits.test) if self.splits.test is not None else ("val", self.splits.val)
-        result = self.measure(image_set, split)
-        if split == "test":  # val has been logged
+        if self.splits.test is not None:
+            split, result = "test", self.measure(self.splits.test, "test")
             log.evaluation(self.step, result, split, self.splits.class_names)
+        else:  # evaluated, and logged, after the last step; anew if this process made none
+            split, result = "val", self.val_result or self.measure(self.splits.val, "val")
         summary = {
             "miou": result.scores.miou,
             "best_miou": self.best_miou,
@@ -174,6 +175,7 @@ class Trainer:
         if self.rank == 0:
             write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
         print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
+        console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
 
     def picture(self):

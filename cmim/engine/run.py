@@ -15,7 +15,7 @@ from cmim.models.segmenter import Segmenter, build_segmenter
 from cmim.settings import Config, normalisation
 
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
-FREE_ON_RESUME = (("train", "steps"), ("train", "device"), ("data", "workers"))
+FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"))
 
 
 class Run:
