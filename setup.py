@@ -47,6 +47,6 @@ setup(
         "tensorboard",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "transformers"]},
     cmdclass={"build_py": BuildWithConfigs},
 )
