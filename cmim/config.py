@@ -41,7 +41,7 @@ def load_config(path, overrides=()):
             section = section[parent]
             if not isinstance(section, dict):
                 raise UserError(f"--{key}: {parent} is a value, not a section")
-        section[last] = _parse(text, f"--{key}")
+        section[last] = _parse(key, text)
     return config_from(values, "command line")
 
 
@@ -96,11 +96,16 @@ def _pairs(words):
         yield key, text
 
 
-def _parse(text, where):
+def _parse(key, text):
+    field = _fields(Config).get(key)
+    kinds = set(get_args(field.annotation) or [field.annotation]) - {NoneType} if field else set()
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{where}: {text!r} is not a YAML value") from None
+        raise UserError(f"--{key}: {text!r} is not a YAML value") from None
+    # What looks like a number may be a name: a folder called 92, or 1_16.
+    a_name = kinds and kinds <= {Path, str} and not isinstance(value, str | NoneType)
+    return text if a_name or (isinstance(value, int | float) and "_" in text) else value
 
 
 def _explain(error):
@@ -117,6 +122,8 @@ def _explain(error):
         return f"{key}: expected settings of its own, got {problem['input']!r}"
     if _is_choice(fields[key].annotation):  # pydantic complains once for each type: say what they stand for
         return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
+    if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], int | float):
+        return f"{key}: expected text, got {problem['input']!r}; write it in quotes"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 
@@ -160,7 +167,9 @@ def _check(config):
         if values is not None and len(values) != data.channels:
             raise UserError(f"data.{key} has {len(values)} numbers, but data.channels is {data.channels}; give one for each")
     if config.train.steps is not None and config.train.epochs is not None:
-        raise UserError("train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null")
+        raise UserError(
+            "train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null"
+        )
     form = geometry(config.model)
     if data.crop % form.multiple:
         raise UserError(

@@ -47,13 +47,14 @@ class DataSettings(Section):
     """Mask value without a class."""
     label_map: dict[int, int] = {}
     """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
-    background: Annotated[int, Field(ge=0)] | None = None
+    background: Annotated[int, Field(ge=0, le=254)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
     channels: Positive = 3
     """Of the images; 1 for grey ones, 4 for RGB and one more, any number from .npy files of (H, W, channels) uint8."""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Fraction, ...] | None = None
     """Of each channel, of values in [0, 1]; by default ImageNet's (for other than 3 channels the mean of those three)."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    """Of each channel, on the same scale: numbers meant for 0 to 255 are divided by 255."""
     labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled."""
@@ -84,7 +85,8 @@ class ModelSettings(Section):
     weights: str = "timm"
     """`timm`: pretrained weights of the encoder, fetched; `none`: random; else a file (.pt or .safetensors)."""
     init_from: Path | None = None
-    """Warm start: the checkpoint of a run (.pt). A head of other classes is left as it is initialised."""
+    """Warm start: the folder of a run, or one of its checkpoints (.pt). A head of another number of classes is left as it
+    is initialised."""
     freeze_encoder: bool = False
     """The encoder does not learn, and its BatchNorm layers keep their statistics."""
     output_stride: Literal[8, 16] = 16
@@ -191,7 +193,8 @@ class TrainSettings(Section):
     steps: Positive | None = None
     """Optimiser steps; 40,000 where `epochs` is not given either."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Length in passes over the unlabelled images, instead of `steps`; the same number of steps for every preset."""
+    """Length in passes over the unlabelled images, each of whole batches, instead of `steps`; the same number of steps
+    for every preset."""
     labelled_batch: Positive = 8
     """Labelled images of a step over all processes; each takes its part."""
     unlabelled_batch: Positive = 8
@@ -211,7 +214,7 @@ class TrainSettings(Section):
 
 class EvaluationSettings(Section):
     weights: Literal["teacher", "student"] = "teacher"
-    """Which weights are evaluated, chosen and exported where the teacher is an EMA."""
+    """Which weights are evaluated and chosen where the teacher is an EMA."""
     batch: Positive = 8
     """Images of equal size, or windows, that are evaluated together."""
     mode: Literal["whole", "slide"] = "whole"

@@ -275,6 +275,11 @@ def check_counts(config, splits, processes):
             f"{len(splits.unlabelled)} unlabelled images are fewer than train.unlabelled_batch "
             f"{train.unlabelled_batch}; lower it, add images to unlabeled/, or lower data.labelled"
         )
+    if train.epochs is not None and len(splits.unlabelled) < train.unlabelled_batch * train.accumulate:
+        raise UserError(
+            f"train.epochs counts passes over the unlabelled images, but {len(splits.unlabelled)} are fewer than the "
+            f"{train.unlabelled_batch * train.accumulate} of a step; give train.steps, or lower train.unlabelled_batch"
+        )
     pairs = 2 if config.method.cutmix > 0 else 1
     for name, size, multiple in (
         ("labelled_batch", train.labelled_batch, 1),
@@ -297,6 +302,9 @@ def describe(config, splits, run):
     for note in splits.notes:
         console.print(f"note: {note}")
     train, optimizer = config.train, config.optimizer
+    if train.epochs is not None:
+        steps = total_steps(train, len(splits.unlabelled))
+        console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
     lr = scaled_lr(optimizer, train)
     if lr != optimizer.lr:
         console.print(

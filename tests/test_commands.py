@@ -46,6 +46,11 @@ def test_evaluate_gives_the_result_again(run, monkeypatch):
     assert title == f"{run.folder}, last, step 3, test"
 
 
+def test_the_best_checkpoint_holds_what_was_evaluated(run):
+    with pytest.raises(UserError, match=r"best.pt holds the teacher's weights only; use --checkpoint last"):
+        evaluate.main([str(run.folder), "--checkpoint", "best", "--evaluation.weights", "student", "--data.workers", "0"])
+
+
 def test_evaluate_on_val_and_of_the_best_checkpoint(run, monkeypatch):
     val = [line for line in read_metrics(run) if line.get("split") == "val"]
     assert evaluated(monkeypatch, run.folder, "--split", "val")[0].miou == val[-1]["miou"]

@@ -118,7 +118,6 @@ def test_a_key_like_no_other_gets_no_suggestion():
         ("data.label_map", "{a: 1}", "valid integer"),
         ("data.shapes.val", "0", "greater than or equal to 1, got 0"),
         ("data", "3", "expected settings of its own, got 3"),
-        ("data.root", "5", "path"),
         ("data.labelled", "1.5", "got 1.5, expected: Labelled share of train/ (at most 1), number of labelled images"),
         ("data.labelled", "0", "got 0, expected: Labelled share"),
         ("data.labelled", "true", "got True, expected: Labelled share"),
@@ -266,3 +265,30 @@ def test_settings_that_contradict_each_other(overrides, said):
 )
 def test_what_a_method_does_not_use_is_not_checked(overrides):
     load_config(SHAPES, overrides)
+
+
+def test_a_name_that_looks_like_a_number_is_a_name(tmp_path):
+    words = [
+        "--data.format",
+        "voc",
+        "--data.root",
+        "2012",
+        "--data.split",
+        "1_16",
+        "--data.val",
+        "7",
+        "--data.labelled",
+        "1_8",
+    ]
+    data = load_config(SHAPES, words).data
+    assert (data.root, data.split, data.val, data.labelled) == (Path("2012"), Path("1_16"), "7", Path("1_8"))
+    assert load_config(SHAPES, ["--data.split", "null", "--data.test", "null"]).data.test is None
+    said = refused(path=write(tmp_path, "data: {format: voc, root: x, split: 92}"))
+    assert said.endswith("data.split: expected text, got 92; write it in quotes")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("mean", [123.675, 116.28, 103.53]), ("std", [58.4, 57.1, 57.4]), ("mean", [-1, 0, 0])]
+)
+def test_colours_are_on_the_scale_from_0_to_1(key, value):
+    assert refused(f"--data.{key}={value}").startswith(f"command line: data.{key}: ")

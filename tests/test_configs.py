@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cmim.config import load_config
+from cmim.config import default_config_path, load_config
+from cmim.data import load_splits
 from cmim.engine.optimizer import scaled_lr
 from cmim.engine.schedule import total_steps
+from cmim.errors import UserError
 from cmim.settings import OptimizerSettings, TrainSettings
+from cmim.train import check_counts
+from tests.tiny_runs import tiny
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -41,6 +45,13 @@ def test_the_steps_that_a_config_names_for_each_split(name, folder):
         labelled, unlabelled = labelled - blank[0], unlabelled - blank[1]
         assert counts == (labelled, unlabelled, total_steps(config.train, unlabelled)), split
     assert Path(config.data.split).name in published
+
+
+def test_an_epoch_holds_at_least_one_step(tmp_path):
+    words = tiny("x", train__epochs=3, train__steps=None, data__shapes__unlabelled=5, train__unlabelled_batch=6)[2:]
+    config = load_config(default_config_path(), [*words, "--method.preset", "supervised"])
+    with pytest.raises(UserError, match=r"5 are fewer than the 6 of a step; give train.steps"):
+        check_counts(config, load_splits(config.data), 1)
 
 
 @pytest.mark.parametrize(

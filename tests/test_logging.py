@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cmim.engine import distributed, logging
-from cmim.engine.metrics import scores
+from cmim.engine.metrics import Scores, scores
 from cmim.engine.run import Run
 from cmim.errors import UserError
 from tests.tiny_runs import read_metrics
@@ -21,6 +21,13 @@ def log_of(folder, monkeypatch, device="cpu", micro=1):
     now = [0.0]
     monkeypatch.setattr(logging, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return logging.RunLog(Run(folder), 0, 8, 6, torch.device(device), micro), now
+
+
+def test_names_are_no_markup(capsys):
+    logging.console.print("runs/exp[b] [/x]")
+    logging.print_table(Scores(0.5, [0.5, None], 0.5, 0.5), ["[void]", "c[red]x"], "runs/[/x]")
+    said = capsys.readouterr().out
+    assert "runs/exp[b] [/x]" in said and "[void]" in said and "c[red]x" in said and "runs/[/x]" in said
 
 
 def test_a_logged_figure_is_its_mean_over_the_interval(tmp_path, monkeypatch, capsys):

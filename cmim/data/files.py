@@ -73,7 +73,7 @@ def open_image(path, channels):
             f"{path}: data.channels is {channels}, but pictures have 1, 3 or 4: save it as .npy (H, W, {channels})"
         )
     image = _open(path)
-    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+    if image.mode in ("F", "I") or "16" in (image.mode + _stored(image)):
         raise UserError(f"{path} has more than 8 bits per channel (type {image.mode}): save it with 8")
     if channels == 4 and len(image.getbands()) != 4:
         raise UserError(f"{path} has channels {' '.join(image.getbands())}, but data.channels is 4: store 4, or change it")
@@ -88,6 +88,9 @@ def open_image(path, channels):
 def open_mask(path):
     """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
     mask = _open(path)
+    stored = _stored(mask)
+    if "16" in stored and len(mask.getbands()) > 1:
+        raise UserError(f"{path} has 16 bits per channel: save it as an indexed or grey PNG of class ids")
     try:
         mask.load()
         if mask.mode in ("RGB", "RGBA", "LA"):
@@ -101,10 +104,17 @@ def open_mask(path):
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
-        values = np.asarray(mask)
-        return values.astype(np.uint8) if values.dtype == bool else values
+        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow spreads few bits over 0 to 255
+        return values.astype(np.uint8) if mask.mode == "1" else values
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _stored(image):
+    """How the file stores the pixels of an image not yet loaded, in Pillow's words: L;4 for 4 bits, RGB;16B for 16."""
+    arguments = image.tile[0][3] if image.tile else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
 
 
 def _open_array(path, channels):
@@ -131,7 +141,10 @@ def _map_array(path):
 def _size(path):
     """(height, width) of an image file, from its header."""
     if path.suffix.lower() == ".npy":
-        return _map_array(path).shape[:2]
+        array = _map_array(path)
+        if array.ndim != 3:
+            raise UserError(f"{path} holds an array of shape {array.shape}, expected (H, W, channels): save it so")
+        return array.shape[:2]
     with _open(path) as image:
         return image.size[::-1]
 

@@ -54,7 +54,11 @@ def with_masks(pairs, path):
     """The pairs that the file `path` lists, if there are any and each has a mask."""
     if not pairs:
         raise UserError(f"{path} names no image: write lines `IMAGE MASK`")
+    seen = set()
     for image, mask in pairs:
+        if image in seen:
+            raise UserError(f"{path} names {image.name} twice: it would count twice; take one of the lines away")
+        seen.add(image)
         if mask is None:
             raise UserError(f"{path} names {image.name} without a mask: write `IMAGE MASK`, or take the line away")
     return pairs

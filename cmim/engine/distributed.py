@@ -49,7 +49,7 @@ def joined(device):
             raise
         raise UserError(
             "another process of this run has ended: its own message or torchrun's report says why (exit code -9: killed, "
-            "often for want of memory); --output RUN --resume continues from the last checkpoint"
+            "often for want of memory); training continues from its last checkpoint with --output RUN --resume"
         ) from error
     dist.destroy_process_group()  # not after an error: it would wait for those that have gone
 

@@ -20,7 +20,7 @@ try:
 except ModuleNotFoundError:  # Windows has none
     resource = None
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 # One display for all loops, drawn by the loops themselves: a thread that draws would be forked into the loader's workers.
 _bars = Bars(

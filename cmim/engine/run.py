@@ -120,6 +120,9 @@ def load_trained(folder, which, overrides=()):
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = load_config(run.config, overrides)
     path = run.last if which == "last" else run.best
+    kept = load_config(run.config).evaluation.weights
+    if which == "best" and config.teacher.kind == "ema" and config.evaluation.weights != kept:
+        raise UserError(f"{path} holds the {kept}'s weights only; use --checkpoint last, or leave evaluation.weights away")
     state = checkpoint.load(path)
     if which == "last":
         ema = config.teacher.kind == "ema" and config.evaluation.weights == "teacher"

@@ -159,7 +159,8 @@ def _adapt_channels(weight, shape):
 
 
 def warm_start(net, path):
-    """Load the weights of a run's checkpoint into a `Segmenter`, those of its teacher where it has one.
+    """Load the weights of a checkpoint, or of the last one in a run's folder, into a `Segmenter`: those of the teacher where
+    there is one.
 
     Returns:
         None, or a line that says that the head was left as it is: the run had another number of classes.
@@ -167,6 +168,8 @@ def warm_start(net, path):
     Raises:
         UserError: there is no such checkpoint, or it is one of another network.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "checkpoints" / "last.pt"
     try:
         state = checkpoint.load(path)
         weights = state.get("net") or _evaluated(state.get("objective", {}))

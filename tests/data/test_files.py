@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,3 +191,39 @@ def test_colour_map():
     colours = colour_map(255)
     assert colours[[0, 1, 2, 15, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128]]
     assert len(np.unique(colours, axis=0)) == 255
+
+
+def write_png(path, rows, bits, colour=0, width=4):
+    """A PNG of raw rows: what Pillow itself does not write."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, colour, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize(
+    "bits, row, values",
+    [
+        (1, bytes([0b01010000]), [0, 1, 0, 1]),
+        (2, bytes([0b00011011]), [0, 1, 2, 3]),
+        (4, bytes([0x01, 0x2F]), [0, 1, 2, 15]),
+        (16, bytes([0, 1, 0, 2, 1, 0, 0, 3]), [1, 2, 256, 3]),
+    ],
+)
+def test_a_grey_mask_holds_the_stored_numbers_whatever_its_depth(bits, row, values, tmp_path):
+    assert open_mask(write_png(tmp_path / "mask.png", [row, row], bits)).tolist() == [values, values]
+
+
+def test_sixteen_bits_a_channel_are_refused(tmp_path):
+    path = write_png(tmp_path / "deep.png", [bytes(24)] * 2, 16, colour=2)
+    for read in (open_mask, lambda path: open_image(path, 3)):
+        with pytest.raises(UserError, match=r"deep.png has (more than 8|16) bits per channel"):
+            read(path)
+
+
+def test_an_array_of_one_dimension_is_refused(tmp_path):
+    np.save(tmp_path / "flat.npy", np.zeros(50, np.uint8))
+    Image.fromarray(np.zeros((5, 10), np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"flat.npy holds an array of shape \(50,\)"):
+        FileSet([tmp_path / "flat.npy"], [tmp_path / "mask.png"], three_classes, 1).label(0)

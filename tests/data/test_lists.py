@@ -53,7 +53,7 @@ def test_masks_of_unlabelled_images_are_never_opened(voc):
     for name in ("2007_2", "2007_3"):
         for mask in voc.glob(f"*/{name}.png"):
             mask.write_bytes(b"not a mask")
-    split = write_split(voc / "s", [voc_line("2007_1")] * 2, [voc_line(n) for n in ("2007_2", "2007_3")])
+    split = write_split(voc / "s", [voc_line(n) for n in ("2007_1", "2007_4")], [voc_line(n) for n in ("2007_2", "2007_3")])
     data = {"format": "voc", "root": str(voc), "split": split, "crop": 4}
     config = Config(data=data, method={"preset": "fixmatch"}, train={"labelled_batch": 2, "unlabelled_batch": 2})
     batch = TrainBatches(load_splits(config.data), config)[0]
@@ -126,6 +126,11 @@ MISTAKES = {
     "train as val": (
         "voc", lambda r: (r / "v.txt").write_text("2007_1\n2007_2"), {"val": "v.txt"},
         "is a labelled image and also in val",
+    ),
+    "a labelled image twice": (
+        "voc", lambda r: (r / "two.txt").write_text("JPEGImages/2007_1.jpg SegmentationClass/2007_1.png\n" * 2),
+        {"val": "two.txt"},
+        "two.txt names 2007_1.jpg twice",
     ),
     "another value": (
         "voc", lambda r: save_mask(r / "SegmentationClass/2008_8.png", [21]), {},
