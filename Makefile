@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2
 JOBS ?= 1
 
-.PHONY: train test test-slow check shapes-table camvid-table clean
+.PHONY: train test test-slow cross-compile check shapes-table camvid-table clean
 
 train: .venv/installed
 	$(BIN)/python -m cmim.train
@@ -14,6 +14,10 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
+
+# Every kernel and launch configuration for GPUs that need not be there: registers, spills, shared memory.
+cross-compile: .venv/installed-test
+	$(BIN)/python -m tests.triton.cross_compile
 
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,12 @@
-"""Shared by all tests: where real data lies, and a hypothesis profile without deadlines."""
+"""Shared by all tests: where Triton's kernels run, and a hypothesis profile without deadlines."""
 
+import os
+
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: it cannot be switched later
 
 settings.register_profile("cmim", deadline=None, max_examples=40, derandomize=True, print_blob=True)
 settings.load_profile("cmim")

@@ -141,7 +141,7 @@ def test_no_host_sync():
     with FakeTensorMode():
         tokens, mask_token, position = (torch.zeros(s, device="cuda") for s in ((2, 7, 3), (3,), (7, 3)))
         index = torch.zeros(2, 7, dtype=torch.int32, device="cuda")
-        out = reference.gather_class_tokens_forward(tokens, index, index, mask_token, position, 5)
+        out = reference.gather_class_tokens_forward(tokens, index, index, index, mask_token, position, 5)
         reference.gather_class_tokens_backward(out, index, index, mask_token, position)
 
 

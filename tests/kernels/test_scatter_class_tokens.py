@@ -127,7 +127,7 @@ def test_no_host_sync():
         packed, mask_token, position = (torch.zeros(s, device="cuda") for s in ((2, 5, 3), (3,), (7, 3)))
         index = torch.zeros(2, 7, dtype=torch.int32, device="cuda")
         out = reference.scatter_class_tokens_forward(packed, index, mask_token, position)
-        reference.scatter_class_tokens_backward(out, index, mask_token, position, 5)
+        reference.scatter_class_tokens_backward(out, index, index, mask_token, position, 5)
 
 
 @pytest.mark.parametrize(

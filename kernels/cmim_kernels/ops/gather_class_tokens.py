@@ -9,7 +9,13 @@ from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import gather_class_tokens as reference
 
 
-def _forward_fake(tokens, order, segment, mask_token, position, length):
+def _triton():
+    from cmim_kernels.triton_kernels import gather_class_tokens
+
+    return gather_class_tokens
+
+
+def _forward_fake(tokens, order, inverse, segment, mask_token, position, length):
     batch, _, channels = tokens.shape
     return tokens.new_empty((batch, length, channels))
 
@@ -22,15 +28,17 @@ def _backward_fake(grad, inverse, segment, mask_token, position):
 
 
 _forward = declare(
-    "gather_class_tokens_forward(Tensor tokens, Tensor order, Tensor segment, Tensor? mask_token, Tensor? position, "
-    "SymInt length) -> Tensor",
+    "gather_class_tokens_forward(Tensor tokens, Tensor order, Tensor inverse, Tensor segment, Tensor? mask_token, "
+    "Tensor? position, SymInt length) -> Tensor",
     torch_backend=reference.gather_class_tokens_forward,
+    triton_backend=lambda: _triton().gather_class_tokens_forward,
     fake=_forward_fake,
 )
 _backward = declare(
     "gather_class_tokens_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position) "
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.gather_class_tokens_backward,
+    triton_backend=lambda: _triton().gather_class_tokens_backward,
     fake=_backward_fake,
 )
 
@@ -38,7 +46,7 @@ _backward = declare(
 class _GatherClassTokens(torch.autograd.Function):
     @staticmethod
     def forward(tokens, order, inverse, segment, mask_token, position, length):
-        return _forward(tokens, order, segment, mask_token, position, length)
+        return _forward(tokens, order, inverse, segment, mask_token, position, length)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

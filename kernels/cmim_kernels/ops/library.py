@@ -6,26 +6,53 @@ the pair. Nothing else reaches an implementation, so a backend is added in `decl
 """
 
 import contextlib
+import functools
 
 import torch
 
+from cmim_kernels import backends
+
 _LIBRARY = torch.library.Library("cmim_kernels", "DEF")
+HAS_TRITON = {}
+"""Name of each declared op -> whether it has Triton kernels."""
 
 
-def declare(schema, *, torch_backend, fake):
+def declare(schema, *, torch_backend, fake, triton_backend=None):
     """Declare `cmim_kernels::<schema>` and return the callable op.
 
     Args:
         schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language.
         torch_backend: the explicit formulas of `reference/<op>.py`. Runs on every device, never sees autograd.
         fake: shapes, dtypes and strides of the outputs, for `torch.compile` and `torch.export`.
+        triton_backend: a function without arguments that imports `triton_kernels/<op>.py` and returns the launcher of
+            its kernels: Triton is imported when it first runs. None: the op has no kernels.
     """
     name = schema.split("(", 1)[0]
+    implementation = torch_backend if triton_backend is None else _choosing(torch_backend, triton_backend)
+    HAS_TRITON[name] = triton_backend is not None
     _LIBRARY.define(schema)
     for dispatch_key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, torch_backend, dispatch_key)
+        _LIBRARY.impl(name, implementation, dispatch_key)
     torch.library.register_fake(f"cmim_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.cmim_kernels, name).default
+
+
+def _choosing(torch_backend, triton_backend):
+    """The implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always runs in PyTorch."""
+    launcher = functools.cache(triton_backend)
+
+    def implementation(*arguments):
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in arguments):
+            return torch_backend(*arguments)
+        device = arguments[0].device
+        if backends.choose(True, device).backend == "torch":
+            return torch_backend(*arguments)
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        ):  # Triton asks which is current
+            return launcher()(*arguments)
+
+    return implementation
 
 
 def differentiable(function, *arguments):

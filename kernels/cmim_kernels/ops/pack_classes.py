@@ -30,6 +30,12 @@ class ClassLayout(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
+def _triton():
+    from cmim_kernels.triton_kernels import pack_classes
+
+    return pack_classes
+
+
 def _fake(labels, masked, num_classes):
     batch, tokens = labels.shape
     shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
@@ -39,6 +45,7 @@ def _fake(labels, masked, num_classes):
 _forward = declare(
     "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     torch_backend=reference.pack_classes_forward,
+    triton_backend=lambda: _triton().pack_classes_forward,
     fake=_fake,
 )
 

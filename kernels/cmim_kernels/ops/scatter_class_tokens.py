@@ -9,12 +9,18 @@ from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference
 
 
+def _triton():
+    from cmim_kernels.triton_kernels import scatter_class_tokens
+
+    return scatter_class_tokens
+
+
 def _forward_fake(packed, inverse, mask_token, position):
     (batch, tokens), channels = inverse.shape, packed.shape[-1]
     return packed.new_empty((batch, tokens, channels))
 
 
-def _backward_fake(grad, order, mask_token, position, length):
+def _backward_fake(grad, order, inverse, mask_token, position, length):
     batch, _, channels = grad.shape
     grad_mask_token = grad.new_empty(0) if mask_token is None else mask_token.new_empty(mask_token.shape)
     grad_position = grad.new_empty(0) if position is None else position.new_empty(position.shape)
@@ -24,12 +30,14 @@ def _backward_fake(grad, order, mask_token, position, length):
 _forward = declare(
     "scatter_class_tokens_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position) -> Tensor",
     torch_backend=reference.scatter_class_tokens_forward,
+    triton_backend=lambda: _triton().scatter_class_tokens_forward,
     fake=_forward_fake,
 )
 _backward = declare(
-    "scatter_class_tokens_backward(Tensor grad, Tensor order, Tensor? mask_token, Tensor? position, SymInt length) "
-    "-> (Tensor, Tensor, Tensor)",
+    "scatter_class_tokens_backward(Tensor grad, Tensor order, Tensor inverse, Tensor? mask_token, Tensor? position, "
+    "SymInt length) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.scatter_class_tokens_backward,
+    triton_backend=lambda: _triton().scatter_class_tokens_backward,
     fake=_backward_fake,
 )
 
@@ -41,15 +49,15 @@ class _ScatterClassTokens(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        packed, order, _, mask_token, position = inputs
+        packed, order, inverse, mask_token, position = inputs
         ctx.length = packed.shape[1]
-        ctx.save_for_backward(order, mask_token, position)
+        ctx.save_for_backward(order, inverse, mask_token, position)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        order, mask_token, position = ctx.saved_tensors
-        grad_packed, grad_mask_token, grad_position = _backward(grad, order, mask_token, position, ctx.length)
+        order, inverse, mask_token, position = ctx.saved_tensors
+        grad_packed, grad_mask_token, grad_position = _backward(grad, order, inverse, mask_token, position, ctx.length)
         return (
             grad_packed, None, None,
             None if mask_token is None else grad_mask_token,

@@ -23,7 +23,8 @@ def gather_class_tokens(tokens, order, segment, mask_token=None, position=None, 
     return out
 
 
-def gather_class_tokens_forward(tokens, order, segment, mask_token, position, length):
+def gather_class_tokens_forward(tokens, order, inverse, segment, mask_token, position, length):
+    """`inverse` is for a backend that walks the original places; this one walks the packed positions."""
     return gather_class_tokens(tokens, order, segment, mask_token, position, length=length).to(tokens.dtype)
 
 

@@ -23,10 +23,11 @@ def scatter_class_tokens_forward(packed, inverse, mask_token, position):
     return scatter_class_tokens(packed, inverse, mask_token, position).to(packed.dtype)
 
 
-def scatter_class_tokens_backward(grad, order, mask_token, position, length):
+def scatter_class_tokens_backward(grad, order, inverse, mask_token, position, length):
     """Gradients of packed, mask_token and position (empty where the input is None).
 
     Packed row i went to the one place order[b, i]; the places of the rows from `length` on got the mask token.
+    `inverse` is for a backend that walks the original places; this one walks the packed positions.
     """
     dtype = accumulation_dtype(grad, mask_token, position)
     grad_mask_token, grad_position = grad.new_empty(0), grad.new_empty(0)

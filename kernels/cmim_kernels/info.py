@@ -1,0 +1,48 @@
+"""`python -m cmim_kernels.info`: versions, device, backends, and which backend runs each op and why."""
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+import cmim_kernels
+from cmim_kernels import backends
+from cmim_kernels.ops.library import HAS_TRITON
+
+
+def report():
+    """The lines of the report."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+    lines = [
+        f"cmim_kernels {cmim_kernels.__version__}, torch {torch.__version__}, triton {triton}",
+        f"device: {_describe(device)}",
+        f"CMIM_KERNELS_BACKEND={backends.requested()}",
+        "backend torch: runs everywhere",
+        f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
+        "backend cuda: this installation has no CUDA build",
+        "",
+    ]
+    rows = [("op", "backend", "why")]
+    for name, has_triton in sorted(HAS_TRITON.items()):
+        try:
+            rows.append((name, *backends.choose(has_triton, device)))
+        except RuntimeError as error:
+            rows.append((name, "none", str(error)))
+    width = max(len(name) for name, *_ in rows)
+    lines += [f"{name:{width}}  {backend:7}  {why}" for name, backend, why in rows]
+    return [*lines, "", "float64 inputs run in torch, whatever is chosen."]
+
+
+def _describe(device):
+    if device.type == "cpu":
+        return "cpu (no CUDA device)"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}"
+    )
+
+
+if __name__ == "__main__":
+    print("\n".join(report()))

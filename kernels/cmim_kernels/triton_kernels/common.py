@@ -1,0 +1,57 @@
+"""What the kernels and launchers share."""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def power_of_two(n, *, low, high):
+    """The smallest power of two that is at least n, within [low, high], themselves powers of two."""
+    return min(high, max(low, triton.next_power_of_2(n)))
+
+
+def multiprocessors(tensor):
+    """How many programs should run at once, to decide how finely to cut the work. The interpreter gets an H200's number."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
+
+
+@triton.jit
+def token_class(labels, masked, image, token, labels_strides, masked_strides, num_classes, valid):
+    """int64 class of each token, `num_classes` where the label is out of range or `valid` is false; and its mask.
+
+    `image` and `token` are int64 and broadcast. `labels` may be None: one class.
+    """
+    is_masked = tl.load(masked + image * masked_strides[0] + token * masked_strides[1], mask=valid, other=0) != 0
+    if labels is None:
+        label = tl.where(valid, 0, num_classes).to(tl.int64)
+    else:
+        label = tl.load(labels + image * labels_strides[0] + token * labels_strides[1], mask=valid, other=0).to(tl.int64)
+        label = tl.where(valid & (label >= 0) & (label < num_classes), label, num_classes)
+    return label, is_masked
+
+
+@triton.jit
+def _sum_rows_kernel(
+    rows,  # (R, C) float32
+    out,  # (C,)
+    num_rows, num_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Moves what it must: R C and C values."""
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+        total += tl.load(rows + row.to(tl.int64)[:, None] * num_columns + column[None, :], mask=inside, other=0.0)
+    tl.store(out + column, tl.sum(total, axis=0), mask=column < num_columns)
+
+
+def sum_rows(rows, dtype):
+    """The sum over the first dimension of a contiguous float32 (R, C), always in the same order: (C,) of `dtype`."""
+    out = rows.new_empty(rows.shape[1], dtype=dtype)
+    if out.numel():
+        _sum_rows_kernel[(triton.cdiv(rows.shape[1], 32),)](rows, out, *rows.shape, ROWS=128, COLUMNS=32, num_warps=4)
+    return out

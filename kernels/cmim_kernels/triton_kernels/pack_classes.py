@@ -1,0 +1,136 @@
+"""Stable counting sort of the tokens of each image by (class, visible before masked), in three launches.
+
+The tokens of an image are cut into tiles. Count: how many tokens of each segment a tile has. Scan: how many the tiles
+before it have. Place: a token's packed position is the start of its segment, plus those in earlier tiles, plus those
+before it in its own tile.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cmim_kernels.reference import pack_classes as reference
+from cmim_kernels.triton_kernels.common import power_of_two, token_class
+
+MAX_CLASSES = 2047
+"""With more, the counters of a program leave the registers, and PyTorch's sort takes over."""
+
+
+class PackLaunch(NamedTuple):
+    TILE: int
+    SEGMENTS: int
+    num_warps: int
+
+
+def pack_launch(num_classes):
+    """SEGMENTS counts the 2K + 1 segments and one for the places past the last token."""
+    return PackLaunch(TILE=128, SEGMENTS=power_of_two(2 * num_classes + 2, low=32, high=4096), num_warps=4)
+
+
+@triton.jit
+def _count_kernel(
+    labels,  # (B, N)
+    masked,  # (B, N) uint8
+    counts,  # (B, tiles, SEGMENTS) int32
+    labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
+    TILE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Must move labels and masks once, and does; writes a row of counts for each tile besides."""
+    program = tl.program_id(0).to(tl.int64)
+    token = program % num_tiles * TILE + tl.arange(0, TILE)
+    segment = _segments(labels, masked, program // num_tiles, token, labels_strides, masked_strides, num_tokens, num_classes)
+    tl.store(counts + program * SEGMENTS + tl.arange(0, SEGMENTS), tl.histogram(segment, SEGMENTS))
+
+
+@triton.jit
+def _scan_kernel(
+    counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all tiles before it
+    totals,  # (B, SEGMENTS) int32
+    num_tiles,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Reads and writes the counts once."""
+    image = tl.program_id(0).to(tl.int64)
+    bins = tl.program_id(1) * BINS + tl.arange(0, BINS)
+    carry = tl.zeros((BINS,), tl.int32)
+    for first in range(0, num_tiles, ROWS):
+        tile = first + tl.arange(0, ROWS)
+        inside = (tile < num_tiles)[:, None] & (bins < SEGMENTS)[None, :]
+        address = counts + (image * num_tiles + tile)[:, None] * SEGMENTS + bins[None, :]
+        block = tl.load(address, mask=inside, other=0)
+        tl.store(address, carry[None, :] + tl.cumsum(block, axis=0) - block, mask=inside)
+        carry += tl.sum(block, axis=0)
+    tl.store(totals + image * SEGMENTS + bins, carry)
+
+
+@triton.jit
+def _place_kernel(
+    labels,  # (B, N)
+    masked,  # (B, N) uint8
+    earlier,  # (B, tiles, SEGMENTS) int32
+    totals,  # (B, SEGMENTS) int32
+    order, inverse, out_segment,  # (B, N) int32
+    offsets,  # (B, 2K + 2) int32
+    cu_seqlens,  # (B (K + 1) + 1,) int32
+    labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
+    TILE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Must move labels, masks and the three (B, N) int32 outputs, and does; reads an image's totals for each tile and
+    one count for each token besides."""
+    program = tl.program_id(0).to(tl.int64)
+    image, tile = program // num_tiles, program % num_tiles
+    i = tl.arange(0, TILE)
+    token = tile * TILE + i
+    inside = token < num_tokens
+    segment = _segments(labels, masked, image, token, labels_strides, masked_strides, num_tokens, num_classes)
+    # The tile once more, as columns: a second load is cheaper than a change of layout.
+    other = _segments(labels, masked, image, tile * TILE + i, labels_strides, masked_strides, num_tokens, num_classes)
+    before = tl.sum(((segment[:, None] == other[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), axis=1)
+
+    bins = tl.arange(0, SEGMENTS)
+    total = tl.load(totals + image * SEGMENTS + bins)
+    start = tl.cumsum(total, axis=0) - total
+    before += tl.load(earlier + program * SEGMENTS + segment)
+    packed = tl.gather(start, segment, axis=0) + before
+    first_token = image * num_tokens
+    tl.store(order + first_token + packed, token.to(tl.int32), mask=inside)
+    tl.store(out_segment + first_token + packed, segment, mask=inside)
+    tl.store(inverse + first_token + token, packed, mask=inside)
+
+    if tile == 0:
+        # The bin of the places past the last token starts at N, as `offsets` ends.
+        tl.store(offsets + image * (2 * num_classes + 2) + bins, start, mask=bins < 2 * num_classes + 2)
+        sequence = cu_seqlens + image * (num_classes + 1) + bins // 2
+        starts_sequence = (bins % 2 == 0) & (bins <= 2 * num_classes)
+        tl.store(sequence, (first_token + start).to(tl.int32), mask=starts_sequence)
+        # Where the next image starts: the same number that its own program writes there.
+        tl.store(cu_seqlens + (image + 1) * (num_classes + 1), (first_token + num_tokens).to(tl.int32))
+
+
+@triton.jit
+def _segments(labels, masked, image, token, labels_strides, masked_strides, num_tokens, num_classes):
+    """int32: 2k visible, 2k + 1 masked, 2K ignored, 2K + 1 past the last token."""
+    inside = token < num_tokens
+    label, is_masked = token_class(labels, masked, image, token, labels_strides, masked_strides, num_classes, inside)
+    segment = 2 * label + tl.where(label < num_classes, is_masked.to(tl.int64), 0)
+    return tl.where(inside, segment, 2 * num_classes + 1).to(tl.int32)
+
+
+def pack_classes_forward(labels, masked, num_classes):
+    if num_classes > MAX_CLASSES:
+        return reference.pack_classes_forward(labels, masked, num_classes)
+    batch, tokens = labels.shape
+    new = lambda *shape: labels.new_empty(shape, dtype=torch.int32)  # noqa: E731
+    outputs = [new(batch, tokens) for _ in range(3)] + [new(batch, 2 * num_classes + 2), new(batch * (num_classes + 1) + 1)]
+    if labels.numel() == 0:
+        return tuple(out.zero_() for out in outputs)
+    launch = pack_launch(num_classes)
+    masked, tiles = masked.view(torch.uint8), triton.cdiv(tokens, launch.TILE)
+    counts, totals = new(batch, tiles, launch.SEGMENTS), new(batch, launch.SEGMENTS)
+    sizes = (labels.stride(), masked.stride(), tokens, num_classes, tiles)
+    _count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
+    _scan_kernel[(batch, launch.SEGMENTS // 32)](counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4)
+    _place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
+    return tuple(outputs)

@@ -1,0 +1,83 @@
+"""What moving rows of tokens between packed and original order has in common.
+
+A program handles a tile of IMAGES x PLACES x CHANNELS: the same original places of several images, so that a position
+is read once for all of them and its gradient is summed over them in one program. The packed rows are found through
+the inverse permutation; a row is contiguous, so that visiting rows in any order costs nothing.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from cmim_kernels.triton_kernels.common import multiprocessors, power_of_two
+
+
+class RowLaunch(NamedTuple):
+    IMAGES: int
+    PLACES: int
+    CHANNELS: int
+    num_warps: int
+    maxnreg: int
+
+
+def row_launch(batch, channels):
+    """A tile of 2048 elements: rows as wide as possible, then images, then places."""
+    wide = power_of_two(channels, low=32, high=256)
+    images = power_of_two(batch, low=1, high=8)
+    return RowLaunch(images, 2048 // (wide * images), wide, num_warps=4, maxnreg=168)
+
+
+def forward_grid(launch, batch, tokens, channels):
+    return (triton.cdiv(batch, launch.IMAGES) * triton.cdiv(tokens, launch.PLACES), triton.cdiv(channels, launch.CHANNELS))
+
+
+def backward_grid(launch, tokens, channels, like):
+    """Blocks of places go to groups, few enough that the groups' partial sums stay small: grid, blocks in a group."""
+    blocks, columns = triton.cdiv(tokens, launch.PLACES), max(1, triton.cdiv(channels, launch.CHANNELS))
+    in_group = max(1, triton.cdiv(blocks, max(1, 8 * multiprocessors(like) // columns)))
+    return (triton.cdiv(blocks, in_group), columns), in_group
+
+
+@triton.jit
+def tile_of(program, num_tokens, IMAGES: tl.constexpr, PLACES: tl.constexpr):
+    """int64 images (IMAGES, 1) and places (1, PLACES) of a program of `forward_grid`."""
+    blocks = tl.cdiv(num_tokens, PLACES)
+    image = (program // blocks).to(tl.int64) * IMAGES + tl.arange(0, IMAGES)
+    place = (program % blocks).to(tl.int64) * PLACES + tl.arange(0, PLACES)
+    return image[:, None], place[None, :]
+
+
+@triton.jit
+def load_positions(position, place, channel, strides, num_tokens, num_channels):
+    """float32 (1, P, C) of position (N, C); place (1, P)."""
+    address = place[:, :, None] * strides[0] + channel[None, None, :] * strides[1]
+    inside = (place < num_tokens)[:, :, None] & (channel < num_channels)[None, None, :]
+    return tl.load(position + address, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_positions(position, place, channel, num_tokens, num_channels, value):
+    """Write (P, C) into the contiguous position (N, C); place (1, P)."""
+    address = place[:, :, None] * num_channels + channel[None, None, :]
+    inside = (place < num_tokens)[:, :, None] & (channel < num_channels)[None, None, :]
+    tl.store(position + address, value[None, :, :].to(position.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_rows(x, image, row, channel, strides, mask):
+    """float32 (I, P, C) of x (B, rows, C), zero outside the mask; image (I, 1), row (I, P) or (1, P), channel (C,)."""
+    address = (image * strides[0] + row.to(tl.int64) * strides[1])[:, :, None] + channel[None, None, :] * strides[2]
+    return tl.load(x + address, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(x, image, row, channel, num_rows, num_channels, value, mask):
+    """Write (I, P, C) into the contiguous x (B, num_rows, C)."""
+    address = (image * num_rows + row)[:, :, None] * num_channels + channel[None, None, :]
+    tl.store(x + address, value.to(x.dtype.element_ty), mask=mask)
+
+
+def strides_of(x, dimensions):
+    """x's strides; zeros for a parameter that is None."""
+    return (0,) * dimensions if x is None else x.stride()

@@ -1,0 +1,115 @@
+"""Packed tokens to original order, with mask token and positions: kernels and launchers. See
+`reference/scatter_class_tokens.py`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from cmim_kernels.triton_kernels.common import sum_rows
+from cmim_kernels.triton_kernels.rows import (
+    backward_grid,
+    forward_grid,
+    load_positions,
+    load_rows,
+    row_launch,
+    store_positions,
+    store_rows,
+    strides_of,
+    tile_of,
+)
+
+
+@triton.jit
+def _scatter_forward_kernel(
+    packed,  # (B, L, C)
+    inverse,  # (B, N) int32, contiguous
+    mask_token,  # (C,) or None
+    position,  # (N, C) or None
+    out,  # (B, N, C), contiguous
+    packed_strides, mask_token_strides, position_strides, batch, num_tokens, length, num_channels,
+    IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Must move, and moves: the packed rows, the output, `inverse`, and the positions (once for each IMAGES images)."""
+    image, place = tile_of(tl.program_id(0), num_tokens, IMAGES, PLACES)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < num_channels
+    valid = (image < batch) & (place < num_tokens)
+    row = tl.load(inverse + image * num_tokens + place, mask=valid, other=length)
+    kept = (row < length)[:, :, None]
+    rows = load_rows(packed, image, row, channel, packed_strides, kept & inside[None, None, :])
+    if mask_token is not None:
+        fill = tl.load(mask_token + channel * mask_token_strides[0], mask=inside, other=0.0).to(tl.float32)
+        rows = tl.where(kept, rows, fill[None, None, :])
+    if position is not None:
+        rows += load_positions(position, place, channel, position_strides, num_tokens, num_channels)
+    write = valid[:, :, None] & inside[None, None, :]
+    store_rows(out, image, place, channel, num_tokens, num_channels, rows, write)
+
+
+@triton.jit
+def _scatter_backward_kernel(
+    grad,  # (B, N, C)
+    inverse,  # (B, N) int32, contiguous
+    grad_packed,  # (B, L, C), contiguous
+    grad_mask_token,  # (groups, C) float32, the sum of each group; or None
+    grad_position,  # (N, C), contiguous; or None
+    grad_strides, batch, num_tokens, length, num_channels, blocks_in_group,
+    IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Must move, and moves: the gradient of the output (with neither parameter, only the rows that were packed) and of
+    each input once, and `inverse`; a (C,) row of partial sums for each group besides."""
+    group = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < num_channels
+    filled_sum = tl.zeros((PLACES, CHANNELS), tl.float32)
+    for block in range(0, blocks_in_group):
+        place = ((group * blocks_in_group + block) * PLACES + tl.arange(0, PLACES))[None, :]
+        position_sum = tl.zeros((PLACES, CHANNELS), tl.float32)
+        for first in range(0, batch, IMAGES):
+            image = (first + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
+            valid = (image < batch) & (place < num_tokens)
+            row = tl.load(inverse + image * num_tokens + place, mask=valid, other=length)
+            kept = (row < length)[:, :, None]
+            read = valid[:, :, None] & inside[None, None, :]
+            if grad_mask_token is None and grad_position is None:
+                read = read & kept
+            rows = load_rows(grad, image, place, channel, grad_strides, read)
+            if grad_position is not None:
+                position_sum += tl.sum(rows, axis=0)
+            if grad_mask_token is not None:
+                filled_sum += tl.sum(tl.where(kept, 0.0, rows), axis=0)
+            store_rows(grad_packed, image, row, channel, length, num_channels, rows, read & kept)
+        if grad_position is not None:
+            store_positions(grad_position, place, channel, num_tokens, num_channels, position_sum)
+    if grad_mask_token is not None:
+        tl.store(grad_mask_token + group * num_channels + channel, tl.sum(filled_sum, axis=0), mask=inside)
+
+
+def scatter_class_tokens_forward(packed, inverse, mask_token, position):
+    (batch, length, channels), num_tokens = packed.shape, inverse.shape[1]
+    out = packed.new_empty((batch, num_tokens, channels))
+    if out.numel():
+        launch = row_launch(batch, channels)
+        _scatter_forward_kernel[forward_grid(launch, batch, num_tokens, channels)](
+            packed, inverse.contiguous(), mask_token, position, out,
+            packed.stride(), strides_of(mask_token, 1), strides_of(position, 2), batch, num_tokens, length, channels,
+            **launch._asdict(),
+        )  # fmt: skip
+    return out
+
+
+def scatter_class_tokens_backward(grad, order, inverse, mask_token, position, length):
+    batch, num_tokens, channels = grad.shape
+    grad_packed, grad_mask_token = grad.new_empty((batch, length, channels)), grad.new_empty(0)
+    grad_position = None if position is None else position.new_empty(position.shape)
+    launch = row_launch(batch, channels)
+    grid, blocks_in_group = backward_grid(launch, num_tokens, channels, grad)
+    partial = None if mask_token is None else grad.new_empty((grid[0], channels), dtype=torch.float32)
+    if num_tokens and channels:
+        _scatter_backward_kernel[grid](
+            grad, inverse.contiguous(), grad_packed, partial, grad_position,
+            grad.stride(), batch, num_tokens, length, channels, blocks_in_group, **launch._asdict(),
+        )  # fmt: skip
+    if mask_token is not None:
+        grad_mask_token = sum_rows(partial, mask_token.dtype)
+    return grad_packed, grad_mask_token, grad.new_empty(0) if position is None else grad_position

@@ -1,0 +1,155 @@
+"""`python -m tests.triton.cross_compile`: compile every kernel for GPUs that need not be there.
+
+The launchers run on meta tensors while a recorder stands in for the launch: what is compiled is what would have been
+launched, specialised as it would have been. For each kernel, configuration and architecture the table gives registers
+a thread, bytes of local memory (spills) and bytes of shared memory; the exit code is 1 where a kernel spills on sm_80
+or sm_90, does not fit in shared memory, or lacks the matrix instruction that it is meant to use.
+
+Runs without TRITON_INTERPRET, in a process of its own.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    sys.exit("error: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from tests.triton import launches
+
+ARCHITECTURES = (80, 90, 100)
+MAY_SPILL = (100,)
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict
+
+    def source(self, target):
+        """What Triton would compile for this launch on `target`, and with which options."""
+        backend = make_backend(target)
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, options = binder(*self.args, **self.kwargs)
+        options, signature, constexprs, attrs = self.kernel._pack_args(backend, self.kwargs, bound, specialization, options)
+        return ASTSource(self.kernel, signature, constexprs, attrs), options.__dict__
+
+    @property
+    def name(self):
+        return self.kernel.__name__.strip("_")
+
+    @property
+    def configuration(self):
+        """The launch configuration in words: dtypes of the tensors and the named arguments."""
+        dtypes = ",".join(
+            "-" if a is None else str(a.dtype).split(".")[1] for a in self.args if a is None or hasattr(a, "dtype")
+        )
+        return dtypes + " " + " ".join(f"{k}={v}" for k, v in self.kwargs.items())
+
+
+def record(run):
+    """The launches that run() makes on meta tensors; none takes place."""
+    recorded = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append(Launch(self, args, kwargs))
+    try:
+        run()
+    finally:
+        JITFunction.run = original
+    return recorded
+
+
+class Compiled(NamedTuple):
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+
+
+def compile_for(launch, architecture):
+    target = GPUTarget("cuda", architecture, 32)
+    source, options = launch.source(target)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])  # noqa: E731
+    # Stack and local memory both hold what did not fit in registers.
+    return Compiled(number("REG"), number("STACK") + number("LOCAL"), compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def faults(launch, architecture, compiled):
+    """What is wrong with a compiled kernel, in words."""
+    if compiled.spilled and architecture not in MAY_SPILL:
+        yield f"spills {compiled.spilled} bytes"
+    if compiled.shared > SHARED_MEMORY[architecture]:
+        yield f"needs {compiled.shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"
+    if launch.kwargs.get("DOT") and not re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.ptx):
+        yield "has no matrix instruction"
+
+
+def distinct(cases):
+    """One launch of each (kernel, signature, configuration) that the cases make."""
+    found = {}
+    target = GPUTarget("cuda", ARCHITECTURES[0], 32)
+    for case in cases:
+        for launch in record(case):
+            source, options = launch.source(target)
+            found.setdefault((source.hash(), str(sorted(options.items(), key=str))), launch)
+    return list(found.values())
+
+
+def missing_configurations():
+    """The launch configurations that no case makes, in words."""
+    missing = []
+    for op, cases in launches.cases().items():
+        made = [launch.kwargs for case in cases for launch in record(case)]
+        for configuration in launches.CONFIGURATIONS[op]:
+            if not any(configuration._asdict().items() <= kwargs.items() for kwargs in made):
+                missing.append(f"{op}: {configuration}")
+    return missing
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--op", help="only this op")
+    parser.add_argument("--list-missing", action="store_true", help="only list the configurations that no case makes")
+    parser.add_argument("--few", action="store_true", help="only one case of each op")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    options = parser.parse_args()
+    if options.list_missing:
+        missing = missing_configurations()
+        print("\n".join(missing))
+        return 1 if missing else 0
+    wrong = 0
+    print(f"triton {triton.__version__}\n{'kernel':32} {'arch':7} {'regs':>4} {'spills':>6} {'shared':>7}  configuration")
+    for op, cases in launches.cases(few=options.few).items():
+        if options.op in (None, op):
+            for launch in distinct(cases):
+                for architecture in options.architectures:
+                    compiled = compile_for(launch, architecture)
+                    row = f"{compiled.registers:4} {compiled.spilled:6} {compiled.shared:7}  {launch.configuration}"
+                    print(f"{launch.name:32} {f'sm_{architecture}':7} {row}", flush=True)
+                    for fault in faults(launch, architecture, compiled):
+                        wrong += 1
+                        print(f"  ^ {fault}")
+    print(f"{wrong} faults")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Calls of the launchers on meta tensors that make every kernel run in every launch configuration and with every pair of
+flags, dtypes and layouts; and the launch configurations that there are."""
+
+import functools
+import itertools
+
+import torch
+
+from cmim_kernels.triton_kernels import class_centroids as centroids
+from cmim_kernels.triton_kernels import gather_class_tokens as gather
+from cmim_kernels.triton_kernels import masked_patch_loss as loss
+from cmim_kernels.triton_kernels import pack_classes as pack
+from cmim_kernels.triton_kernels import patch_labels as patches
+from cmim_kernels.triton_kernels import rows
+from cmim_kernels.triton_kernels import scatter_class_tokens as scatter
+
+FLOATS = [torch.bfloat16, torch.float32, torch.float16]
+LABELS = [torch.uint8, torch.int64, torch.int32]
+
+
+def meta(*shape, dtype=torch.float32, channels_last=False):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def pairwise(**options):
+    """Few choices of one value for each option, among which every two values of two options meet."""
+    names = list(options)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]}
+    chosen = []
+    while missing:
+        choice = dict(sorted(missing, key=str)[0])
+        for name in (n for n in names if n not in choice):
+            gain = lambda v: sum({p, q} <= {*choice.items(), (name, v)} for p, q in missing)  # noqa: B023, E731
+            choice[name] = max(options[name], key=gain)
+        chosen.append(choice)
+        missing = {(p, q) for p, q in missing if not {p, q} <= set(choice.items())}
+    return chosen
+
+
+def pack_classes(classes, dtype, contiguous):
+    x = lambda dtype: meta(8, 6400, dtype=dtype) if contiguous else meta(6400, 8, dtype=dtype).T  # noqa: E731
+    pack.pack_classes_forward(x(dtype), x(torch.bool), classes)
+
+
+def gather_and_scatter(batch, channels, dtype, parameters, mask_token, position, length):
+    index, tokens = meta(batch, 196, dtype=torch.int32), meta(batch, 196, channels, dtype=dtype)
+    mask_token = meta(channels, dtype=parameters) if mask_token else None
+    position = meta(196, channels, dtype=parameters) if position else None
+    packed = gather.gather_class_tokens_forward(tokens, index, index, index, mask_token, position, length)
+    gather.gather_class_tokens_backward(packed, index, index, mask_token, position)
+    scatter.scatter_class_tokens_forward(packed, index, mask_token, position)
+    scatter.scatter_class_tokens_backward(tokens, index, index, mask_token, position, length)
+
+
+def masked_patch_loss(size, classes, layout, image_channels_last, dtype, image_dtype, labels, distance, normalize, balance):
+    image = meta(8, 3, 14 * size, 14 * size, dtype=image_dtype, channels_last=image_channels_last)
+    pred = meta(8, 196, 3 * size * size, dtype=dtype)
+    if layout != "tokens":
+        pred = meta(*image.shape, dtype=dtype, channels_last=layout == "channels_last")
+    masked = meta(8, 196, dtype=torch.bool)
+    labels, classes = (None, 1) if labels is None else (meta(8, 196, dtype=labels), classes)
+    numbers = [[0.4, 0.5, 0.6], [0.2, 0.2, 0.3]] if image_dtype == torch.uint8 else [None, None]
+    options = (classes, size, distance, normalize, balance, *numbers)
+    sums = loss.masked_patch_loss_forward(pred, image, masked, labels, *options)
+    loss.masked_patch_loss_backward(*sums, pred, image, masked, labels, *options)
+
+
+def class_centroids(classes, channels, layout, dtype, label_dtype, packed):
+    width = 80 if layout == "slice" else 82
+    features = meta(8, channels, 80, 82, dtype=dtype, channels_last=layout == "channels_last")[..., :width]
+    if layout == "tokens":
+        features = meta(8, 80 * width, channels, dtype=dtype)
+    tokens = 80 * width
+    labels, masked = meta(8, tokens, dtype=label_dtype), meta(8, tokens, dtype=torch.bool)
+    layout = (meta(8, tokens, dtype=torch.int32), meta(8, 2 * classes + 2, dtype=torch.int32)) if packed else (None, None)
+    mean, count = centroids.class_centroids_forward(features, labels, masked, classes, *layout)
+    centroids.class_centroids_backward(mean, count, features, labels, masked, classes)
+
+
+def patch_labels(size, classes, dtype, contiguous):
+    labels = meta(8, 40 * size, 40 * size, dtype=dtype)
+    patches.patch_labels_forward(labels if contiguous else labels.mT, size, classes, 0.5)
+
+
+CASES = {
+    pack_classes: pairwise(classes=[21, 1, 31, 63, 127, 255, 511, 1023, 2047], dtype=LABELS, contiguous=[True, False]),
+    gather_and_scatter: pairwise(
+        batch=[8, 1, 2, 3], channels=[256, 7, 64, 128, 768], dtype=FLOATS, parameters=FLOATS,
+        mask_token=[True, False], position=[True, False], length=[49, 196],
+    ),
+    masked_patch_loss: pairwise(
+        size=[16, 1, 3, 4, 6, 8, 11, 27], classes=[21, 7, 300], layout=["tokens", "channels_last", "contiguous"],
+        image_channels_last=[True, False], dtype=FLOATS, image_dtype=[torch.uint8, *FLOATS], labels=[None, *LABELS],
+        distance=["l1", "mse", "smooth_l1"], normalize=[True, False], balance=["token", "class"],
+    ),
+    class_centroids: pairwise(
+        classes=[21, 8, 16, 150], channels=[256, 20, 64], layout=["channels_last", "contiguous", "slice", "tokens"],
+        dtype=FLOATS, label_dtype=LABELS, packed=[False, True],
+    ),
+    patch_labels: pairwise(
+        size=[4, 1, 2, 14, 8, 32, 64], classes=[21, 60, 100, 1000], dtype=LABELS, contiguous=[True, False],
+    ),
+}  # fmt: skip
+"""For each op the choices of arguments; the first is a common one."""
+
+CONFIGURATIONS = {
+    "pack_classes": {pack.pack_launch(k) for k in range(1, pack.MAX_CLASSES + 1)},
+    "gather_and_scatter": {rows.row_launch(b, c) for b in range(1, 40) for c in range(1, 1000)},
+    "masked_patch_loss": {loss.patch_launch(e) for e in range(1, 5000)} | {loss.sum_launch(k) for k in range(1, 1000)},
+    "class_centroids": {centroids.one_hot_launch(s, size) for s in range(2, centroids.MAX_ONE_HOT + 1, 2) for size in (2, 4)}
+    | {centroids.run_launch(c) for c in range(1, 1000)},
+    "patch_labels": {
+        patches.patch_labels_launch(p, k) for p in range(1, patches.MAX_PATCH_SIZE + 1) for k in range(1, 1000)
+    },
+}
+"""For each op all that its configuration functions return."""
+
+
+def cases(*, few=False):
+    """Name of each op -> calls without arguments."""
+    return {
+        op.__name__: [functools.partial(op, **c) for c in (chosen[:1] if few else chosen)] for op, chosen in CASES.items()
+    }

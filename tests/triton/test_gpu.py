@@ -1,0 +1,184 @@
+"""What only a device shows: compiled graphs, captured graphs, addresses beyond 32 bits, streams, and errors against
+float64. The other tests of this folder run on the device too where there is one."""
+
+import pytest
+import torch
+
+from cmim_kernels import class_centroids, gather_class_tokens, masked_patch_loss, pack_classes, scatter_class_tokens
+from cmim_kernels.backends import use_backend
+from tests.kernels.op_checks import assert_equal, run
+
+from .against_torch import INTERPRETED, random_labels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device without TRITON_INTERPRET"),
+]
+BATCH, SIDE, CHANNELS, CLASSES, PATCH = 4, 24, 96, 11, 4
+
+
+def calls(dtype=torch.float32, classes=CLASSES):
+    """Name -> (function, inputs): every op that has kernels, on inputs of one dtype."""
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=g).to("cuda", dtype)  # noqa: E731
+    tokens = SIDE * SIDE
+    labels, masked = random_labels((BATCH, tokens), classes)
+    layout = pack_classes(labels, masked, classes)
+    x, mask_token, position = random(BATCH, tokens, CHANNELS), random(CHANNELS), random(tokens, CHANNELS)
+    image = random(BATCH, 3, SIDE * PATCH, SIDE * PATCH).to(memory_format=torch.channels_last)
+    return {
+        "pack": (lambda labels, masked: pack_classes(labels, masked, classes), [labels, masked]),
+        "gather": (lambda x, m, p: gather_class_tokens(x, layout, mask_token=m, position=p), [x, mask_token, position]),
+        "scatter": (
+            lambda x, m, p: scatter_class_tokens(x, layout, mask_token=m, position=p),
+            [x[:, : tokens // 3], mask_token, position],
+        ),
+        "loss": (
+            lambda pred: masked_patch_loss(
+                pred, image, masked, labels, classes, patch_size=PATCH, distance="mse", normalize=True, balance="class"
+            ),
+            [random(BATCH, tokens, 3 * PATCH * PATCH)],
+        ),
+        "centroids": (lambda x: class_centroids(x, labels, masked, classes), [x]),
+        "centroids of many classes": (lambda x: class_centroids(x, labels, masked, 100), [x]),
+        "centroids of images": (
+            lambda x: class_centroids(x, labels, masked, classes),
+            [x.transpose(1, 2).contiguous().unflatten(2, (SIDE, SIDE))],
+        ),
+    }
+
+
+NAMES = ("pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images")
+
+
+def test_automatic_choice_runs_the_kernels(monkeypatch):
+    from cmim_kernels.triton_kernels import rows
+
+    seen = []
+    original = rows.row_launch
+    monkeypatch.setattr(
+        "cmim_kernels.triton_kernels.gather_class_tokens.row_launch", lambda *a: seen.append(a) or original(*a)
+    )
+    function, inputs = calls()["gather"]
+    with use_backend("auto"):
+        run(function, inputs)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_at_most_twice_the_error_of_pytorch(name, dtype):
+    """Against float64, each output and gradient has at most twice the error of the same formulas on the same inputs in
+    PyTorch, or one rounding of its own dtype."""
+    function, inputs = calls(dtype)[name]
+    as_float64 = [x.double() if x.is_floating_point() else x for x in inputs]
+    with use_backend("torch"):
+        theirs, exact = run(function, inputs), run(function, as_float64)
+    with use_backend("triton"):
+        ours = run(function, inputs)
+    for a, b, c in zip(ours[0] + ours[1], theirs[0] + theirs[1], exact[0] + exact[1], strict=True):
+        if a is not None and a.is_floating_point():
+            error = lambda x: (x.double() - c.double()).abs().max()  # noqa: B023, E731
+            assert error(a) <= 2 * error(b) + torch.finfo(a.dtype).eps * c.abs().max()
+        elif a is not None:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor(name, dynamic):
+    function, inputs = calls()[name]
+    torch._dynamo.reset()
+    with use_backend("triton"):
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+        assert_equal(run(compiled, inputs), run(function, inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_capture_and_replay(name):
+    """A captured graph, forward and backward, replays to the bits of an eager run on inputs that it has not seen."""
+    function, inputs = calls()[name]
+    fresh = [x.flip(0) if x.is_floating_point() else x.clone() for x in inputs]
+    with use_backend("triton"):
+        want = run(function, fresh)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(function, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run(function, inputs)
+        for x, y in zip(inputs, fresh, strict=True):
+            x.copy_(y)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert_equal(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_streams(name):
+    function, inputs = calls()[name]
+    with use_backend("triton"):
+        want = run(function, inputs)
+        torch.cuda.synchronize()
+        streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
+        for _ in range(5):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run(function, inputs))
+        torch.cuda.synchronize()
+    for got in results:
+        assert_equal(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    function, inputs = calls()[name]
+    with use_backend("triton"):
+        want = run(function, inputs)
+        with torch.autocast("cuda", torch.bfloat16):
+            got = run(function, inputs)
+    assert_equal(got, want, rtol=0, atol=0)
+
+
+def needs(gibibytes):
+    if torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
+        pytest.skip(f"needs {gibibytes} GiB of free memory on the device")
+
+
+def test_more_than_2_to_the_31_tokens_times_channels():
+    """The last image of tensors beyond 2**31 elements gets what it gets alone."""
+    needs(40)
+    batch, tokens, channels = 9, 2**18, 1024
+    labels, masked = random_labels((batch, tokens), CLASSES)
+    x = torch.zeros(batch, tokens, channels, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_()
+    assert x.numel() > 2**31
+    with use_backend("triton"):
+        layout, alone = (pack_classes(labels[i], masked[i], CLASSES) for i in (slice(None), slice(-1, None)))
+        assert torch.equal(layout.order[-1:], alone.order)
+        packed = gather_class_tokens(x, layout)
+        assert torch.equal(packed[-1:], gather_class_tokens(x[-1:], alone))
+        assert torch.equal(scatter_class_tokens(packed, layout)[-1], x[-1])
+        del packed
+        for classes in (CLASSES, 100):
+            mean = class_centroids(x, labels, masked, classes).mean[-1:]
+            torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
+
+
+def test_more_than_2_to_the_31_predicted_entries():
+    needs(24)
+    batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
+    image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="cuda").to(memory_format=torch.channels_last)
+    image[-1].random_(256)
+    pred = torch.zeros(batch, (side // size) ** 2, 3 * size * size, dtype=torch.bfloat16, device="cuda")
+    assert pred.numel() > 2**31
+    labels, masked = random_labels(pred.shape[:2], CLASSES)
+    masked[:-1] = False
+    options = dict(patch_size=size, mean=[0.5] * 3, std=[0.25] * 3)
+    with use_backend("triton"):
+        got = run(lambda p: masked_patch_loss(p, image, masked, labels, CLASSES, **options), [pred])
+        want = run(lambda p: masked_patch_loss(p, image[-1:], masked[-1:], labels[-1:], CLASSES, **options), [pred[-1:]])
+    assert_equal((got[0], [got[1][0][-1:]]), want)
+    assert not got[1][0][:-1].any()
