@@ -69,9 +69,10 @@ def gradient_norms(terms, features, ranks=1):
         features: tensors of the graph, one for each pass.
         ranks: number of processes.
     """
-    norms = {}
+    norms, features = {}, [f for f in features if f.requires_grad]  # not those of a frozen encoder
     for name, term in terms.items():
-        gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True)
+        known = features and term.requires_grad
+        gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True) if known else ()
         square = sum((g.float().square().sum() for g in gradients if g is not None), torch.zeros_like(term.detach()))
         norms[f"gradient_{name}"] = sum_over_ranks(square).sqrt() / ranks
     return norms

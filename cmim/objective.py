@@ -109,7 +109,10 @@ class Objective(nn.Module):
         self.config, self.num_classes = config, num_classes
         self.mean, self.std = normalisation(config.data)
         self.stride = token_stride(config)
-        self.net = build_segmenter(config.model, num_classes, self.mean, self.std)
+        model = config.model
+        if model.init_from is not None:  # nothing is fetched that would be overwritten
+            model = model.model_copy(update={"weights": "none"})
+        self.net = build_segmenter(model, num_classes, self.mean, self.std)
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
         if config.teacher.kind == "ema":
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)

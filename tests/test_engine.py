@@ -194,3 +194,15 @@ def test_the_cpu_leaves_a_core_to_the_loader(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     choose_device("cpu")
     assert asked == [7, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer__name": "sgd", "optimizer__momentum": 0.9, "mim__start": 0.5},
+        {"model__freeze_encoder": True, "reconstruction__tokens": "encoder", "mask__block": 16},
+    ],
+)
+def test_parameters_and_features_without_gradients(options, tmp_path):
+    """A decoder that joins later, and an encoder that never learns; the last step draws a picture."""
+    assert run_tiny(tmp_path / "run", train__steps=4, **options).result.exists()

@@ -23,7 +23,11 @@ def build_optimizer(settings, objective, lr):
         if parameters
     ]
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        if settings.momentum > 0:  # the fused step fails where parameters that had no gradient yet lack a buffer
+            for parameter in (p for group in groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -30,16 +30,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def _over_all_processes(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-        # Sums of squares of distances from a common point: from zero they would cancel where the mean is large.
+        # Sums in float64: those of squares cancel in float32 where the mean is large.
+        variance, mean = (s.double() for s in torch.var_mean(wide, (0, 2, 3), correction=0))
         origin = torch.zeros_like(mean) if self.running_mean is None else _snapshot([self.running_mean])[0].to(mean.dtype)
         offset, count = mean - origin, x.numel() / x.shape[1]
         sums = all_reduce(torch.cat([count * offset, count * (variance + offset.square()), mean.new_full((1,), count)]))
         total = sums[-1]
         offset, square = (sums[:-1] / total).chunk(2)
-        mean, variance = origin + offset, (square - offset.square()).clamp(min=0)
+        mean, variance = (s.to(wide.dtype) for s in (origin + offset, (square - offset.square()).clamp(min=0)))
         if self.track_running_stats:
-            self._track(mean.detach(), variance.detach() * total / (total - 1).clamp(min=1))
+            self._track(mean.detach(), variance.detach() * (total / (total - 1).clamp(min=1)).to(variance.dtype))
         y = (wide - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
