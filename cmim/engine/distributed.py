@@ -40,6 +40,8 @@ def joined(device):
     if world().size == 1:
         yield
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world().size}, but not MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
     backend, place = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=PATIENCE, device_id=place)
     try:
