@@ -12,9 +12,11 @@ from cmim_kernels.triton_kernels import masked_patch_loss as loss
 from cmim_kernels.triton_kernels import pack_classes as pack
 from cmim_kernels.triton_kernels import patch_labels as patches
 from cmim_kernels.triton_kernels import rows
+from cmim_kernels.triton_kernels import same_class_conv2d as convolution
 from cmim_kernels.triton_kernels import scatter_class_tokens as scatter
 
 FLOATS = [torch.bfloat16, torch.float32, torch.float16]
+CL = "channels_last"
 LABELS = [torch.uint8, torch.int64, torch.int32]
 
 
@@ -83,6 +85,16 @@ def patch_labels(size, classes, dtype, contiguous):
     patches.patch_labels_forward(labels if contiguous else labels.mT, size, classes, 0.5)
 
 
+def same_class_conv2d(size, features, dtype, weight_dtype, label_dtype, bias):
+    channels, layout = features
+    x = meta(8, channels, 80, 82, dtype=dtype, channels_last=layout == CL)
+    x = x[..., :80] if layout == "slice" else x
+    labels, weight = meta(8, *x.shape[2:], dtype=label_dtype), meta(channels, size, size, dtype=weight_dtype)
+    bias = meta(channels, dtype=weight_dtype) if bias else None
+    grad = convolution.same_class_conv2d_forward(x, labels, weight, bias, 21)
+    convolution.same_class_conv2d_backward(grad, x, labels, weight, bias, 21)
+
+
 CASES = {
     pack_classes: pairwise(classes=[21, 1, 31, 63, 127, 255, 511, 1023, 2047], dtype=LABELS, contiguous=[True, False]),
     gather_and_scatter: pairwise(
@@ -101,6 +113,10 @@ CASES = {
     patch_labels: pairwise(
         size=[4, 1, 2, 14, 8, 32, 64], classes=[21, 60, 100, 1000], dtype=LABELS, contiguous=[True, False],
     ),
+    same_class_conv2d: pairwise(
+        size=[7, 1, 3, 9, 17], features=[(256, CL), (48, CL), (20, CL), (256, "contiguous"), (20, "slice")],
+        dtype=FLOATS, weight_dtype=[torch.float32, torch.bfloat16], label_dtype=LABELS, bias=[True, False],
+    ),
 }  # fmt: skip
 """For each op the choices of arguments; the first is a common one."""
 
@@ -112,6 +128,13 @@ CONFIGURATIONS = {
     | {centroids.run_launch(c) for c in range(1, 1000)},
     "patch_labels": {
         patches.patch_labels_launch(p, k) for p in range(1, patches.MAX_PATCH_SIZE + 1) for k in range(1, 1000)
+    },
+    "same_class_conv2d": {convolution.convolve_launch(c, last) for c in range(1, 1000) for last in (False, True)}
+    | {
+        convolution.weight_launch(k, c, last)
+        for k in range(1, convolution.MAX_SIZE + 1, 2)
+        for c in range(1, 200)
+        for last in (False, True)
     },
 }
 """For each op all that its configuration functions return."""

@@ -4,7 +4,15 @@ float64. The other tests of this folder run on the device too where there is one
 import pytest
 import torch
 
-from cmim_kernels import class_centroids, gather_class_tokens, masked_patch_loss, pack_classes, scatter_class_tokens
+from cmim_kernels import (
+    class_centroids,
+    gather_class_tokens,
+    masked_patch_loss,
+    pack_classes,
+    patch_labels,
+    same_class_conv2d,
+    scatter_class_tokens,
+)
 from cmim_kernels.backends import use_backend
 from tests.kernels.op_checks import assert_equal, run
 
@@ -25,6 +33,7 @@ def calls(dtype=torch.float32, classes=CLASSES):
     labels, masked = random_labels((BATCH, tokens), classes)
     layout = pack_classes(labels, masked, classes)
     x, mask_token, position = random(BATCH, tokens, CHANNELS), random(CHANNELS), random(tokens, CHANNELS)
+    grid = labels.unflatten(1, (SIDE, SIDE))
     image = random(BATCH, 3, SIDE * PATCH, SIDE * PATCH).to(memory_format=torch.channels_last)
     return {
         "pack": (lambda labels, masked: pack_classes(labels, masked, classes), [labels, masked]),
@@ -45,10 +54,18 @@ def calls(dtype=torch.float32, classes=CLASSES):
             lambda x: class_centroids(x, labels, masked, classes),
             [x.transpose(1, 2).contiguous().unflatten(2, (SIDE, SIDE))],
         ),
+        "patch labels": (lambda labels: patch_labels(labels, 4, classes), [grid]),
+        "convolution": (
+            lambda x, weight, bias: same_class_conv2d(x, grid, weight, bias, num_classes=classes),
+            [x.unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2), random(CHANNELS, 7, 7), random(CHANNELS)],
+        ),
     }
 
 
-NAMES = ("pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images")
+NAMES = (
+    "pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images", "patch labels",
+    "convolution",
+)  # fmt: skip
 
 
 def test_automatic_choice_runs_the_kernels(monkeypatch):

@@ -17,6 +17,11 @@ def multiprocessors(tensor):
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
+def strides_of(x, dimensions):
+    """x's strides; zeros for a parameter that is None."""
+    return (0,) * dimensions if x is None else x.stride()
+
+
 @triton.jit
 def token_class(labels, masked, image, token, labels_strides, masked_strides, num_classes, valid):
     """int64 class of each token, `num_classes` where the label is out of range or `valid` is false; and its mask.

@@ -76,8 +76,3 @@ def store_rows(x, image, row, channel, num_rows, num_channels, value, mask):
     """Write (I, P, C) into the contiguous x (B, num_rows, C)."""
     address = (image * num_rows + row)[:, :, None] * num_channels + channel[None, None, :]
     tl.store(x + address, value.to(x.dtype.element_ty), mask=mask)
-
-
-def strides_of(x, dimensions):
-    """x's strides; zeros for a parameter that is None."""
-    return (0,) * dimensions if x is None else x.stride()

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.triton_kernels.common import sum_rows
+from cmim_kernels.triton_kernels.common import strides_of, sum_rows
 from cmim_kernels.triton_kernels.rows import (
     backward_grid,
     forward_grid,
@@ -14,7 +14,6 @@ from cmim_kernels.triton_kernels.rows import (
     row_launch,
     store_positions,
     store_rows,
-    strides_of,
     tile_of,
 )
 
