@@ -3,8 +3,10 @@ PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p
 BIN := .venv/bin
 SEEDS ?= 0 1 2
 JOBS ?= 1
+# The oldest and the newest Triton that the kernels support; constraints.txt names the one in use.
+TRITONS := 3.6.0 3.9.0
 
-.PHONY: train test test-slow cross-compile check shapes-table camvid-table clean
+.PHONY: train test test-slow test-triton-versions cross-compile check shapes-table camvid-table clean
 
 train: .venv/installed
 	$(BIN)/python -m cmim.train
@@ -18,6 +20,16 @@ test-slow: .venv/installed-test
 # Every kernel and launch configuration for GPUs that need not be there: registers, spills, shared memory.
 cross-compile: .venv/installed-test
 	$(BIN)/python -m tests.triton.cross_compile
+
+# The kernels on other versions of Triton: interpreted against PyTorch, then compiled.
+test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
+	@for version in $(TRITONS); do echo "Triton $$version"; export PYTHONPATH=build/triton-$$version; \
+	  $(BIN)/python -m pytest tests/triton && $(BIN)/python -m tests.triton.cross_compile || exit 1; done
+
+# The interpreter of Triton 3.6 needs an older NumPy.
+build/triton-%/installed: .venv/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@touch $@
 
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -173,7 +173,7 @@ def _gradient_kernel(
         elif DISTANCE == "mse":
             slope = 2 * difference
         else:
-            slope = tl.minimum(tl.maximum(difference, -1.0), 1.0)
+            slope = tl.clamp(difference, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(counts[:, None], slope * weight[:, None], 0.0)
         entry = start + tl.arange(0, ENTRIES)
         offset, _ = _entry_offset(entry, grad_strides, PATCH, CHANNELS, AS_IMAGE, CHANNEL_FIRST)
