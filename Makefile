@@ -6,7 +6,7 @@ JOBS ?= 1
 # The oldest and the newest Triton that the kernels support; constraints.txt names the one in use.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: train test test-slow test-triton-versions cross-compile check shapes-table camvid-table clean
+.PHONY: train test test-slow test-triton-versions cross-compile bench bench-compare gpu check shapes-table camvid-table clean
 
 train: .venv/installed
 	$(BIN)/python -m cmim.train
@@ -30,6 +30,20 @@ test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
 build/triton-%/installed: .venv/installed-test
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
 	@touch $@
+
+# Every op, the decoders and the training step against what one would run instead.
+bench: .venv/installed-test
+	$(BIN)/python -m pytest bench
+
+bench-compare: .venv/installed-test
+	@test -f "$(A)" -a -f "$(B)" || { echo "error: name two results: make bench-compare A=old.json B=new.json"; exit 2; }
+	$(BIN)/pytest-benchmark compare $(A) $(B) --group-by=name --columns=min,median --sort=name
+
+# On a machine with a GPU: what only it can test, then what it is fast at. The rest of the compiled rivals: make bench.
+gpu: .venv/installed-test
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest bench -k "not compiled or VOC" --benchmark-json bench/results/gpu.json
+	$(BIN)/python -m bench.report bench/results/gpu.json
 
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,101 @@
+"""Fixture `timed`, machine and versions in the JSON, and the table of ratios at the end."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+
+import cmim_kernels
+from bench import floor
+from bench.clock import time_calls
+from bench.comparison import OURS
+from bench.table import ratio_table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--profile-steps", metavar="FOLDER", help="write a profiler trace of every training step that is timed")
+
+
+def pytest_configure(config):
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # so that the time of the process is not that of threads that wait
+    if not config.getoption("benchmark_verbose", False):
+        config.option.benchmark_quiet = True  # the table of ratios replaces pytest-benchmark's
+
+
+@pytest.fixture
+def timed(benchmark):
+    """timed(group, name, function, inputs): time `function(*inputs)` as the rival `name` of a group."""
+    return _Timed(benchmark)
+
+
+class _Timed:
+    def __init__(self, benchmark):
+        self.benchmark, self.timing = benchmark, None
+
+    def __call__(self, group, name, function, inputs, *, capture=True, images=None, **extra):
+        """`capture`: device time, or that of Python too. `images` of a call; `extra` goes into the JSON."""
+        self.benchmark.group = group
+        self.timing = time_calls(self.benchmark, function, list(inputs), capture=capture)
+        self.benchmark.extra_info |= {"rival": name, **self.timing._asdict(), **extra}
+        if images is not None:
+            self.benchmark.extra_info["images_per_second"] = images / self.benchmark.stats.stats.min
+
+    def floor(self, comparison, backward):
+        """Bytes a second and, on CUDA, the share of the target."""
+        if comparison.moved is None:
+            return
+        moved, seconds = comparison.moved[backward], self.benchmark.stats.stats.min
+        info = self.benchmark.extra_info
+        info |= {"moved_bytes": moved, "bytes_per_second": moved / seconds}
+        if info["clock"] != "process":
+            launches = comparison.launches[backward] if comparison.launches else self.timing.launches
+            info["target_seconds"] = floor.target_seconds(moved, launches)
+            info["share_of_target"] = info["target_seconds"] / seconds
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= {
+        "command": shlex.join(["pytest", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cmim_kernels": cmim_kernels.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        machine_info |= {
+            "gpu": properties.name,
+            "gpu_memory": properties.total_memory,
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+        }
+    machine_info.pop("node", None)  # the name of somebody's machine
+
+
+def _driver():
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    for entry in output_json["benchmarks"]:  # results are kept in the repository
+        entry["stats"].pop("data", None)
+        for name in ("options", "params", "param"):
+            entry.pop(name)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    measured = [b for b in session.benchmarks if not b.has_error and "rival" in b.extra_info] if session else []
+    if measured:
+        rows = [(b.group, b.extra_info["rival"], b.stats.min, b.extra_info) for b in measured]
+        terminalreporter.section(f"best of the rounds; in brackets, times as long as {OURS}")
+        for line in ratio_table(rows):
+            terminalreporter.write_line(line)

@@ -1,0 +1,190 @@
+"""Packing, gathering, scattering, centroids and attention, as a user would write them without `cmim_kernels`."""
+
+import torch
+import torch.nn.functional as F
+
+from bench.comparison import Comparison, compiled, ours, size_of
+from bench.inputs import DEVICE, DTYPE, class_map, normal, token_mask
+from cmim_kernels import class_attention, class_centroids, gather_class_tokens, pack_classes, scatter_class_tokens
+from cmim_kernels.reference import class_centroids as centroids_reference
+
+
+def _labels(shape, **options):
+    masked = token_mask(shape.batch, shape.side, ratio=0.75 if shape.classes == 1 else 0.5).flatten(1)
+    return class_map(shape.batch, shape.side, shape.classes, **options).flatten(1), masked
+
+
+def packing(shape):
+    labels, masked = _labels(shape)
+    classes = shape.classes
+    bounds = torch.arange(2 * classes + 1, device=DEVICE, dtype=torch.int32).expand(shape.batch, -1).contiguous()
+
+    def pack(labels, masked):
+        layout = pack_classes(labels, masked, classes)
+        return layout.order, layout.inverse, layout.segment, layout.offsets
+
+    def sort(labels, masked):
+        """Two sorts, as masked autoencoders shuffle and restore."""
+        key = torch.where((labels >= 0) & (labels < classes), 2 * labels + masked, 2 * classes)
+        segment, order = key.sort(dim=1, stable=True)
+        starts = torch.searchsorted(segment, bounds)
+        return order, order.argsort(dim=1), segment, F.pad(starts, (0, 1), value=labels.shape[1])
+
+    moved = size_of(labels, masked) + 3 * 4 * labels.numel()
+    return Comparison(
+        [labels, masked],
+        ours(pack) | {"two sorts": sort, "two sorts, compiled": compiled(sort)},
+        moved=(moved, moved), launches=(3, 3), gradient=False,
+    )  # fmt: skip
+
+
+def gathering(shape):
+    labels, masked = _labels(shape)
+    layout = pack_classes(labels, masked, shape.classes)
+    tokens, mask_token = normal(shape.batch, shape.side**2, shape.channels), normal(shape.channels, seed=1)
+    position = normal(shape.side**2, shape.channels, seed=2)
+    hidden = (layout.segment % 2 == 1)[..., None]
+
+    def gather(tokens, mask_token, position):
+        return gather_class_tokens(tokens, layout, mask_token=mask_token, position=position)
+
+    def index(tokens, mask_token, position):
+        order = layout.order.long()
+        picked = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+        return torch.where(hidden, mask_token, picked) + position[order]
+
+    visible = size_of(tokens) * (~hidden).sum().item() // hidden.numel()
+    forward = visible + size_of(tokens) + size_of(position, layout.inverse, layout.segment)
+    backward = 2 * size_of(tokens) + size_of(position, layout.inverse, layout.segment)
+    return Comparison(
+        [tokens, mask_token, position],
+        ours(gather) | {"index": index, "index, compiled": compiled(index)},
+        moved=(forward, forward + backward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
+    )  # fmt: skip
+
+
+def scattering(shape):
+    labels, masked = _labels(shape)
+    layout = pack_classes(torch.zeros_like(labels), masked, 1)
+    kept = shape.side**2 - int(masked[0].sum())
+    packed, mask_token = normal(shape.batch, kept, shape.channels), normal(shape.channels, seed=1)
+    position = normal(shape.side**2, shape.channels, seed=2)
+
+    def scatter(packed, mask_token, position):
+        return scatter_class_tokens(packed, layout, mask_token=mask_token, position=position)
+
+    def restore(packed, mask_token, position):
+        """Mask tokens appended, then all rows put back, as in masked autoencoders."""
+        rest = mask_token.expand(len(packed), position.shape[0] - packed.shape[1], -1)
+        everything = torch.cat([packed, rest], dim=1)
+        index = layout.inverse.long()[..., None].expand(-1, -1, packed.shape[2])
+        return everything.gather(1, index) + position
+
+    out = shape.batch * shape.side**2 * shape.channels * packed.element_size()
+    forward = size_of(packed, position, layout.inverse) + out
+    return Comparison(
+        [packed, mask_token, position],
+        ours(scatter) | {"append and gather": restore, "append and gather, compiled": compiled(restore)},
+        moved=(forward, 2 * forward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
+    )  # fmt: skip
+
+
+def centroids(shape):
+    labels, masked = _labels(shape)
+    features, classes = normal(shape.batch, shape.side**2, shape.channels), shape.classes
+    rows = 2 * classes + 1
+    segment = torch.where(labels >= 0, 2 * labels + masked, 2 * classes).long()
+    flat = (segment + rows * torch.arange(shape.batch, device=DEVICE)[:, None]).flatten()
+    lengths = torch.zeros(shape.batch * rows, device=DEVICE).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+    one_hot = F.one_hot(segment, rows)[..., :-1].to(features.dtype)
+
+    def mean_of(total):
+        mean = total / lengths.clamp(min=1)[:, None]
+        return mean.view(shape.batch, rows, -1)[:, :-1].unflatten(1, (classes, 2))
+
+    def index_add(features):
+        wide = features.float().flatten(0, 1)
+        return mean_of(wide.new_zeros(shape.batch * rows, wide.shape[1]).index_add(0, flat, wide))
+
+    def scatter_reduce(features):
+        wide = features.float().flatten(0, 1)
+        index = flat[:, None].expand_as(wide)
+        return mean_of(wide.new_zeros(shape.batch * rows, wide.shape[1]).scatter_reduce(0, index, wide, "sum"))
+
+    def matmul(features):
+        total = F.pad((one_hot.mT @ features).float(), (0, 0, 0, 1))
+        return mean_of(total.flatten(0, 1))
+
+    def sort_and_reduce(features):
+        order = flat.argsort(stable=True)
+        return mean_of(torch.segment_reduce(features.float().flatten(0, 1)[order], "sum", lengths=lengths.long(), axis=0))
+
+    definition = lambda x: centroids_reference.class_centroids(x, labels, masked, classes)[0]  # noqa: E731
+    moved = size_of(features, labels, masked)
+    rivals = ours(lambda x: class_centroids(x, labels, masked, classes).mean)
+    rivals |= {"index_add": index_add, "one-hot matmul": matmul, "scatter_reduce": scatter_reduce}
+    rivals |= {"segment_reduce": sort_and_reduce, "index_add, compiled": compiled(index_add)}
+    rivals |= {"one-hot matmul, compiled": compiled(matmul)}
+    if classes <= 21:  # one class after the other: minutes of compilation for 150
+        rivals["class by class, compiled"] = compiled(definition)
+    return Comparison([features], rivals, moved=(moved, 2 * moved), launches=(2, 3))
+
+
+def attention(shape):
+    """All tokens with a class; `width` channels, heads of 64 or fewer."""
+    labels, masked = _labels(shape, ignored=0)
+    layout = pack_classes(labels, masked, shape.classes)
+    width = min(shape.channels, 256)
+    heads = max(1, width // 64)
+    tokens = shape.side**2
+    q, k, v = (normal(shape.batch, heads, tokens, width // heads, seed=i) for i in range(3))
+    classes = layout.segment // 2
+
+    def attend(q, k, v):
+        return class_attention(q, k, v, layout)
+
+    def dense(q, k, v):
+        same = (classes[:, :, None] == classes[:, None, :])[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=same)
+
+    rivals = ours(attend)
+    if tokens <= 10_000:  # the mask of more does not fit
+        rivals |= {"SDPA with a mask": dense, "SDPA with a mask, compiled": compiled(dense)}
+    if DEVICE.type == "cuda":
+        rivals |= _attention_on_cuda(layout, classes, shape, tokens, heads, width // heads)
+    moved = 4 * size_of(q) + size_of(layout.segment)
+    return Comparison([q, k, v], rivals, moved=(moved, moved + 8 * size_of(q)), launches=(1, 3), tolerance=0.03)
+
+
+def _attention_on_cuda(layout, classes, shape, tokens, heads, dim):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def same(batch, head, i, j):
+        return classes[batch, i] == classes[batch, j]
+
+    block_mask = create_block_mask(same, shape.batch, None, tokens, tokens, DEVICE)
+    rivals = {"flex_attention": torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask), dynamic=False)}
+    flat = lambda x: x.transpose(1, 2).reshape(-1, heads, dim)  # noqa: E731
+    unflat = lambda x: x.view(shape.batch, tokens, heads, dim).transpose(1, 2)  # noqa: E731
+    starts = layout.cu_seqlens
+    longest = int((starts[1:] - starts[:-1]).max())
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        rivals["varlen_attn"] = lambda q, k, v: unflat(
+            varlen_attn(flat(q), flat(k), flat(v), starts, starts, longest, longest)
+        )
+    except ImportError:
+        pass
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        lengths = [n for n in (starts[1:] - starts[:-1]).tolist() if n]
+        bias = BlockDiagonalMask.from_seqlens(lengths)
+        rivals["xformers, block-diagonal"] = lambda q, k, v: unflat(
+            memory_efficient_attention(*(flat(x)[None] for x in (q, k, v)), attn_bias=bias)[0]
+        )
+    except ImportError:
+        pass
+    return rivals

@@ -1,0 +1,110 @@
+"""Class-wise decoding and its loss: one pass against a pass per class, and against a decoder that knows no classes.
+
+Time and peak memory, forward and backward, for growing numbers of classes and of tokens. The decoders are the trainer's,
+with its default width and depth, on their own features.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from bench.comparison import OURS, Comparison, prepared
+from bench.inputs import DEVICE, class_map, generator, normal, token_mask
+from cmim.models.reconstruction import build_reconstruction, decode_per_class
+from cmim.settings import ReconstructionSettings
+from cmim_kernels import masked_patch_loss
+
+ON_GPU = DEVICE.type == "cuda"
+PATCH = 4
+BATCH, CHANNELS, SIDE = (8, 256, 80) if ON_GPU else (1, 32, 12)
+CLASSES = (2, 21, 150, 1000) if ON_GPU else (2, 21)
+SIDES = (40, 80, 160) if ON_GPU else (12, 20)
+SETTINGS = {} if ON_GPU else dict(width=32, depth=2, num_heads=2)
+BLIND = "a decoder without classes"
+EVERY, PRESENT = "a pass for every class", "a pass for each class present"
+MOST_PASSES = 30  # a batch of the large shapes with more does not fit in memory
+
+
+def cases():
+    for decoder in ("conv", "attention"):
+        for classes in CLASSES:
+            yield decoder, classes, SIDE
+        for side in SIDES:
+            if side != SIDE:
+                yield decoder, 21, side
+
+
+class _PerClass(nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features, labels, masked):
+        return decode_per_class(self.decoder, features, labels, masked)
+
+
+class _PerClassPresent(_PerClass):
+    """Looks at the labels first, which waits for the device."""
+
+    def forward(self, features, labels, masked):
+        present, index = labels.clamp(min=-1).unique(return_inverse=True)
+        first = int((present < 0).sum())  # the ignored ones come first
+        decoder = copy.copy(self.decoder)
+        decoder.num_classes = len(present) - first
+        return decode_per_class(decoder, features, index - first, masked)
+
+
+@functools.lru_cache(maxsize=1)
+def comparison_of(decoder, classes, side):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    settings = ReconstructionSettings(decoder=decoder, **SETTINGS)
+    net = build_reconstruction(settings, CHANNELS, PATCH, classes).to(DEVICE)
+    blind = copy.copy(net)
+    blind.num_classes = 1
+    features = normal(BATCH, CHANNELS, side, side).to(memory_format=torch.channels_last)
+    labels, masked = class_map(BATCH, side, classes), token_mask(BATCH, side)
+    image = torch.randint(
+        256, (BATCH, 3, side * PATCH, side * PATCH), generator=generator(3), device=DEVICE, dtype=torch.uint8
+    ).to(memory_format=torch.channels_last)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+
+    def with_loss(module, labels, num_classes, prefix=""):
+        def run(features, *values):
+            inputs = dict(zip((prefix + name for name in names), values, strict=True))
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
+                pred = functional_call(module, inputs, (features, labels, masked))
+            return masked_patch_loss(
+                pred, image, masked.flatten(1), labels.flatten(1), num_classes,
+                patch_size=PATCH, mean=[0.5] * 3, std=[0.25] * 3,
+            ).loss  # fmt: skip
+
+        return run
+
+    one_class = torch.where(labels >= 0, 0, -1).int()
+    rivals = {
+        OURS: with_loss(net, labels, classes),
+        PRESENT: with_loss(_PerClassPresent(net), labels, classes, "decoder."),
+        EVERY: with_loss(_PerClass(net), labels, classes, "decoder."),
+        BLIND: with_loss(blind, one_class, 1),
+    }
+    return Comparison(
+        [features, *(p.detach() for p in parameters)], rivals, tolerance=0.1 if ON_GPU else 1e-3, unchecked={BLIND}
+    )
+
+
+@pytest.mark.parametrize("decoder, classes, side", list(cases()))
+@pytest.mark.parametrize("name", [OURS, PRESENT, EVERY, BLIND])
+def test_decoder(decoder, classes, side, name, timed):
+    if name == EVERY and classes > MOST_PASSES:
+        pytest.skip("does not fit in memory")
+    if name != OURS and name != BLIND and decoder == "attention" and side > 80:
+        pytest.skip("attention between all pairs of tokens does not fit in memory")
+    comparison = comparison_of(decoder, classes, side)
+    with prepared(comparison, name, backward=True) as function:
+        group = f"decode and loss, {decoder}; K {classes}, {side} x {side} tokens; forward and backward"
+        timed(group, name, function, comparison.inputs, decoder=decoder, classes=classes, tokens=side * side)

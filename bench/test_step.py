@@ -1,0 +1,163 @@
+"""A whole training step: forward, backward and optimiser, on a batch that lies on the device.
+
+The `unimatch` preset against the field's usual loop (`usual_loop.py`) on the same network, batch and crop, after their
+losses have been found equal; and the `cmim` preset against `unimatch`. Ours run as the trainer runs them: channels-last,
+and on CUDA compiled in bfloat16; the usual loop in float32 (TF32 as PyTorch has it: off for products, on for cuDNN's
+convolutions). `--profile-steps FOLDER` writes a profiler trace of a step of each.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from bench.comparison import OURS
+from bench.inputs import DEVICE, class_map, generator, token_mask
+from bench.usual_loop import IGNORED, UsualLoop
+from cmim.config import config_from
+from cmim.engine.device import autocast, to_device
+from cmim.engine.optimizer import build_optimizer
+from cmim.objective import Objective
+from cmim.pseudo_labels import drop_channels
+
+ON_GPU = DEVICE.type == "cuda"
+CLASSES = 21
+CROP, ENCODER = (320, "resnet101s.gluon_in1k") if ON_GPU else (64, "test_resnet.r160_in1k")
+BATCHES = ((8, 8), (4, 4)) if ON_GPU else ((2, 2),)
+DTYPE = torch.bfloat16 if ON_GPU else None
+USUAL = "the usual loop"
+
+
+def config_of(preset):
+    values = {
+        "data": {"format": "voc", "root": ".", "split": ".", "crop": CROP},
+        "model": {"encoder": ENCODER, "weights": "none"},
+        "method": {"preset": preset, "tau": 0.3},  # low enough that pixels of an untrained network pass
+        "mask": {} if ON_GPU else {"block": 16},
+        "reconstruction": {} if ON_GPU else {"width": 32, "depth": 2},
+    }
+    return config_from(values, "the benchmark")
+
+
+def batch_of(labelled, unlabelled, stride=4):
+    """Random images with maps of blobs, as `cmim.data.batches.TrainBatches` gives them."""
+    g = generator()
+    pixels = lambda *shape: torch.randint(256, (*shape, CROP, CROP), generator=g, device=DEVICE, dtype=torch.uint8)  # noqa: E731
+    label = class_map(labelled, CROP // 16, CLASSES).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    corner = torch.randint(CROP // 2, (2, unlabelled, 2), generator=g, device=DEVICE)
+    batch = {
+        "labelled_image": pixels(labelled, 3),
+        "label": torch.where(label < 0, IGNORED, label).to(torch.uint8),
+        "labelled_key": torch.arange(labelled, device=DEVICE),
+        "weak_image": pixels(unlabelled, 3),
+        "valid": torch.ones(unlabelled, CROP, CROP, dtype=torch.bool, device=DEVICE),
+        "strong_image": pixels(2, unlabelled, 3),
+        "key": torch.arange(unlabelled, device=DEVICE) + 100,
+        "box": torch.cat([corner, corner + CROP // 3], dim=2),
+    }
+    for i, (view, count) in enumerate((("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled))):
+        batch[f"{view}_mask"] = token_mask(count, CROP // stride, seed=i)
+    return to_device(batch, DEVICE, channels_last=True)
+
+
+class Ours:
+    """A preset as the trainer runs it."""
+
+    def __init__(self, preset, *, dtype=DTYPE, compile=ON_GPU):
+        self.config, self.dtype = config_of(preset), dtype
+        torch.manual_seed(0)
+        self.objective = Objective(self.config, CLASSES).to(DEVICE, memory_format=torch.channels_last).train()
+        self.compute = torch.compile(self.objective, fullgraph=True) if compile else self.objective
+        self.optimizer = build_optimizer(self.config.optimizer, self.objective, 1e-6)  # the same work at every step
+        self.ramp = torch.ones((), device=DEVICE)
+
+    def loss(self, batch):
+        with autocast(DEVICE, self.dtype):
+            return self.compute(batch, self.ramp).loss
+
+    def step(self, batch):
+        self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def usual(batch, *, dropout=None):
+    """The usual loop on the same weights, and its batch."""
+    ours = Ours("unimatch", dtype=None, compile=False)
+    net = copy.deepcopy(ours.objective.net).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    normalise = lambda x: ours.objective.net.normalise(x).contiguous().float()  # noqa: E731
+    theirs = {
+        "labelled": normalise(batch["labelled_image"]), "label": batch["label"].long(), "valid": batch["valid"],
+        "weak": normalise(batch["weak_image"]), "strong": [normalise(x) for x in batch["strong_image"]], "box": batch["box"],
+    }  # fmt: skip
+    layer = torch.nn.Dropout2d(0.5)
+    return UsualLoop(net, optimizer, tau=0.3, dropout=dropout or (lambda maps: [layer(m) for m in maps])), theirs
+
+
+def host_waits(step):
+    """How often a step reads a value of the device, compiled parts aside."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.number += op.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+            return op(*args, **(kwargs or {}))
+
+    with Count() as count:
+        step()
+    return count.number
+
+
+@pytest.mark.parametrize("labelled, unlabelled", BATCHES)
+def test_losses_are_equal(labelled, unlabelled):
+    batch = batch_of(labelled, unlabelled)
+    loop, theirs = usual(batch, dropout=lambda maps: drop_channels(maps, batch["key"], 0.5))
+    ours = Ours("unimatch", dtype=None, compile=False)
+    with torch.no_grad():
+        torch.testing.assert_close(loop.loss(theirs), ours.loss(batch), rtol=1e-2 if ON_GPU else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("labelled, unlabelled", BATCHES)
+@pytest.mark.parametrize("name", [OURS, USUAL])
+def test_unimatch(labelled, unlabelled, name, timed, request):
+    batch = batch_of(labelled, unlabelled)
+    if name == USUAL:
+        loop, theirs = usual(batch)
+        waits, step = host_waits(lambda: loop.step(theirs)), lambda: loop.step(theirs)
+    else:
+        uncompiled = Ours("unimatch", compile=False)
+        waits = host_waits(lambda: uncompiled.step(batch))
+        ours = Ours("unimatch")
+        step = lambda: ours.step(batch)  # noqa: E731
+    group = f"step, unimatch; batch {labelled} + {unlabelled}, crop {CROP}"
+    timed(group, name, step, [], capture=False, host_waits=waits, images=labelled + unlabelled)
+    trace(step, f"unimatch {name} {labelled}", request)
+
+
+@pytest.mark.parametrize("labelled, unlabelled", BATCHES)
+@pytest.mark.parametrize("preset", ["cmim", "unimatch"])
+def test_presets(labelled, unlabelled, preset, timed, request):
+    batch, ours = batch_of(labelled, unlabelled), Ours(preset)
+    step = lambda: ours.step(batch)  # noqa: E731
+    group = f"step, cmim; batch {labelled} + {unlabelled}, crop {CROP}"
+    name = OURS if preset == "cmim" else "the unimatch preset"
+    timed(group, name, step, [], capture=False, images=labelled + unlabelled)
+    trace(step, f"{preset} {labelled}", request)
+
+
+def trace(step, name, request):
+    """A profiler trace, where one was asked for: shares of time by part."""
+    folder = request.config.getoption("--profile-steps")
+    if folder:
+        from pathlib import Path
+
+        with torch.profiler.profile() as profile:
+            step()
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(path / f"{name}.json"))
+        order = "device_time_total" if ON_GPU else "self_cpu_time_total"
+        (path / f"{name}.txt").write_text(profile.key_averages().table(sort_by=order, row_limit=40))
