@@ -1,0 +1,69 @@
+"""The benchmarks run, refuse rivals with another result, and their JSON becomes a table."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.comparison import OURS, Comparison, assert_equal, prepared
+from bench.report import END, START
+from bench.table import in_words, ratio_table
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_from_the_command_to_the_table(tmp_path):
+    path, readme = tmp_path / "results.json", tmp_path / "README.md"
+    chosen = "(patch_labels or losses_are_equal) and not compiled"
+    printed = run("pytest", "bench/test_ops.py", "bench/test_step.py", "-k", chosen, "--benchmark-json", str(path))
+    assert "patch_labels; " in printed and "one-hot pooling" in printed
+    content = json.loads(path.read_text())
+    assert content["machine_info"]["torch"] == torch.__version__ and "node" not in content["machine_info"]
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    run("bench.report", str(path), "--readme", str(readme))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| patch_labels; ") == len({entry["group"] for entry in content["benchmarks"]})
+    assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_a_rival_with_another_result_is_refused():
+    double = lambda x: 2 * x  # noqa: E731
+    comparison = Comparison([torch.arange(3.0)], {OURS: double, "sum": lambda x: x + x, "wrong": lambda x: 2.01 * x})
+    with prepared(comparison, "sum") as function:
+        assert torch.equal(function(*comparison.inputs), 2 * comparison.inputs[0])
+    with pytest.raises(AssertionError, match="wrong differs"), prepared(comparison, "wrong"):
+        pass
+    comparison = Comparison([torch.arange(3.0)], {OURS: double, "sum": double, "detached": lambda x: 2 * x + 0 * x.detach()})
+    with prepared(comparison, "detached", backward=True) as function:
+        assert function(*comparison.inputs)[0].shape == (3,)
+
+
+def test_integers_and_shapes_have_to_be_equal():
+    one = torch.ones(2, dtype=torch.int32)
+    assert_equal("x", one, one.long(), 0)
+    for other in (one + 1, one[:1]):
+        with pytest.raises(AssertionError):
+            assert_equal("x", other, one, 1.0)
+    with pytest.raises(AssertionError, match="returns 1 tensors, expected 2"):
+        assert_equal("x", one, (one, one), 0)
+
+
+def test_table():
+    rows = [("a", OURS, 2e-3, {}), ("a", "other", 1e-3, {"host_waits": 9}), ("b", "alone", 5e-6, {"clock": "eager"})]
+    text = "\n".join(ratio_table(rows))
+    assert text.index("other") < text.index(OURS) and "( 0.50)" in text and "waits 9 times" in text
+    assert "alone" in text and "called from Python" in text
+
+
+@pytest.mark.parametrize("seconds, words", [(2.0, "2 s"), (1.5e-3, "1.5 ms"), (42e-6, "42 us"), (3e-9, "3 ns")])
+def test_in_words(seconds, words):
+    assert in_words(seconds) == words
