@@ -19,7 +19,7 @@ import json
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -101,7 +101,7 @@ class Trainer:
                     # Dropout layers, if the net has any, draw from here; all else draws by sample.
                     torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
                     with self.gradients_stay(i + 1 < micro), eager(picture):
-                        with autocast(self.device, self.dtype):
+                        with autocast(self.device, self.dtype), explained():
                             output = self.compute(batch, weight, diagnostics=report, gradients=picture)
                         self.scaler.scale(output.loss / micro).backward()
                     log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
@@ -221,6 +221,20 @@ class Trainer:
 def eager(wanted):
     """Leaves `torch.compile` aside inside the `with` block where `wanted`."""
     return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
+
+
+@contextmanager
+def explained():
+    """One line about batch norm that gets a single value a channel, as where a network pools one image to a pixel."""
+    try:
+        yield
+    except Exception as error:  # of a class that depends on torch.compile
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a pass of a single image leaves the network's batch norm one value a channel; raise train.labelled_batch or "
+            "train.unlabelled_batch to 2 or more for each process"
+        ) from error
 
 
 def main(arguments):

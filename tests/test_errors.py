@@ -1,6 +1,7 @@
 """A user's mistake is one line on stderr that names it, and exit code 2; never a traceback."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -287,3 +288,11 @@ def test_real_processes(run, images, tmp_path):
         assert process.returncode == 2
         assert stderr.startswith(f"error: {commands[name][1]}") and stderr.count("\n") == 1, stderr
     assert json.loads(run.result.read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_pass_of_a_single_image(compile, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings = dict(method__preset="supervised", train__labelled_batch=1, train__compile=compile)
+    with pytest.raises(UserError, match=r"a single image leaves .* raise train.labelled_batch"):
+        run_tiny(tmp_path / "run", **settings)
