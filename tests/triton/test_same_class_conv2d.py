@@ -26,11 +26,15 @@ def make(batch=2, channels=5, height=6, width=9, size=3, classes=3, layout="cont
     return [x, weight, torch.randn(channels, generator=g).to(DEVICE) if bias else None], labels
 
 
-def check(inputs, labels, classes=3):
-    inputs = [i for i in inputs if i is not None]
-    return assert_like_torch(
-        lambda x, weight, *bias: same_class_conv2d(x, labels, weight, *bias, num_classes=classes), inputs
-    )
+def check(inputs, labels, classes=3, *, gradient="uneven"):
+    """`gradient`: how that of the output lies in memory."""
+    flatten = {
+        "uneven": lambda out: out,
+        "contiguous": lambda out: out.flatten(),
+        "channels_last": lambda out: out.permute(0, 2, 3, 1).flatten(),
+    }[gradient]
+    op = lambda x, weight, *bias: flatten(same_class_conv2d(x, labels, weight, *bias, num_classes=classes))  # noqa: E731
+    return assert_like_torch(op, [i for i in inputs if i is not None])
 
 
 @few
@@ -38,19 +42,20 @@ def check(inputs, labels, classes=3):
     batch=st.integers(0, 2), channels=st.sampled_from([0, 1, 5]), height=st.integers(1, 9),
     width=st.integers(1, 34), size=st.sampled_from([1, 3, 5]), classes=st.integers(1, 4),
     layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), weight_dtype=st.sampled_from(DTYPES),
-    label_dtype=st.sampled_from(LABELS), bias=st.booleans(), seed=st.integers(0, 99),
+    label_dtype=st.sampled_from(LABELS), bias=st.booleans(),
+    gradient=st.sampled_from(["uneven", "contiguous", "channels_last"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_like_torch(batch, channels, height, width, size, classes, layout, dtype, weight_dtype, label_dtype, bias, seed):
-    check(
-        *make(batch, channels, height, width, size, classes, layout, dtype, weight_dtype, label_dtype, bias, seed), classes
-    )
+def test_like_torch(batch, channels, height, width, size, classes, layout, dtype, weight_dtype, label_dtype, bias,
+                    gradient, seed):  # fmt: skip
+    arguments = batch, channels, height, width, size, classes, layout, dtype, weight_dtype, label_dtype, bias, seed
+    check(*make(*arguments), classes, gradient=gradient)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_blocks_of_channels_and_chunks_of_rows(layout):
     inputs, labels = make(1, 130, 3, 4, layout=layout)
     assert kernels.convolve_launch(130, layout == "channels_last").CHANNELS < 130
-    check(inputs, labels)
+    check(inputs, labels, gradient=layout)
 
 
 def test_many_taps():
