@@ -6,8 +6,8 @@ import importlib.util
 import torch
 
 import cmim_kernels
-from cmim_kernels import backends
-from cmim_kernels.ops.library import HAS_TRITON
+from cmim_kernels import backends, cuda
+from cmim_kernels.ops.library import KERNELS
 
 
 def report():
@@ -20,13 +20,13 @@ def report():
         f"CMIM_KERNELS_BACKEND={backends.requested()}",
         "backend torch: runs everywhere",
         f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
-        "backend cuda: this installation has no CUDA build",
+        f"backend cuda: {cuda.obstacle(device) or 'can run'}; library {cuda.build_report()}",
         "",
     ]
     rows = [("op", "backend", "why")]
-    for name, has_triton in sorted(HAS_TRITON.items()):
+    for name, kernels in sorted(KERNELS.items()):
         try:
-            rows.append((name, *backends.choose(has_triton, device)))
+            rows.append((name, *backends.choose(kernels, device)))
         except RuntimeError as error:
             rows.append((name, "none", str(error)))
     width = max(len(name) for name, *_ in rows)

@@ -2,7 +2,27 @@ import pytest
 import torch
 
 from tests.kernels.conftest import poisoned_empty  # noqa: F401
+from tests.triton import against_torch
 from tests.triton.against_torch import DEVICE, INTERPRETED
+
+IN_CUDA = ("test_pack_classes",)
+"""The modules whose ops have kernels in CUDA C++ too."""
+
+
+def pytest_generate_tests(metafunc):
+    backends = ["triton", "cuda"] if metafunc.module.__name__.rsplit(".")[-1] in IN_CUDA else ["triton"]
+    metafunc.parametrize("backend", backends, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backend(request):
+    """The backend whose kernels `assert_like_torch` holds against PyTorch."""
+    reason = against_torch.missing(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    against_torch.kernels_of = request.param
+    yield request.param
+    against_torch.kernels_of = "triton"
 
 
 def pytest_collection_modifyitems(items):
