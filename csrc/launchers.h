@@ -30,5 +30,18 @@ using Numbers = std::vector<double>;
 
 void pack_classes(Stream, View labels, View masked, int64_t num_classes, MaybeView counts, View order, View inverse,
                   View segment, View offsets, View cu_seqlens);
+void gather_forward(Stream, View tokens, View inverse, View segment, MaybeView mask_token, MaybeView position, View out);
+void gather_backward(Stream, View grad, View inverse, View segment, View grad_tokens, MaybeView groups,
+                     MaybeView grad_position, int64_t blocks);
+void scatter_forward(Stream, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
+void scatter_backward(Stream, View grad, View inverse, View grad_packed, MaybeView groups, MaybeView grad_position,
+                      int64_t blocks);
+void sum_rows(Stream, View rows, View out);
+void patch_loss_forward(Stream, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
+                        int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
+                        View sums, View counts, View finished, View loss, View class_sum, View class_count);
+void patch_loss_backward(Stream, View grad_loss, View grad_class_sum, View class_count, View pred, View image, View masked,
+                         MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance, bool normalize,
+                         bool per_class, Numbers mean, Numbers std, View grad);
 
 }  // namespace cmim

@@ -85,12 +85,33 @@ struct Op<launcher> {
 }  // namespace cmim
 
 STABLE_TORCH_LIBRARY(cmim_cuda, m) {
-  m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor? counts, Tensor(a!) order, Tensor(b!) inverse, "
+  m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(f!)? counts, Tensor(a!) order, Tensor(b!) inverse, "
         "Tensor(c!) segment, Tensor(d!) offsets, Tensor(e!) cu_seqlens) -> ()");
+  m.def("gather_forward(Tensor tokens, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position, "
+        "Tensor(a!) out) -> ()");
+  m.def("gather_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor(a!) grad_tokens, Tensor(b!)? groups, "
+        "Tensor(c!)? grad_position, int blocks) -> ()");
+  m.def("scatter_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position, Tensor(a!) out) -> ()");
+  m.def("scatter_backward(Tensor grad, Tensor inverse, Tensor(a!) grad_packed, Tensor(b!)? groups, "
+        "Tensor(c!)? grad_position, int blocks) -> ()");
+  m.def("sum_rows(Tensor rows, Tensor(a!) out) -> ()");
+  m.def("patch_loss_forward(Tensor pred, Tensor image, Tensor masked, Tensor? labels, int num_classes, int patch_size, "
+        "int distance, bool normalize, bool per_class, float[] mean, float[] std, Tensor(a!) sums, Tensor(b!) counts, "
+        "Tensor(c!) finished, Tensor(d!) loss, Tensor(e!) class_sum, Tensor(f!) class_count) -> ()");
+  m.def("patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, "
+        "Tensor masked, Tensor? labels, int num_classes, int patch_size, int distance, bool normalize, bool per_class, "
+        "float[] mean, float[] std, Tensor(a!) grad) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::Op<cmim::op>::call))
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cuda, CMIM_DISPATCH_KEY, m) {
   CMIM_IMPLEMENT(pack_classes);
+  CMIM_IMPLEMENT(gather_forward);
+  CMIM_IMPLEMENT(gather_backward);
+  CMIM_IMPLEMENT(scatter_forward);
+  CMIM_IMPLEMENT(scatter_backward);
+  CMIM_IMPLEMENT(sum_rows);
+  CMIM_IMPLEMENT(patch_loss_forward);
+  CMIM_IMPLEMENT(patch_loss_backward);
 }

@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using std::max;
 using std::min;
@@ -181,6 +182,9 @@ inline int atomicAdd(int* address, int value) {
   *address += value;
   return before;
 }
+
+template <typename T>
+T __ldcg(const T* address) { return *address; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
