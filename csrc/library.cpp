@@ -101,6 +101,13 @@ STABLE_TORCH_LIBRARY(cmim_cuda, m) {
   m.def("patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, "
         "Tensor masked, Tensor? labels, int num_classes, int patch_size, int distance, bool normalize, bool per_class, "
         "float[] mean, float[] std, Tensor(a!) grad) -> ()");
+  m.def("centroids_forward(Tensor features, Tensor order, Tensor offsets, Tensor(a!) mean, Tensor(b!) count, "
+        "Tensor(c!) rest) -> ()");
+  m.def("centroids_backward(Tensor grad_mean, Tensor count, Tensor labels, Tensor masked, Tensor(a!) grad) -> ()");
+  m.def("same_class_conv2d(Tensor x, Tensor labels, Tensor weight, bool flipped, Tensor? bias, int num_classes, "
+        "Tensor(a!) out) -> ()");
+  m.def("same_class_conv2d_weight(Tensor x, Tensor grad, Tensor labels, int num_classes, Tensor(a!) of_weight, "
+        "Tensor(b!)? of_bias) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::Op<cmim::op>::call))
@@ -114,4 +121,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cuda, CMIM_DISPATCH_KEY, m) {
   CMIM_IMPLEMENT(sum_rows);
   CMIM_IMPLEMENT(patch_loss_forward);
   CMIM_IMPLEMENT(patch_loss_backward);
+  CMIM_IMPLEMENT(centroids_forward);
+  CMIM_IMPLEMENT(centroids_backward);
+  CMIM_IMPLEMENT(same_class_conv2d);
+  CMIM_IMPLEMENT(same_class_conv2d_weight);
 }

@@ -5,7 +5,7 @@ from tests.kernels.conftest import poisoned_empty  # noqa: F401
 from tests.triton import against_torch
 from tests.triton.against_torch import DEVICE, INTERPRETED
 
-IN_CUDA = ("test_pack_classes", "test_gather_scatter", "test_masked_patch_loss")
+IN_CUDA = ("test_pack_classes", "test_gather_scatter", "test_masked_patch_loss", "test_class_centroids")
 """The modules whose ops have kernels in CUDA C++ too."""
 
 
