@@ -55,6 +55,36 @@ struct Patch {
   }
 };
 
+// Where the tokens of features (B, C, h, w) or (B, N, C) of any strides lie.
+struct TokenGrid {
+  int64_t image, channel, row, column;
+  Divisor width;
+
+  TokenGrid(const int64_t* strides, const int64_t* sizes, bool is_grid)
+      : image(strides[0]), channel(strides[is_grid ? 1 : 2]), row(is_grid ? strides[2] : 0),
+        column(strides[is_grid ? 3 : 1]), width(sizes[is_grid ? 3 : 1]) {}
+
+  CMIM_INLINE int64_t token(int64_t b, uint32_t n) const {
+    const uint32_t y = width.divide(n);
+    return b * image + y * row + width.remainder(n, y) * column;
+  }
+};
+
+// Where patches and their entries lie in an image (B, c, H, W), or in tokens (B, N, p p c), of the given strides.
+struct Layout {
+  int64_t image, patch_row, patch_column, channel, row, column;
+
+  Layout(const int64_t* strides, bool is_image, int64_t columns, int64_t size, int64_t channels)
+      : image(strides[0]), patch_row(is_image ? size * strides[2] : columns * strides[1]),
+        patch_column(is_image ? size * strides[3] : strides[1]), channel(is_image ? strides[1] : strides[2]),
+        row(is_image ? strides[2] : size * channels * strides[2]), column(is_image ? strides[3] : channels * strides[2]) {}
+
+  CMIM_INLINE int64_t patch(int64_t b, int64_t n, int64_t columns) const {
+    return b * image + n / columns * patch_row + n % columns * patch_column;
+  }
+  CMIM_INLINE int64_t entry(const Patch::Entry& e) const { return e.channel * channel + e.row * row + e.column * column; }
+};
+
 // Distance between a prediction and its target, given their difference; and its derivative.
 enum class Distance : int { l1, mse, smooth_l1 };
 

@@ -17,21 +17,13 @@ namespace {
 
 constexpr int THREADS = 128, RUN = 64, UNROLL = 8, CHANNELS = 8;
 
-// (B, C, h, w) or (B, N, C), any strides, by token.
-struct Features {
+struct Features : TokenGrid {
   View x;
-  int64_t channels, image, channel, row, column;
-  Divisor width;
+  int64_t channels;
 
   explicit Features(const View& x)
-      : x(x), channels(x.sizes[3] > 0 ? x.sizes[1] : x.sizes[2]), image(x.strides[0]),
-        channel(x.sizes[3] > 0 ? x.strides[1] : x.strides[2]), row(x.sizes[3] > 0 ? x.strides[2] : 0),
-        column(x.sizes[3] > 0 ? x.strides[3] : x.strides[1]), width(x.sizes[3] > 0 ? x.sizes[3] : x.sizes[1]) {}
+      : TokenGrid(x.strides, x.sizes, x.sizes[3] > 0), x(x), channels(x.sizes[3] > 0 ? x.sizes[1] : x.sizes[2]) {}
 
-  __device__ int64_t token(int64_t b, uint32_t n) const {
-    const uint32_t y = width.divide(n);
-    return b * image + y * row + width.remainder(n, y) * column;
-  }
   bool aligned(int V) const {
     return reinterpret_cast<uintptr_t>(x.data) % std::min<int64_t>(16, itemsize(x.dtype) * V) == 0 && image % V == 0;
   }

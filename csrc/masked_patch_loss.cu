@@ -16,37 +16,17 @@ namespace {
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int SHARED_CLASSES = 1024;  // with more, a block keeps its sums in memory
 
-// Strides of an image, or of tokens (B, N, p p c), in terms of patches and their entries.
-struct Layout {
-  int64_t image, patch_row, patch_column, channel, row, column;
-
-  Layout(const View& x, bool is_image, int64_t columns, int64_t size, int64_t channels) {
-    const int64_t* s = x.strides;
-    image = s[0];
-    patch_row = is_image ? size * s[2] : columns * s[1];
-    patch_column = is_image ? size * s[3] : s[1];
-    channel = is_image ? s[1] : s[2];
-    row = is_image ? s[2] : size * channels * s[2];
-    column = is_image ? s[3] : channels * s[2];
-  }
-
-  __device__ int64_t patch(int64_t b, int64_t n, int64_t columns) const {
-    return b * image + n / columns * patch_row + n % columns * patch_column;
-  }
-  __device__ int64_t entry(const Patch::Entry& e) const {
-    return e.channel * channel + e.row * row + e.column * column;
-  }
-
-  // Whether every V entries in the order of `patch` are V neighbours, as aligned as their size asks.
-  bool packs(const View& x, bool channel_first, int64_t size, int64_t channels, int V) const {
-    int64_t run = channel_first ? size : size * channels;
-    bool fits = channel_first ? column == 1 : channel == 1 && column == channels;
-    if (row == run) run = channel_first && channel == size * size ? size * size * channels : run * size;
-    else fits = fits && row % V == 0;
-    fits = fits && (!channel_first || channel % V == 0) && image % V == 0 && patch_row % V == 0 && patch_column % V == 0;
-    return fits && run % V == 0 && reinterpret_cast<uintptr_t>(x.data) % std::min<int64_t>(16, itemsize(x.dtype) * V) == 0;
-  }
-};
+// Whether every V entries in the order of (row, column, channel), or (channel, row, column), are V neighbours of a tensor, as
+// aligned as their size asks.
+bool packs(const View& x, const Layout& at, bool channel_first, int64_t size, int64_t channels, int V) {
+  int64_t run = channel_first ? size : size * channels;
+  bool fits = channel_first ? at.column == 1 : at.channel == 1 && at.column == channels;
+  if (at.row == run) run = channel_first && at.channel == size * size ? size * size * channels : run * size;
+  else fits = fits && at.row % V == 0;
+  fits = fits && (!channel_first || at.channel % V == 0) && at.image % V == 0 && at.patch_row % V == 0 &&
+         at.patch_column % V == 0;
+  return fits && run % V == 0 && reinterpret_cast<uintptr_t>(x.data) % std::min<int64_t>(16, itemsize(x.dtype) * V) == 0;
+}
 
 constexpr int MAX_CHANNELS = 16;
 
@@ -315,17 +295,17 @@ Prepared prepare(View pred, View image, View masked, View labels, View grad, int
                  int64_t distance, bool normalize, const Numbers& mean, const Numbers& std) {
   const int64_t channels = image.sizes[1], columns = image.sizes[3] / patch_size, size = patch_size * patch_size * channels;
   const bool is_image = pred.sizes[3] > 0, channel_first = is_image && pred.strides[3] == 1;
-  const Layout pred_layout(pred, is_image, columns, patch_size, channels);
-  const Layout grad_layout(grad, is_image, columns, patch_size, channels);
-  const Layout image_layout(image, true, columns, patch_size, channels);
+  const Layout pred_layout(pred.strides, is_image, columns, patch_size, channels);
+  const Layout grad_layout(grad.strides, is_image, columns, patch_size, channels);
+  const Layout image_layout(image.strides, true, columns, patch_size, channels);
   const int V = static_cast<int>(16 / itemsize(pred.dtype));
-  const bool wide = pred_layout.packs(pred, channel_first, patch_size, channels, V) &&
-                    grad_layout.packs(grad, channel_first, patch_size, channels, V);
+  const bool wide = packs(pred, pred_layout, channel_first, patch_size, channels, V) &&
+                    packs(grad, grad_layout, channel_first, patch_size, channels, V);
   int lanes = 1;
   while (lanes < 32 && lanes * (wide ? V : 1) < size) lanes *= 2;
   Patches p{pred, image, masked, labels, pred_layout, image_layout, Patch(patch_size, channels, channel_first),
             masked.sizes[0] * masked.sizes[1], masked.sizes[1], columns, static_cast<int>(num_classes),
-            static_cast<int>(size), lanes, image_layout.packs(image, channel_first, patch_size, channels, wide ? V : 1),
+            static_cast<int>(size), lanes, packs(image, image_layout, channel_first, patch_size, channels, wide ? V : 1),
             normalize, static_cast<Distance>(distance), !mean.empty(), {}, {}};
   for (size_t c = 0; c < mean.size(); ++c) {
     p.scale[c] = static_cast<float>(1 / (255 * std[c]));

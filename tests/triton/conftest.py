@@ -5,12 +5,18 @@ from tests.kernels.conftest import poisoned_empty  # noqa: F401
 from tests.triton import against_torch
 from tests.triton.against_torch import DEVICE, INTERPRETED
 
-IN_CUDA = ("test_pack_classes", "test_gather_scatter", "test_masked_patch_loss", "test_class_centroids")
-"""The modules whose ops have kernels in CUDA C++ too."""
+BACKENDS = {
+    name: ["triton", "cuda"]
+    for name in (
+        "test_pack_classes", "test_gather_scatter", "test_masked_patch_loss", "test_class_centroids",
+        "test_same_class_conv2d", "test_gpu",
+    )
+} | {"test_cuda_kernels": ["cuda"]}  # fmt: skip
+"""The backends that a module tests, where Triton is not the only one."""
 
 
 def pytest_generate_tests(metafunc):
-    backends = ["triton", "cuda"] if metafunc.module.__name__.rsplit(".")[-1] in IN_CUDA else ["triton"]
+    backends = BACKENDS.get(metafunc.module.__name__.rsplit(".")[-1], ["triton"])
     metafunc.parametrize("backend", backends, indirect=True, scope="module")
 
 
