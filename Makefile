@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 0 1 2
 JOBS ?= 1
 
-.PHONY: train test test-slow cross-compile check shapes-table camvid-table clean
+.PHONY: train test test-slow cross-compile cuda memcheck racecheck check shapes-table camvid-table clean
 
 train: .venv/installed
 	$(BIN)/python -m cmim.train
@@ -19,6 +19,21 @@ test-slow: .venv/installed-test
 cross-compile: .venv/installed-test
 	$(BIN)/python -m tests.triton.cross_compile
 
+# The CUDA kernels of csrc/, or the reason why there are none: an installation goes on without them.
+cuda: .venv/installed
+	CMIM_BUILD_CUDA=1 $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	$(BIN)/python -m cmim_kernels.info
+
+# On a GPU, every kernel under NVIDIA's checkers: accesses out of bounds, and races in shared memory of the CUDA kernels.
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
+CHECKED := tests/triton -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
+
+memcheck: .venv/installed-test
+	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
+
+racecheck: .venv/installed-test
+	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
+
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -31,7 +46,7 @@ camvid-table: .venv/installed
 	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
 	  --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS) --data.root $(DATA)
 
-.venv/installed: setup.py constraints.txt
+.venv/installed: setup.py constraints.txt $(wildcard csrc/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e . -c constraints.txt
