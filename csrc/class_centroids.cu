@@ -1,15 +1,15 @@
 // Mean feature of the visible and of the masked tokens of each class in each image.
 //
 // Tokens are added up in packed order, RUN of them by one group of lanes, so that sums stay in registers, no class costs
-// anything but its tokens, and the order of summation is fixed. A segment that begins in a run leaves its sum in `mean`; what
-// continues from an earlier run goes to `rest`, and a second kernel adds the pieces of the segments that have several.
+// anything but its tokens, and the order of summation is fixed. A segment that begins in a run leaves its sum in `mean`;
+// what continues from an earlier run goes to `rest`, and a second kernel adds the pieces of segments that have several.
 //
-// Must move the features and the means, and moves besides: `order`, and `rest`, a row of float32 for each 64 tokens. Features
-// whose channels are neighbours are read 16 bytes at a time, whole rows in any order; others one element at a time along
-// the tokens, whose order within a class is that of memory. Triton reads tokens where they lie, through the tensor cores,
-// and needs no order: with a layout at hand expect a tie, without one Triton wins by the launches of the packing.
-// Backward must move the gradient of the features, and does, 16 bytes at a time; a row of grad_mean for each token comes from
-// the cache.
+// Must move the features and the means, and moves besides: `order`, and `rest`, a row of float32 for each 64 tokens.
+// Features whose channels are neighbours are read 16 bytes at a time, whole rows in any order; others one element at a time
+// along the tokens, whose order within a class is that of memory. Triton reads tokens where they lie, through the tensor
+// cores, and needs no order: with a layout at hand expect a tie, without one Triton wins by the launches of the packing.
+// Backward must move the gradient of the features, and does, 16 bytes at a time; a row of grad_mean for each token comes
+// from the cache.
 #include "device.cuh"
 
 namespace cmim {
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(THREADS, 4) column_kernel(Features features, S
   const int lane = threadIdx.x % 32, warps = THREADS / 32;
   const int64_t slices = ceil_div(sums.channels, CHANNELS), items = sums.batch * sums.runs * slices;
   for (int64_t item = blockIdx.x * int64_t{warps} + threadIdx.x / 32; item < items; item += gridDim.x * int64_t{warps}) {
-    const int64_t run = item % sums.runs, first_channel = item / sums.runs % slices * CHANNELS, b = item / sums.runs / slices;
+    const int64_t run = item % sums.runs, b = item / sums.runs / slices;
+    const int64_t first_channel = item / sums.runs % slices * CHANNELS;
     const int count = static_cast<int>(min(int64_t{CHANNELS}, sums.channels - first_channel));
     const int* order = sums.order + b * sums.tokens;
     sums.walk(
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(THREADS) mean_kernel(Sums sums, int* count) {
       float* mean = sums.mean + item * sums.channels + c;
       float sum = begin < end ? *mean : 0;
 #pragma unroll 8
-      for (int64_t run = first; run <= last && begin < end; ++run) sum += sums.rest[(b * sums.runs + run) * sums.channels + c];
+      for (int64_t run = first; run <= last && begin < end; ++run)
+        sum += sums.rest[(b * sums.runs + run) * sums.channels + c];
       *mean = sum / static_cast<float>(max(end - begin, 1));
     }
   }

@@ -45,7 +45,8 @@ void patch_loss_backward(Stream, View grad_loss, View grad_class_sum, View class
                          bool per_class, Numbers mean, Numbers std, View grad);
 void centroids_forward(Stream, View features, View order, View offsets, View mean, View count, View rest);
 void centroids_backward(Stream, View grad_mean, View count, View labels, View masked, View grad);
-void same_class_conv2d(Stream, View x, View labels, View weight, bool flipped, MaybeView bias, int64_t num_classes, View out);
+void same_class_conv2d(Stream, View x, View labels, View weight, bool flipped, MaybeView bias, int64_t num_classes,
+                       View out);
 void same_class_conv2d_weight(Stream, View x, View grad, View labels, int64_t num_classes, View of_weight,
                               MaybeView of_bias);
 

@@ -85,8 +85,8 @@ struct Op<launcher> {
 }  // namespace cmim
 
 STABLE_TORCH_LIBRARY(cmim_cuda, m) {
-  m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(f!)? counts, Tensor(a!) order, Tensor(b!) inverse, "
-        "Tensor(c!) segment, Tensor(d!) offsets, Tensor(e!) cu_seqlens) -> ()");
+  m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(a!)? counts, Tensor(b!) order, "
+        "Tensor(c!) inverse, Tensor(d!) segment, Tensor(e!) offsets, Tensor(f!) cu_seqlens) -> ()");
   m.def("gather_forward(Tensor tokens, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position, "
         "Tensor(a!) out) -> ()");
   m.def("gather_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor(a!) grad_tokens, Tensor(b!)? groups, "

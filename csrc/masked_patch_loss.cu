@@ -16,8 +16,8 @@ namespace {
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int SHARED_CLASSES = 1024;  // with more, a block keeps its sums in memory
 
-// Whether every V entries in the order of (row, column, channel), or (channel, row, column), are V neighbours of a tensor, as
-// aligned as their size asks.
+// Whether every V entries in the order of (row, column, channel), or (channel, row, column), are V neighbours of a tensor,
+// as aligned as their size asks.
 bool packs(const View& x, const Layout& at, bool channel_first, int64_t size, int64_t channels, int V) {
   int64_t run = channel_first ? size : size * channels;
   bool fits = channel_first ? at.column == 1 : at.channel == 1 && at.column == channels;
@@ -342,8 +342,8 @@ void patch_loss_backward(Stream stream, View grad_loss, View grad_class_sum, Vie
       prepare(pred, image, masked, labels, grad, num_classes, patch_size, distance, normalize, mean, std);
   by_dtype(pred.dtype, [&, &p = p, &layout = layout, wide = wide](auto element) {
     using T = decltype(element);
-    launch(wide ? gradient_kernel<T, 16 / sizeof(T)> : gradient_kernel<T, 1>, stream, ceil_div(p.tokens, THREADS), THREADS, p,
-           grad_loss.as<const float>(), grad_class_sum, class_count.as<const int>(), per_class, grad.as<T>(), layout);
+    launch(wide ? gradient_kernel<T, 16 / sizeof(T)> : gradient_kernel<T, 1>, stream, ceil_div(p.tokens, THREADS), THREADS,
+           p, grad_loss.as<const float>(), grad_class_sum, class_count.as<const int>(), per_class, grad.as<T>(), layout);
   });
 }
 

@@ -14,13 +14,14 @@ def report():
     """The lines of the report."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+    library = f"; {cuda.build_report()}" if cuda.LIBRARY.exists() else ""
     lines = [
         f"cmim_kernels {cmim_kernels.__version__}, torch {torch.__version__}, triton {triton}",
         f"device: {_describe(device)}",
         f"CMIM_KERNELS_BACKEND={backends.requested()}",
         "backend torch: runs everywhere",
         f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
-        f"backend cuda: {cuda.obstacle(device) or 'can run'}; library {cuda.build_report()}",
+        f"backend cuda: {cuda.obstacle(device) or 'can run'}{library}",
         "",
     ]
     rows = [("op", "backend", "why")]

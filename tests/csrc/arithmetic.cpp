@@ -35,7 +35,8 @@ void segments() {
   for (int classes : {1, 3, 300})
     for (int64_t label : {int64_t{-1}, int64_t{0}, int64_t{2}, int64_t{3}, int64_t{255}, int64_t{1} << 32, INT64_MIN})
       for (bool masked : {false, true})
-        expect(segment_of(label, masked, classes), label < 0 || label >= classes ? 2 * classes : 2 * label + masked, "segment");
+        expect(segment_of(label, masked, classes), label < 0 || label >= classes ? 2 * classes : 2 * label + masked,
+               "segment");
 }
 
 // Every entry of every patch, in images and tokens so large that most offsets are beyond 32 bits.
