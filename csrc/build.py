@@ -87,6 +87,7 @@ def compile_sources(compiler, sources, folder, *, headers=()):
 
     `headers` are folders with headers besides csrc/.
     """
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     included = [file for place in (CSRC, *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")]
     included = b"".join(file.read_bytes() for file in included)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("libcmim_kernels.so")
+DEVICES = ("cuda",)
+"""The types of device that the library has kernels for: tests put an emulation for the CPU in its place."""
 
 
 def build_report():
@@ -20,8 +22,6 @@ def build_report():
 @functools.cache
 def load_obstacle():
     """Load the library; None, or why it could not be loaded."""
-    if not LIBRARY.exists():
-        return f"the CUDA kernels were {build_report()}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -31,12 +31,11 @@ def load_obstacle():
 
 def obstacle(device):
     """Why the CUDA kernels cannot run on tensors of a `torch.device`; None if they can."""
-    reason = load_obstacle()
-    if reason is not None:
-        return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("cmim_cuda::pack_classes", device.type.upper()):
-        return "no GPU"  # only the emulation of the tests runs on CPU tensors
-    return None if device.type == "cpu" else device_obstacle(device)
+    if not LIBRARY.exists():
+        return f"the CUDA kernels were {build_report()}"
+    if device.type not in DEVICES:
+        return "no GPU"
+    return load_obstacle() or (device_obstacle(device) if device.type == "cuda" else None)
 
 
 def device_obstacle(device):

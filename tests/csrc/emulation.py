@@ -1,16 +1,16 @@
 """The library of csrc/ compiled by g++ for the CPU: host/ stands in for CUDA's headers."""
 
 import functools
+import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "csrc"))
-
-import build as csrc  # noqa: E402
+_spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc/build.py")
+csrc = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(csrc)
 
 HOST = Path(__file__).parent / "host"
 FLAGS = (

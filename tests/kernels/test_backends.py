@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from cmim_kernels import backends, info, pack_classes
+from cmim_kernels import backends, cuda, info, pack_classes
 from cmim_kernels.ops.library import KERNELS
 
 CPU = torch.device("cpu")
@@ -35,6 +35,24 @@ def test_triton_by_name_runs_interpreted_or_says_why_not():
     )
 
 
+def test_cuda_by_name_says_why_it_cannot_run_on_the_cpu():
+    said = in_a_process(PACK, CMIM_KERNELS_BACKEND="cuda")
+    reason = "no GPU" if cuda.LIBRARY.exists() else f"the CUDA kernels were {cuda.build_report()}"
+    assert said == f"RuntimeError: CMIM_KERNELS_BACKEND=cuda cannot run on cpu: {reason}"
+
+
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "libcmim_kernels.so")
+    monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
+    cuda.load_obstacle.cache_clear()
+    try:
+        assert cuda.obstacle(CPU) == "the CUDA kernels were not built: this copy was never installed"
+        cuda.LIBRARY.write_bytes(b"no library")
+        assert cuda.obstacle(CPU).startswith(f"{cuda.LIBRARY} could not be loaded: ")
+    finally:
+        cuda.load_obstacle.cache_clear()
+
+
 def test_an_unknown_backend():
     message = "CMIM_KERNELS_BACKEND is 'gpu', expected one of auto, cuda, triton, torch"
     assert in_a_process("import cmim_kernels", CMIM_KERNELS_BACKEND="gpu") == f"ValueError: {message}"
@@ -55,15 +73,15 @@ def test_automatic_choice_on_a_device(version, capability, expected, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     backends._choose.cache_clear()
     try:
-        cuda = torch.device("cuda", 0)
+        device = torch.device("cuda", 0)
         with backends.use_backend("auto"):
-            assert backends.choose({"triton"}, cuda) == expected
-            assert backends.choose({"triton", "cuda"}, cuda).backend == expected[0]
-            assert backends.choose(set(), cuda) == ("torch", "has no Triton kernels")
+            assert backends.choose({"triton"}, device) == expected
+            assert backends.choose({"triton", "cuda"}, device).backend == expected[0]
+            assert backends.choose(set(), device) == ("torch", "has no Triton kernels")
         with backends.use_backend("cuda"):
-            assert backends.choose({"triton"}, cuda) == expected
+            assert backends.choose({"triton"}, device) == expected
         with backends.use_backend("torch"):
-            assert backends.choose({"triton", "cuda"}, cuda) == ("torch", "asked for")
+            assert backends.choose({"triton", "cuda"}, device) == ("torch", "asked for")
     finally:
         backends._choose.cache_clear()
 

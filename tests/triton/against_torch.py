@@ -34,7 +34,7 @@ def missing(backend):
     if INTERPRETED:
         if emulated_library() is None:
             return "no C++ compiler to emulate the CUDA kernels on the CPU"
-        cuda.LIBRARY = emulated_library()
+        cuda.LIBRARY, cuda.DEVICES = emulated_library(), ("cpu",)
     return cuda.obstacle(DEVICE)
 
 
