@@ -68,23 +68,19 @@ def op_of_backend(op, x):
     return assert_like_torch(op, [x], gradient=False)[0][0]
 
 
-def far(x):
-    """The values of x with more than 2**31 elements from one row of its first dimension to the next, and as aligned."""
-    stride = 2**31 + 64
-    memory = torch.from_numpy(np.empty(stride * (len(x) - 1) + x[0].numel(), np.int16))  # never touched: no memory behind it
-    if not INTERPRETED:
-        if torch.cuda.mem_get_info()[0] < 2 * memory.numel():
-            pytest.skip("needs a device with more free memory")
-        memory = torch.empty(memory.shape, dtype=memory.dtype, device=DEVICE)
-    order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
-    strides = [stride] + [0] * (x.dim() - 1)
-    step = 1
-    for dimension in reversed(order):
-        strides[dimension], step = step, step * x.shape[dimension]
-    return memory.view(x.dtype).as_strided(x.shape, strides).copy_(x)
+NAMES = (
+    "gather",
+    "scatter",
+    "loss of tokens",
+    "loss of images",
+    "centroids of tokens",
+    "centroids of images",
+    "convolution",
+)
 
 
-def far_calls():
+def calls():
+    """Name -> (op, input): whose rows or patches are so regular that they are read 16 bytes at a time."""
     labels, masked = random_labels((2, 36), 3)
     layout = pack_classes(labels, masked, 3)
     tokens, images = random(2, 36, 16).bfloat16(), random(2, 3, 24, 24).bfloat16()
@@ -102,12 +98,35 @@ def far_calls():
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gather", "scatter", "loss of tokens", "loss of images", "centroids of tokens", "centroids of images", "convolution"],
-)
+def far(x):
+    """The values of x with more than 2**31 elements from one row of its first dimension to the next, and as aligned."""
+    stride = 2**31 + 64
+    memory = torch.from_numpy(np.empty(stride * (len(x) - 1) + x[0].numel(), np.int16))  # never touched: no memory behind it
+    if not INTERPRETED:
+        if torch.cuda.mem_get_info()[0] < 2 * memory.numel():
+            pytest.skip("needs a device with more free memory")
+        memory = torch.empty(memory.shape, dtype=memory.dtype, device=DEVICE)
+    order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
+    strides = [stride] + [0] * (x.dim() - 1)
+    step = 1
+    for dimension in reversed(order):
+        strides[dimension], step = step, step * x.shape[dimension]
+    return memory.view(x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_addresses_beyond_32_bits(name):
-    op, x = far_calls()[name]
+    op, x = calls()[name]
     want, got = (assert_like_torch(op, [value], gradient=False)[0] for value in (x, far(x)))
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["begins between", "rows between", "every other"])
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_that_16_bytes_do_not_fit(name, kind):
+    op, x = calls()[name]
+    *rest, last = x.shape
+    memory = x.new_empty(*rest, 2 * last if kind == "every other" else last + 1)
+    part = {"begins between": slice(1, None), "rows between": slice(0, last), "every other": slice(0, None, 2)}[kind]
+    assert_like_torch(op, [memory[..., part].copy_(x)])
