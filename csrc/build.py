@@ -43,8 +43,8 @@ def build(library, folder, *, architectures=None):
     objects = compile_sources(compiler, sources(), Path(folder))
     library = Path(library)
     library.parent.mkdir(parents=True, exist_ok=True)
-    link = [nvcc, "-shared", "-cudart", "static", *objects, f"-L{torch}/lib", "-lc10", "-ltorch_cpu", "-o", library]
-    run(link, Path(folder) / "link.log")
+    link = [nvcc, "-shared", "-nodlink", "-cudart", "static", *objects, f"-L{torch}/lib", "-lc10", "-ltorch_cpu"]
+    run([*link, "-o", library], Path(folder) / "link.log")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
     return f"built by nvcc {version} for {architectures}"
 
