@@ -130,3 +130,17 @@ def test_memory_that_16_bytes_do_not_fit(name, kind):
     memory = x.new_empty(*rest, 2 * last if kind == "every other" else last + 1)
     part = {"begins between": slice(1, None), "rows between": slice(0, last), "every other": slice(0, None, 2)}[kind]
     assert_like_torch(op, [memory[..., part].copy_(x)])
+
+
+@pytest.mark.parametrize("op", ["gather", "scatter", "loss", "centroids"])
+def test_aligned_rows_that_end_within_16_bytes(op):
+    labels, masked = random_labels((2, 36), 3)
+    layout = pack_classes(labels, masked, 3)
+    x = random(2, 36, 16).bfloat16()[..., :12]
+    ops = {
+        "gather": lambda x: gather_class_tokens(x, layout),
+        "scatter": lambda x: scatter_class_tokens(x, layout),
+        "loss": lambda x: masked_patch_loss(x, random(2, 3, 12, 12), masked, labels, 3, patch_size=2),
+        "centroids": lambda x: class_centroids(x, labels, masked, 3),
+    }
+    assert_like_torch(ops[op], [x])
