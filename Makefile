@@ -6,7 +6,8 @@ JOBS ?= 1
 # The oldest and the newest Triton that the kernels support; constraints.txt names the one in use.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: train test test-slow test-triton-versions cross-compile bench bench-compare gpu check shapes-table camvid-table clean
+.PHONY: train test test-slow test-triton-versions cross-compile cuda memcheck racecheck bench bench-compare gpu check \
+  shapes-table camvid-table clean
 
 train: .venv/installed
 	$(BIN)/python -m cmim.train
@@ -45,6 +46,21 @@ gpu: .venv/installed-test
 	$(BIN)/python -m pytest bench -k "not compiled or VOC" --benchmark-json bench/results/gpu.json
 	$(BIN)/python -m bench.report bench/results/gpu.json
 
+# The CUDA kernels of csrc/, or the reason why there are none: an installation goes on without them.
+cuda: .venv/installed
+	CMIM_BUILD_CUDA=1 $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	$(BIN)/python -m cmim_kernels.info
+
+# On a GPU, every kernel under NVIDIA's checkers: accesses out of bounds, and races in shared memory of the CUDA kernels.
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
+CHECKED := tests/triton -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
+
+memcheck: .venv/installed-test
+	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
+
+racecheck: .venv/installed-test
+	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
+
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -57,7 +73,7 @@ camvid-table: .venv/installed
 	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
 	  --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS) --data.root $(DATA)
 
-.venv/installed: setup.py constraints.txt
+.venv/installed: setup.py constraints.txt $(wildcard csrc/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e . -c constraints.txt

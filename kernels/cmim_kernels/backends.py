@@ -1,9 +1,11 @@
-"""Which backend computes an op: PyTorch (`reference/`) or Triton (`triton_kernels/`).
+"""Which backend computes an op: PyTorch (`reference/`), Triton (`triton_kernels/`) or CUDA C++ (`cuda_kernels/`).
 
 The environment variable CMIM_KERNELS_BACKEND, read when this package is imported, asks for one:
 
-    auto    Triton on CUDA devices that it supports, for the ops that have kernels; else PyTorch. The default.
-    triton  Triton for the ops that have kernels, or an error that says why it cannot run. On CPU tensors it needs
+    auto    Triton on CUDA devices that it supports, for the ops that have its kernels; else PyTorch. The default. CUDA C++
+            is left out until a measurement on a GPU shows it to be faster.
+    cuda    CUDA C++ for the ops that have its kernels, or an error that says why it cannot run; `auto` for the others.
+    triton  Triton for the ops that have its kernels, or an error that says why it cannot run. On CPU tensors it needs
             TRITON_INTERPRET=1, which interprets the kernels (slow: for tests).
     torch   PyTorch.
 
@@ -16,9 +18,9 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-import torch
+from cmim_kernels import cuda
 
-OPTIONS = ("auto", "triton", "torch")
+OPTIONS = ("auto", "cuda", "triton", "torch")
 
 
 class Choice(NamedTuple):
@@ -27,10 +29,6 @@ class Choice(NamedTuple):
 
 
 def _checked(option):
-    if option == "cuda":
-        raise ValueError(
-            "CMIM_KERNELS_BACKEND is 'cuda', but this installation has no CUDA build; use auto, triton or torch"
-        )
     if option not in OPTIONS:
         raise ValueError(f"CMIM_KERNELS_BACKEND is {option!r}, expected one of {', '.join(OPTIONS)}")
     return option
@@ -54,29 +52,36 @@ def use_backend(option):
         _requested = before
 
 
-def choose(has_triton, device):
-    """The `Choice` for an op with or without Triton kernels on tensors of a `torch.device`, float64 aside.
+def choose(kernels, device):
+    """The `Choice` for an op on tensors of a `torch.device`, float64 aside.
+
+    Args:
+        kernels: the backends besides PyTorch that have kernels of the op, a set of "triton" and "cuda".
+        device: a `torch.device`.
 
     Raises:
-        RuntimeError: Triton was asked for by name and cannot run on `device`.
+        RuntimeError: a backend was asked for by name and cannot run on `device`.
     """
-    return _choose(_requested, has_triton, device)
+    return _choose(_requested, frozenset(kernels), device)
 
 
 @functools.cache
-def _choose(option, has_triton, device):
+def _choose(option, kernels, device):
     if option == "torch":
         return Choice("torch", "asked for")
-    if not has_triton:
-        return Choice("torch", "has no Triton kernels")
-    obstacle = triton_obstacle(device)
-    if option == "triton":
+    if option in kernels:
+        obstacle = OBSTACLES[option](device)
         if obstacle:
-            raise RuntimeError(f"CMIM_KERNELS_BACKEND=triton cannot run on {device}: {obstacle}")
-        return Choice("triton", "asked for")
+            raise RuntimeError(f"CMIM_KERNELS_BACKEND={option} cannot run on {device}: {obstacle}")
+        return Choice(option, "asked for")
+    if option == "triton" or "triton" not in kernels:
+        return Choice("torch", "has no Triton kernels")
     if device.type == "cpu":  # interpreted kernels are for those who ask for them
         return Choice("torch", "the tensors are on the CPU")
-    return Choice("torch", obstacle) if obstacle else Choice("triton", "the device supports it")
+    obstacle = triton_obstacle(device)
+    if obstacle:
+        return Choice("torch", obstacle)
+    return Choice("triton", "the device supports it" + ("; not yet measured against cuda" if "cuda" in kernels else ""))
 
 
 def triton_obstacle(device):
@@ -87,7 +92,7 @@ def triton_obstacle(device):
         from triton import knobs
 
         return None if knobs.runtime.interpret else "no GPU; set TRITON_INTERPRET=1 to interpret the kernels on the CPU"
-    if torch.version.cuda is None:
-        return "this PyTorch is not built for CUDA"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    return cuda.device_obstacle(device)
+
+
+OBSTACLES = {"triton": triton_obstacle, "cuda": cuda.obstacle}

@@ -6,27 +6,28 @@ import importlib.util
 import torch
 
 import cmim_kernels
-from cmim_kernels import backends
-from cmim_kernels.ops.library import HAS_TRITON
+from cmim_kernels import backends, cuda
+from cmim_kernels.ops.library import KERNELS
 
 
 def report():
     """The lines of the report."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+    library = f"; {cuda.build_report()}" if cuda.LIBRARY.exists() else ""
     lines = [
         f"cmim_kernels {cmim_kernels.__version__}, torch {torch.__version__}, triton {triton}",
         f"device: {_describe(device)}",
         f"CMIM_KERNELS_BACKEND={backends.requested()}",
         "backend torch: runs everywhere",
         f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
-        "backend cuda: this installation has no CUDA build",
+        f"backend cuda: {cuda.obstacle(device) or 'can run'}{library}",
         "",
     ]
     rows = [("op", "backend", "why")]
-    for name, has_triton in sorted(HAS_TRITON.items()):
+    for name, kernels in sorted(KERNELS.items()):
         try:
-            rows.append((name, *backends.choose(has_triton, device)))
+            rows.append((name, *backends.choose(kernels, device)))
         except RuntimeError as error:
             rows.append((name, "none", str(error)))
     width = max(len(name) for name, *_ in rows)

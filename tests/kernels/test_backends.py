@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from cmim_kernels import backends, info, pack_classes
-from cmim_kernels.ops.library import HAS_TRITON
+from cmim_kernels import backends, cuda, info, pack_classes
+from cmim_kernels.ops.library import KERNELS
 
 CPU = torch.device("cpu")
 
@@ -35,16 +35,28 @@ def test_triton_by_name_runs_interpreted_or_says_why_not():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("cuda", "CMIM_KERNELS_BACKEND is 'cuda', but this installation has no CUDA build; use auto, triton or torch"),
-        ("gpu", "CMIM_KERNELS_BACKEND is 'gpu', expected one of auto, triton, torch"),
-    ],
-)
-def test_unknown_backends(name, message):
-    assert in_a_process("import cmim_kernels", CMIM_KERNELS_BACKEND=name) == f"ValueError: {message}"
-    with pytest.raises(ValueError, match=message.split(",")[0]), backends.use_backend(name):
+def test_cuda_by_name_says_why_it_cannot_run_on_the_cpu():
+    said = in_a_process(PACK, CMIM_KERNELS_BACKEND="cuda")
+    reason = "no GPU" if cuda.LIBRARY.exists() else f"the CUDA kernels were {cuda.build_report()}"
+    assert said == f"RuntimeError: CMIM_KERNELS_BACKEND=cuda cannot run on cpu: {reason}"
+
+
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "libcmim_kernels.so")
+    monkeypatch.setattr(cuda, "DEVICES", ("cpu",))
+    cuda.load_obstacle.cache_clear()
+    try:
+        assert cuda.obstacle(CPU) == "the CUDA kernels were not built: this copy was never installed"
+        cuda.LIBRARY.write_bytes(b"no library")
+        assert cuda.obstacle(CPU).startswith(f"{cuda.LIBRARY} could not be loaded: ")
+    finally:
+        cuda.load_obstacle.cache_clear()
+
+
+def test_an_unknown_backend():
+    message = "CMIM_KERNELS_BACKEND is 'gpu', expected one of auto, cuda, triton, torch"
+    assert in_a_process("import cmim_kernels", CMIM_KERNELS_BACKEND="gpu") == f"ValueError: {message}"
+    with pytest.raises(ValueError, match=message), backends.use_backend("gpu"):
         pass
 
 
@@ -61,12 +73,15 @@ def test_automatic_choice_on_a_device(version, capability, expected, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     backends._choose.cache_clear()
     try:
-        cuda = torch.device("cuda", 0)
+        device = torch.device("cuda", 0)
         with backends.use_backend("auto"):
-            assert backends.choose(True, cuda) == expected
-            assert backends.choose(False, cuda) == ("torch", "has no Triton kernels")
+            assert backends.choose({"triton"}, device) == expected
+            assert backends.choose({"triton", "cuda"}, device).backend == expected[0]
+            assert backends.choose(set(), device) == ("torch", "has no Triton kernels")
+        with backends.use_backend("cuda"):
+            assert backends.choose({"triton"}, device) == expected
         with backends.use_backend("torch"):
-            assert backends.choose(True, cuda) == ("torch", "asked for")
+            assert backends.choose({"triton", "cuda"}, device) == ("torch", "asked for")
     finally:
         backends._choose.cache_clear()
 
@@ -84,14 +99,14 @@ def test_float64_runs_in_pytorch(monkeypatch):
 
     x = torch.zeros(1, 3, dtype=torch.int64)
     layout, tokens = pack_classes(x, x > 0, 2), torch.rand(1, 3, 2)
-    monkeypatch.setattr(backends, "choose", lambda has_triton, device: pytest.fail("float64 asks for no choice"))
+    monkeypatch.setattr(backends, "choose", lambda kernels, device: pytest.fail("float64 asks for no choice"))
     assert gather_class_tokens(tokens.double(), layout).dtype == torch.float64
     assert gather_class_tokens(tokens, layout, mask_token=torch.zeros(2, dtype=torch.float64)).dtype == torch.float32
 
 
 def test_the_report_names_every_op_and_why():
     lines = info.report()
-    for name, has_triton in HAS_TRITON.items():
+    for name, kernels in KERNELS.items():
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
-        assert line.endswith("has no Triton kernels") != has_triton
+        assert line.endswith("has no Triton kernels") != ("triton" in kernels)
     assert any(line.startswith("device: ") for line in lines)

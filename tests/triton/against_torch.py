@@ -1,11 +1,13 @@
-"""One op on two backends: PyTorch's formulas, and Triton's kernels wherever they can run here."""
+"""One op on two backends: PyTorch's formulas, and the kernels of Triton or CUDA C++ wherever they can run here."""
 
 import os
 
 import torch
 from hypothesis import settings
 
+from cmim_kernels import cuda
 from cmim_kernels.backends import use_backend
+from tests.csrc.emulation import emulated_library
 from tests.kernels.op_checks import assert_equal, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -21,12 +23,27 @@ TOLERANCE = {
 }
 
 
+kernels_of = "triton"
+"""The backend under test: see the fixture `backend` in conftest.py."""
+
+
+def missing(backend):
+    """Why the kernels of a backend cannot run here; None if they can."""
+    if backend == "triton":
+        return None
+    if INTERPRETED:
+        if emulated_library() is None:
+            return "no C++ compiler to emulate the CUDA kernels on the CPU"
+        cuda.LIBRARY, cuda.DEVICES = emulated_library(), ("cpu",)
+    return cuda.obstacle(DEVICE)
+
+
 def assert_like_torch(function, inputs, *, gradient=True):
     """function(*inputs) and its gradients have the values, dtypes and strides that they have in PyTorch, and the same
-    bits when Triton computes them again. Returns Triton's outputs and gradients."""
+    bits when the backend under test computes them again. Returns its outputs and gradients."""
     with use_backend("torch"):
         want = run(function, inputs, gradient)
-    with use_backend("triton"):
+    with use_backend(kernels_of):
         got, again = run(function, inputs, gradient), run(function, inputs, gradient)
     assert_equal(got, again, rtol=0, atol=0, equal_nan=True)
     for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):

@@ -2,7 +2,33 @@ import pytest
 import torch
 
 from tests.kernels.conftest import poisoned_empty  # noqa: F401
+from tests.triton import against_torch
 from tests.triton.against_torch import DEVICE, INTERPRETED
+
+BACKENDS = {
+    name: ["triton", "cuda"]
+    for name in (
+        "test_pack_classes", "test_gather_scatter", "test_masked_patch_loss", "test_class_centroids",
+        "test_same_class_conv2d", "test_gpu",
+    )
+} | {"test_cuda_kernels": ["cuda"]}  # fmt: skip
+"""The backends that a module tests, where Triton is not the only one."""
+
+
+def pytest_generate_tests(metafunc):
+    backends = BACKENDS.get(metafunc.module.__name__.rsplit(".")[-1], ["triton"])
+    metafunc.parametrize("backend", backends, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backend(request):
+    """The backend whose kernels `assert_like_torch` holds against PyTorch."""
+    reason = against_torch.missing(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    against_torch.kernels_of = request.param
+    yield request.param
+    against_torch.kernels_of = "triton"
 
 
 def pytest_collection_modifyitems(items):

@@ -67,6 +67,13 @@ def test_groups_of_several_blocks_of_places(op, monkeypatch):
     assert_like_torch(call(op, layout, True, True), inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [gather_class_tokens, scatter_class_tokens])
+def test_gradients_that_lie_in_rows(op, dtype):
+    *inputs, layout = make(5, 40, 48, dtype)
+    assert_like_torch(lambda *inputs: call(op, layout, True, True)(*inputs).flatten(), inputs)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_replaced_or_left_out_does_not_matter(poison):
     tokens, mask_token, position, layout = make(2, 40, 8)

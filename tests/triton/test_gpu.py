@@ -84,14 +84,14 @@ def test_automatic_choice_runs_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_at_most_twice_the_error_of_pytorch(name, dtype):
+def test_at_most_twice_the_error_of_pytorch(name, dtype, backend):
     """Against float64, each output and gradient has at most twice the error of the same formulas on the same inputs in
     PyTorch, or one rounding of its own dtype."""
     function, inputs = calls(dtype)[name]
     as_float64 = [x.double() if x.is_floating_point() else x for x in inputs]
     with use_backend("torch"):
         theirs, exact = run(function, inputs), run(function, as_float64)
-    with use_backend("triton"):
+    with use_backend(backend):
         ours = run(function, inputs)
     for a, b, c in zip(ours[0] + ours[1], theirs[0] + theirs[1], exact[0] + exact[1], strict=True):
         if a is not None and a.is_floating_point():
@@ -103,20 +103,20 @@ def test_at_most_twice_the_error_of_pytorch(name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor(name, dynamic):
+def test_inductor(name, dynamic, backend):
     function, inputs = calls()[name]
     torch._dynamo.reset()
-    with use_backend("triton"):
+    with use_backend(backend):
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
         assert_equal(run(compiled, inputs), run(function, inputs))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_graph_capture_and_replay(name):
+def test_graph_capture_and_replay(name, backend):
     """A captured graph, forward and backward, replays to the bits of an eager run on inputs that it has not seen."""
     function, inputs = calls()[name]
     fresh = [x.flip(0) if x.is_floating_point() else x.clone() for x in inputs]
-    with use_backend("triton"):
+    with use_backend(backend):
         want = run(function, fresh)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -134,9 +134,9 @@ def test_graph_capture_and_replay(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_streams(name):
+def test_two_streams(name, backend):
     function, inputs = calls()[name]
-    with use_backend("triton"):
+    with use_backend(backend):
         want = run(function, inputs)
         torch.cuda.synchronize()
         streams, results = [torch.cuda.Stream(), torch.cuda.Stream()], []
@@ -150,9 +150,9 @@ def test_two_streams(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast_changes_nothing(name):
+def test_autocast_changes_nothing(name, backend):
     function, inputs = calls()[name]
-    with use_backend("triton"):
+    with use_backend(backend):
         want = run(function, inputs)
         with torch.autocast("cuda", torch.bfloat16):
             got = run(function, inputs)
@@ -164,7 +164,7 @@ def needs(gibibytes):
         pytest.skip(f"needs {gibibytes} GiB of free memory on the device")
 
 
-def test_more_than_2_to_the_31_tokens_times_channels():
+def test_more_than_2_to_the_31_tokens_times_channels(backend):
     """The last image of tensors beyond 2**31 elements gets what it gets alone."""
     needs(40)
     batch, tokens, channels = 9, 2**18, 1024
@@ -172,7 +172,7 @@ def test_more_than_2_to_the_31_tokens_times_channels():
     x = torch.zeros(batch, tokens, channels, dtype=torch.bfloat16, device="cuda")
     x[-1].normal_()
     assert x.numel() > 2**31
-    with use_backend("triton"):
+    with use_backend(backend):
         layout, alone = (pack_classes(labels[i], masked[i], CLASSES) for i in (slice(None), slice(-1, None)))
         assert torch.equal(layout.order[-1:], alone.order)
         packed = gather_class_tokens(x, layout)
@@ -184,7 +184,7 @@ def test_more_than_2_to_the_31_tokens_times_channels():
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
 
 
-def test_more_than_2_to_the_31_predicted_entries():
+def test_more_than_2_to_the_31_predicted_entries(backend):
     needs(24)
     batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="cuda").to(memory_format=torch.channels_last)
@@ -194,7 +194,7 @@ def test_more_than_2_to_the_31_predicted_entries():
     labels, masked = random_labels(pred.shape[:2], CLASSES)
     masked[:-1] = False
     options = dict(patch_size=size, mean=[0.5] * 3, std=[0.25] * 3)
-    with use_backend("triton"):
+    with use_backend(backend):
         got = run(lambda p: masked_patch_loss(p, image, masked, labels, CLASSES, **options), [pred])
         want = run(lambda p: masked_patch_loss(p, image[-1:], masked[-1:], labels[-1:], CLASSES, **options), [pred[-1:]])
     assert_equal((got[0], [got[1][0][-1:]]), want)

@@ -26,6 +26,12 @@ def _triton():
     return class_centroids
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import class_centroids
+
+    return class_centroids
+
+
 def _forward_fake(features, labels, masked, num_classes, order, offsets):
     batch, channels = features.shape[0], features.shape[1 if features.dim() == 4 else 2]
     mean = features.new_empty(batch, num_classes, 2, channels, dtype=accumulation_dtype(features))
@@ -41,6 +47,7 @@ _forward = declare(
     "Tensor? offsets) -> (Tensor, Tensor)",
     torch_backend=reference.class_centroids_forward,
     triton_backend=lambda: _triton().class_centroids_forward,
+    cuda_backend=lambda: _cuda().class_centroids_forward,
     fake=_forward_fake,
 )
 _backward = declare(
@@ -48,6 +55,7 @@ _backward = declare(
     "SymInt num_classes) -> Tensor",
     torch_backend=reference.class_centroids_backward,
     triton_backend=lambda: _triton().class_centroids_backward,
+    cuda_backend=lambda: _cuda().class_centroids_backward,
     fake=_backward_fake,
 )
 

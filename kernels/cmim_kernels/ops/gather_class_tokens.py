@@ -15,6 +15,12 @@ def _triton():
     return gather_class_tokens
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import gather_class_tokens
+
+    return gather_class_tokens
+
+
 def _forward_fake(tokens, order, inverse, segment, mask_token, position, length):
     batch, _, channels = tokens.shape
     return tokens.new_empty((batch, length, channels))
@@ -32,6 +38,7 @@ _forward = declare(
     "Tensor? position, SymInt length) -> Tensor",
     torch_backend=reference.gather_class_tokens_forward,
     triton_backend=lambda: _triton().gather_class_tokens_forward,
+    cuda_backend=lambda: _cuda().gather_class_tokens_forward,
     fake=_forward_fake,
 )
 _backward = declare(
@@ -39,6 +46,7 @@ _backward = declare(
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.gather_class_tokens_backward,
     triton_backend=lambda: _triton().gather_class_tokens_backward,
+    cuda_backend=lambda: _cuda().gather_class_tokens_backward,
     fake=_backward_fake,
 )
 

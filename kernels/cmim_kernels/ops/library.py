@@ -13,23 +13,26 @@ import torch
 from cmim_kernels import backends
 
 _LIBRARY = torch.library.Library("cmim_kernels", "DEF")
-HAS_TRITON = {}
-"""Name of each declared op -> whether it has Triton kernels."""
+KERNELS = {}
+"""Name of each declared op -> the backends besides PyTorch that have kernels of it."""
 
 
-def declare(schema, *, torch_backend, fake, triton_backend=None):
+def declare(schema, *, torch_backend, fake, triton_backend=None, cuda_backend=None):
     """Declare `cmim_kernels::<schema>` and return the callable op.
 
     Args:
         schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language.
         torch_backend: the explicit formulas of `reference/<op>.py`. Runs on every device, never sees autograd.
         fake: shapes, dtypes and strides of the outputs, for `torch.compile` and `torch.export`.
-        triton_backend: a function without arguments that imports `triton_kernels/<op>.py` and returns the launcher of
-            its kernels: Triton is imported when it first runs. None: the op has no kernels.
+        triton_backend, cuda_backend: a function without arguments that imports `triton_kernels/<op>.py` or
+            `cuda_kernels/<op>.py` and returns the launcher of its kernels: neither is imported before it first runs.
+            None: the op has no such kernels.
     """
     name = schema.split("(", 1)[0]
-    implementation = torch_backend if triton_backend is None else _choosing(torch_backend, triton_backend)
-    HAS_TRITON[name] = triton_backend is not None
+    launchers = {"triton": triton_backend, "cuda": cuda_backend}
+    launchers = {backend: functools.cache(launcher) for backend, launcher in launchers.items() if launcher is not None}
+    KERNELS[name] = frozenset(launchers)
+    implementation = _choosing(torch_backend, launchers) if launchers else torch_backend
     _LIBRARY.define(schema)
     for dispatch_key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, dispatch_key)
@@ -37,20 +40,21 @@ def declare(schema, *, torch_backend, fake, triton_backend=None):
     return getattr(torch.ops.cmim_kernels, name).default
 
 
-def _choosing(torch_backend, triton_backend):
+def _choosing(torch_backend, launchers):
     """The implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always runs in PyTorch."""
-    launcher = functools.cache(triton_backend)
+    kernels = frozenset(launchers)
 
     def implementation(*arguments):
         if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in arguments):
             return torch_backend(*arguments)
         device = arguments[0].device
-        if backends.choose(True, device).backend == "torch":
+        backend = backends.choose(kernels, device).backend
+        if backend == "torch":
             return torch_backend(*arguments)
         with (
             torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        ):  # Triton asks which is current
-            return launcher()(*arguments)
+        ):  # launches go to the current device
+            return launchers[backend]()(*arguments)
 
     return implementation
 

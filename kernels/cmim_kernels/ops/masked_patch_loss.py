@@ -30,6 +30,12 @@ def _triton():
     return masked_patch_loss
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import masked_patch_loss
+
+    return masked_patch_loss
+
+
 def _forward_fake(pred, image, masked, labels, num_classes, *options):
     dtype = accumulation_dtype(pred, image)
     return (
@@ -48,6 +54,7 @@ _forward = declare(
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.masked_patch_loss_forward,
     triton_backend=lambda: _triton().masked_patch_loss_forward,
+    cuda_backend=lambda: _cuda().masked_patch_loss_forward,
     fake=_forward_fake,
 )
 _backward = declare(
@@ -55,6 +62,7 @@ _backward = declare(
     f"Tensor masked, Tensor? labels, {_OPTIONS}) -> Tensor",
     torch_backend=reference.masked_patch_loss_backward,
     triton_backend=lambda: _triton().masked_patch_loss_backward,
+    cuda_backend=lambda: _cuda().masked_patch_loss_backward,
     fake=_backward_fake,
 )
 

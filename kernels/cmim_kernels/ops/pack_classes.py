@@ -36,6 +36,12 @@ def _triton():
     return pack_classes
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import pack_classes
+
+    return pack_classes
+
+
 def _fake(labels, masked, num_classes):
     batch, tokens = labels.shape
     shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
@@ -46,6 +52,7 @@ _forward = declare(
     "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     torch_backend=reference.pack_classes_forward,
     triton_backend=lambda: _triton().pack_classes_forward,
+    cuda_backend=lambda: _cuda().pack_classes_forward,
     fake=_fake,
 )
 

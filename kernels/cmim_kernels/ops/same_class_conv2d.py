@@ -14,6 +14,12 @@ def _triton():
     return same_class_conv2d
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import same_class_conv2d
+
+    return same_class_conv2d
+
+
 def _forward_fake(x, labels, weight, bias, num_classes):
     return empty_like_layout(x)
 
@@ -27,6 +33,7 @@ _forward = declare(
     "same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, SymInt num_classes) -> Tensor",
     torch_backend=reference.same_class_conv2d_forward,
     triton_backend=lambda: _triton().same_class_conv2d_forward,
+    cuda_backend=lambda: _cuda().same_class_conv2d_forward,
     fake=_forward_fake,
 )
 _backward = declare(
@@ -34,6 +41,7 @@ _backward = declare(
     "SymInt num_classes) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.same_class_conv2d_backward,
     triton_backend=lambda: _triton().same_class_conv2d_backward,
+    cuda_backend=lambda: _cuda().same_class_conv2d_backward,
     fake=_backward_fake,
 )
 

@@ -15,6 +15,12 @@ def _triton():
     return scatter_class_tokens
 
 
+def _cuda():
+    from cmim_kernels.cuda_kernels import scatter_class_tokens
+
+    return scatter_class_tokens
+
+
 def _forward_fake(packed, inverse, mask_token, position):
     (batch, tokens), channels = inverse.shape, packed.shape[-1]
     return packed.new_empty((batch, tokens, channels))
@@ -31,6 +37,7 @@ _forward = declare(
     "scatter_class_tokens_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position) -> Tensor",
     torch_backend=reference.scatter_class_tokens_forward,
     triton_backend=lambda: _triton().scatter_class_tokens_forward,
+    cuda_backend=lambda: _cuda().scatter_class_tokens_forward,
     fake=_forward_fake,
 )
 _backward = declare(
@@ -38,6 +45,7 @@ _backward = declare(
     "SymInt length) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.scatter_class_tokens_backward,
     triton_backend=lambda: _triton().scatter_class_tokens_backward,
+    cuda_backend=lambda: _cuda().scatter_class_tokens_backward,
     fake=_backward_fake,
 )
 

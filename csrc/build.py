@@ -1,0 +1,116 @@
+"""Compiles csrc/ into the shared library of `cmim_kernels`, with nvcc.
+
+Standard library only, and PyTorch is never imported: pip builds in an environment of its own, where PyTorch cannot be
+imported but its headers lie in the site-packages that the result is installed into.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+FLAGS = (
+    "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of PyTorch 2.11
+    "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v",
+)  # fmt: skip
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+def build(library, folder, *, architectures=None):
+    """Compile csrc/ into the file `library`; return in a few words what was built.
+
+    `folder` keeps an object and a log of the compiler for each source. An object is used again while its source, all
+    headers and the command stay the same.
+
+    Args:
+        library, folder: paths.
+        architectures: as TORCH_CUDA_ARCH_LIST, which is the default.
+
+    Raises:
+        BuildError: there is no nvcc or no PyTorch, or a compiler fails.
+    """
+    nvcc, torch = find_nvcc(), find_torch()
+    architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    compiler = [nvcc, *FLAGS, "-isystem", f"{torch}/include", *code_flags(architectures)]
+    objects = compile_sources(compiler, sources(), Path(folder))
+    library = Path(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    link = [nvcc, "-shared", "-nodlink", "-cudart", "static", *objects, f"-L{torch}/lib", "-lc10", "-ltorch_cpu"]
+    run([*link, "-o", library], Path(folder) / "link.log")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
+    return f"built by nvcc {version} for {architectures}"
+
+
+def sources():
+    """The longest first: it takes the longest."""
+    return sorted([*CSRC.glob("*.cu"), CSRC / "library.cpp"], key=lambda source: -source.stat().st_size)
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    if found is None:
+        raise BuildError(f"no nvcc in {home}/bin" if home else "no nvcc on PATH or in /usr/local/cuda/bin")
+    return found
+
+
+def find_torch():
+    torch = Path(sysconfig.get_path("platlib")) / "torch"
+    if not (torch / "include/torch/csrc/stable/library.h").exists():
+        raise BuildError(f"no PyTorch in {torch.parent} to compile for; install it, then install this again")
+    return torch
+
+
+def code_flags(architectures):
+    """nvcc's flags for a list like "8.0;9.0;10.0+PTX"."""
+    flags = []
+    for architecture in architectures.replace(" ", ";").split(";"):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        if not number[:-1].isdigit():
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {architecture!r}, expected numbers like 9.0 or 10.0+PTX")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if architecture.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def compile_sources(compiler, sources, folder, *, headers=()):
+    """Compile each source, as many at once as there are processors (or MAX_JOBS): the paths of the objects.
+
+    `headers` are folders with headers besides csrc/.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    included = [file for place in (CSRC, *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")]
+    included = b"".join(file.read_bytes() for file in included)
+
+    def compile_one(source):
+        target, stamp = folder / f"{source.name}.o", folder / f"{source.name}.stamp"
+        command = [*compiler, "-c", source, "-o", target]
+        key = hashlib.sha256(repr(command).encode() + included + source.read_bytes()).hexdigest()
+        if not (target.exists() and stamp.exists() and stamp.read_text() == key):
+            stamp.unlink(missing_ok=True)
+            run(command, folder / f"{source.name}.log")
+            stamp.write_text(key)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def run(command, log):
+    """Run a compiler and keep what it says."""
+    command = [str(c) for c in command]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log.write_text(" ".join(command) + "\n" + result.stdout)
+    if result.returncode:
+        said = [line for line in result.stdout.splitlines() if "error" in line] or result.stdout.splitlines()[-3:]
+        raise BuildError(f"{' '.join(said[:3])} (all of it in {log.resolve()})")

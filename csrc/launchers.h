@@ -1,0 +1,53 @@
+// What library.cpp, which knows PyTorch, and the .cu files, which know CUDA, have in common.
+//
+// Outputs are allocated by the caller. Tensors may have any strides unless it says "contiguous".
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "arithmetic.h"
+
+struct CUstream_st;
+
+namespace cmim {
+
+using Stream = CUstream_st*;
+enum class Dtype : int { float32, float16, bfloat16, uint8, int32, int64 };
+
+// A tensor of up to 4 dimensions; strides in elements. No data: None.
+struct View {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t sizes[4] = {}, strides[4] = {};
+
+  template <typename T>
+  CMIM_INLINE T* as() const { return static_cast<T*>(data); }
+};
+struct MaybeView : View {};
+
+using Numbers = std::vector<double>;
+
+void pack_classes(Stream, View labels, View masked, int64_t num_classes, MaybeView counts, View order, View inverse,
+                  View segment, View offsets, View cu_seqlens);
+void gather_forward(Stream, View tokens, View inverse, View segment, MaybeView mask_token, MaybeView position, View out);
+void gather_backward(Stream, View grad, View inverse, View segment, View grad_tokens, MaybeView groups,
+                     MaybeView grad_position, int64_t blocks);
+void scatter_forward(Stream, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
+void scatter_backward(Stream, View grad, View inverse, View grad_packed, MaybeView groups, MaybeView grad_position,
+                      int64_t blocks);
+void sum_rows(Stream, View rows, View out);
+void patch_loss_forward(Stream, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
+                        int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
+                        View sums, View counts, View finished, View loss, View class_sum, View class_count);
+void patch_loss_backward(Stream, View grad_loss, View grad_class_sum, View class_count, View pred, View image, View masked,
+                         MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance, bool normalize,
+                         bool per_class, Numbers mean, Numbers std, View grad);
+void centroids_forward(Stream, View features, View order, View offsets, View mean, View count, View rest);
+void centroids_backward(Stream, View grad_mean, View count, View labels, View masked, View grad);
+void same_class_conv2d(Stream, View x, View labels, View weight, bool flipped, MaybeView bias, int64_t num_classes,
+                       View out);
+void same_class_conv2d_weight(Stream, View x, View grad, View labels, int64_t num_classes, View of_weight,
+                              MaybeView of_bias);
+
+}  // namespace cmim

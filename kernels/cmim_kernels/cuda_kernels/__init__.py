@@ -1,0 +1,14 @@
+"""Launchers of the CUDA C++ kernels of the ops: `<op>.py` allocates and calls `cmim_cuda::*`, which csrc/ implements.
+
+A launcher has the signature of the reference's function of the same name. The few inputs that the kernels do not cover it
+hands to the reference, and says which.
+"""
+
+import torch
+
+kernels = torch.ops.cmim_cuda
+
+
+def multiprocessors(tensor):
+    """How many blocks run at least at once, to decide how finely to cut the work. The CPU gets an H200's number."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

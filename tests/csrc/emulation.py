@@ -1,0 +1,35 @@
+"""The library of csrc/ compiled by g++ for the CPU: host/ stands in for CUDA's headers."""
+
+import functools
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+_spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc/build.py")
+csrc = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(csrc)
+
+HOST = Path(__file__).parent / "host"
+FLAGS = (
+    "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unknown-pragmas", "-Wno-clobbered", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DCMIM_DISPATCH_KEY=CPU",
+)  # fmt: skip
+
+
+@functools.cache
+def emulated_library():
+    """The path of the library, compiled where it is older than its sources; None without a C++ compiler."""
+    if shutil.which("g++") is None:
+        return None
+    torch_folder = Path(torch.__file__).parent
+    folder = ROOT / "build" / "emulation"
+    compiler = ["g++", *FLAGS, "-I", HOST, "-I", csrc.CSRC, "-isystem", torch_folder / "include"]
+    objects = csrc.compile_sources(compiler, csrc.sources(), folder, headers=[HOST])
+    library = folder / "libcmim_kernels.so"
+    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", "-o", library]
+    csrc.run(link, folder / "link.log")
+    return library

@@ -1,0 +1,126 @@
+"""What nvcc makes of csrc/, that it loads without a GPU, and how an installation decides about it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cmim_kernels import cuda
+
+from .emulation import ROOT, csrc
+
+OPS = re.findall(r"CMIM_IMPLEMENT\((\w+)\);", (csrc.CSRC / "library.cpp").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The library, and the folder of its logs: compiled for all architectures where the installation did so, which left its
+    objects, else for one."""
+    installed = cuda.build_report().startswith("built")
+    folder, architectures = (ROOT / "build/cuda", None) if installed else (ROOT / "build/cuda-9.0", "9.0")
+    library = tmp_path_factory.mktemp("library") / cuda.LIBRARY.name
+    try:
+        csrc.find_nvcc()
+    except csrc.BuildError as error:
+        pytest.skip(str(error))
+    csrc.build(library, folder, architectures=architectures)
+    return library, folder
+
+
+def test_no_kernel_spills_and_no_source_warns(built):
+    for source in csrc.sources():
+        log = (built[1] / f"{source.name}.log").read_text()
+        assert "warning" not in log, log
+        if source.suffix == ".cu":
+            frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+            kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", log)
+            assert kernels and len(kernels) == len(frames)
+            assert [k for k, f in zip(kernels, frames, strict=True) if f != ("0", "0", "0")] == []
+
+
+def test_it_loads_without_a_gpu_and_registers_its_ops(built):
+    program = f"""
+import torch
+torch.ops.load_library({str(built[0])!r})
+for op in {OPS}:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("cmim_cuda::" + op, "CUDA"), op
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("cmim_cuda::" + op, "CPU"), op
+try:
+    torch.ops.cmim_cuda.sum_rows(torch.zeros(1, 1), torch.zeros(1))
+except NotImplementedError as error:
+    print("from the 'CPU' backend" in str(error))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "True\n", result.stderr
+    assert len(OPS) == 12
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_it_needs_pytorch_and_nothing_of_cuda_or_python(built):
+    said = subprocess.run(["readelf", "--wide", "--dynamic", "--dyn-syms", built[0]], capture_output=True, text=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\.so", said))
+    assert {"libc10", "libtorch_cpu"} <= needed
+    assert not any(name.startswith(("libcuda", "libpython", "libtorch_cuda", "libtorch_python")) for name in needed)
+    assert re.search(r"WEAK .* UND aoti_torch_get_current_cuda_stream", said)
+    assert not re.search(r" UND _?Py", said)
+
+
+def test_architectures():
+    assert csrc.code_flags("8.0;9.0a 10.0+PTX")[1::2] == [
+        "arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a",
+        "arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100",
+    ]  # fmt: skip
+    with pytest.raises(csrc.BuildError, match="TORCH_CUDA_ARCH_LIST has 'Hopper'"):
+        csrc.code_flags("8.0;Hopper")
+
+
+def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
+    compiler, source = tmp_path / "compiler", tmp_path / "a.cu"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\ntouch "$last"\n')
+    compiler.chmod(0o755)
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    calls = lambda: len((tmp_path / "calls").read_text().splitlines())  # noqa: E731
+    compile_ = lambda *flags: csrc.compile_sources([compiler, *flags], [source], tmp_path / "o", headers=[headers])  # noqa: E731
+    source.write_text("1")
+    for change in (lambda: None, lambda: source.write_text("2"), lambda: (headers / "a.h").write_text("3")):
+        change()
+        before = calls() if (tmp_path / "calls").exists() else 0
+        assert compile_() == compile_() == [tmp_path / "o/a.cu.o"]
+        assert calls() == before + 1
+    compile_("-g")
+    assert calls() == 4
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "wanted", "code", "said"),
+    [
+        (None, "auto", 0, "not built: no nvcc in"),
+        (None, "1", 1, "CMIM_BUILD_CUDA is 1, but no nvcc in"),
+        ("echo 'x.cu(1): error: no'; exit 1", "auto", 0, "not built: x.cu(1): error: no"),
+        ("echo 'x.cu(1): error: no'; exit 1", "1", 1, "CMIM_BUILD_CUDA is 1, but x.cu(1): error: no"),
+        ("exit 1", "0", 0, "not built: CMIM_BUILD_CUDA is 0"),
+        (None, "yes", 1, "CMIM_BUILD_CUDA is 'yes', expected auto, 0 or 1"),
+    ],
+)
+def test_an_installation_without_the_kernels_says_why(nvcc, wanted, code, said, tmp_path):
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "csrc"):
+        (shutil.copytree if name == "csrc" else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "home/bin").mkdir(parents=True)
+    if nvcc is not None:
+        (tmp_path / "home/bin/nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (tmp_path / "home/bin/nvcc").chmod(0o755)
+    stale = tmp_path / "lib" / "cmim_kernels" / cuda.LIBRARY.name
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"CMIM_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert result.returncode == code and said in result.stderr, result.stderr
+    if code == 0:
+        assert said in stale.with_suffix(".txt").read_text() and not stale.exists()

@@ -1,0 +1,146 @@
+"""What only the CUDA kernels have: their tiles, 16-byte accesses, and addresses beyond 32 bits."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from cmim_kernels import (
+    class_centroids,
+    gather_class_tokens,
+    masked_patch_loss,
+    pack_classes,
+    same_class_conv2d,
+    scatter_class_tokens,
+)
+from cmim_kernels.cuda_kernels.pack_classes import MAX_CLASSES
+
+from .against_torch import DEVICE, DTYPES, INTERPRETED, assert_like_torch, random_labels
+
+random = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
+
+
+@pytest.mark.parametrize("classes", [1, 31, 32, 255, 256, MAX_CLASSES, MAX_CLASSES + 1])
+@pytest.mark.parametrize("tokens", [1023, 1024, 1025, 3000])
+def test_packing_around_tiles_and_sizes_of_counters(tokens, classes):
+    labels, masked = random_labels((2, tokens), classes)
+    assert_like_torch(lambda *x: pack_classes(*x, classes), [labels, masked], gradient=False)
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 1, 9])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 40, 17, 33), (2, 7, 34, 70), (1, 1, 16, 64), (0, 2, 4, 4)])
+def test_convolution_around_tiles(shape, channels_last, size):
+    """A tile has 16 rows, 16 columns of 32 channels (channels-last) or 16, 32 or 64 columns of fewer channels."""
+    batch, channels, height, width = shape
+    labels, _ = random_labels((batch, height // 3 + 1, width // 3 + 1), 3)
+    labels = labels.repeat_interleave(3, 1).repeat_interleave(3, 2)[:, :height, :width]
+    inputs = [random(*shape), random(channels, size, size), random(channels)]
+    if channels_last:
+        inputs[0] = inputs[0].to(memory_format=torch.channels_last)
+    # Sums of thousands of products: scaled to their size.
+    op = lambda x, w, b: same_class_conv2d(x, labels, w / size, b, num_classes=3) / max(1, width)  # noqa: E731
+    assert_like_torch(op, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_convolution_of_each_type(dtype, with_bias):
+    labels, _ = random_labels((2, 9, 10), 2, torch.uint8)
+    x, weight, bias = random(2, 4, 9, 10).to(dtype), random(4, 3, 3).to(dtype), random(4)
+    op = lambda x, w, *b: same_class_conv2d(x, labels, w, *b, num_classes=2)  # noqa: E731
+    assert_like_torch(op, [x, weight, bias][: 2 + with_bias])
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_convolution_lets_nothing_of_another_class_pass(poison):
+    labels, _ = random_labels((1, 20, 20), 3)
+    x, weight = random(1, 5, 20, 20), random(5, 7, 7)
+    op = lambda x: same_class_conv2d(x, labels, weight, num_classes=3)  # noqa: E731
+    clean = assert_like_torch(op, [x])[0][0]
+    dirty = op_of_backend(op, torch.where((labels == 1)[:, None], poison, x))
+    others = (labels != 1)[:, None].expand_as(x)
+    assert torch.equal(dirty[others], clean[others])
+
+
+def op_of_backend(op, x):
+    return assert_like_torch(op, [x], gradient=False)[0][0]
+
+
+NAMES = (
+    "gather",
+    "scatter",
+    "loss of tokens",
+    "loss of images",
+    "centroids of tokens",
+    "centroids of images",
+    "convolution",
+)
+
+
+def calls():
+    """Name -> (op, input): whose rows or patches are so regular that they are read 16 bytes at a time."""
+    labels, masked = random_labels((2, 36), 3)
+    layout = pack_classes(labels, masked, 3)
+    tokens, images = random(2, 36, 16).bfloat16(), random(2, 3, 24, 24).bfloat16()
+    last = images.to(memory_format=torch.channels_last)
+    loss = functools.partial(masked_patch_loss, masked=masked, labels=labels, num_classes=3, patch_size=4, normalize=True)
+    convolve = functools.partial(same_class_conv2d, num_classes=3, weight=random(16, 3, 3))
+    return {
+        "gather": (lambda x: gather_class_tokens(x, layout), tokens),
+        "scatter": (lambda x: scatter_class_tokens(x, layout), tokens),
+        "loss of tokens": (lambda x: loss(x, random(2, 3, 24, 24)), random(2, 36, 48).bfloat16()),
+        "loss of images": (lambda x: loss(last, x), last),
+        "centroids of tokens": (lambda x: class_centroids(x, labels, masked, 3), tokens),
+        "centroids of images": (lambda x: class_centroids(x, labels, masked, 3), tokens.mT.contiguous().view(2, 16, 6, 6)),
+        "convolution": (lambda x: convolve(x, labels.view(2, 6, 6)), tokens.mT.contiguous().view(2, 16, 6, 6)),
+    }
+
+
+def far(x):
+    """The values of x with more than 2**31 elements from one row of its first dimension to the next, and as aligned."""
+    stride = 2**31 + 64
+    memory = torch.from_numpy(np.empty(stride * (len(x) - 1) + x[0].numel(), np.int16))  # never touched: no memory behind it
+    if not INTERPRETED:
+        if torch.cuda.mem_get_info()[0] < 2 * memory.numel():
+            pytest.skip("needs a device with more free memory")
+        memory = torch.empty(memory.shape, dtype=memory.dtype, device=DEVICE)
+    order = sorted(range(1, x.dim()), key=x.stride, reverse=True)
+    strides = [stride] + [0] * (x.dim() - 1)
+    step = 1
+    for dimension in reversed(order):
+        strides[dimension], step = step, step * x.shape[dimension]
+    return memory.view(x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_addresses_beyond_32_bits(name):
+    op, x = calls()[name]
+    want, got = (assert_like_torch(op, [value], gradient=False)[0] for value in (x, far(x)))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["begins between", "rows between", "every other"])
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_that_16_bytes_do_not_fit(name, kind):
+    op, x = calls()[name]
+    *rest, last = x.shape
+    memory = x.new_empty(*rest, 2 * last if kind == "every other" else last + 1)
+    part = {"begins between": slice(1, None), "rows between": slice(0, last), "every other": slice(0, None, 2)}[kind]
+    assert_like_torch(op, [memory[..., part].copy_(x)])
+
+
+@pytest.mark.parametrize("op", ["gather", "scatter", "loss", "centroids"])
+def test_aligned_rows_that_end_within_16_bytes(op):
+    labels, masked = random_labels((2, 36), 3)
+    layout = pack_classes(labels, masked, 3)
+    x = random(2, 36, 16).bfloat16()[..., :12]
+    ops = {
+        "gather": lambda x: gather_class_tokens(x, layout),
+        "scatter": lambda x: scatter_class_tokens(x, layout),
+        "loss": lambda x: masked_patch_loss(x, random(2, 3, 12, 12), masked, labels, 3, patch_size=2),
+        "centroids": lambda x: class_centroids(x, labels, masked, 3),
+    }
+    assert_like_torch(ops[op], [x])
