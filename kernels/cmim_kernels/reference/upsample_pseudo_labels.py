@@ -51,5 +51,6 @@ def _taps(source, size, align_corners, dtype, device):
     else:
         numerator, denominator = ((2 * position + 1) * source - size).clamp(min=0), 2 * size
     low = numerator // denominator
-    weight = (numerator - low * denominator).to(dtype) / denominator
+    # Rounded once: in float32 some devices multiply by the rounded reciprocal.
+    weight = ((numerator - low * denominator).double() / denominator).to(dtype)
     return low, (low + 1).clamp(max=source - 1), weight
