@@ -11,8 +11,10 @@ from cmim_kernels.triton_kernels import gather_class_tokens as gather
 from cmim_kernels.triton_kernels import masked_patch_loss as loss
 from cmim_kernels.triton_kernels import pack_classes as pack
 from cmim_kernels.triton_kernels import patch_labels as patches
-from cmim_kernels.triton_kernels import rows
+from cmim_kernels.triton_kernels import rows, upsampling
 from cmim_kernels.triton_kernels import scatter_class_tokens as scatter
+from cmim_kernels.triton_kernels import upsample_cross_entropy as cross_entropy
+from cmim_kernels.triton_kernels import upsample_pseudo_labels as pseudo_labels
 
 FLOATS = [torch.bfloat16, torch.float32, torch.float16]
 LABELS = [torch.uint8, torch.int64, torch.int32]
@@ -83,6 +85,27 @@ def patch_labels(size, classes, dtype, contiguous):
     patches.patch_labels_forward(labels if contiguous else labels.mT, size, classes, 0.5)
 
 
+def upsampled_logits(classes, size, layout, dtype, align_corners):
+    source, size = size
+    logits = meta(4, classes, source, source, dtype=dtype, channels_last=layout == "channels_last")
+    return (logits.mT if layout == "strided" else logits), (size, size), align_corners
+
+
+def upsample_cross_entropy(label_dtype, **options):
+    logits, size, align_corners = upsampled_logits(**options)
+    target = meta(4, *size, dtype=label_dtype)
+    loss, logsumexp = cross_entropy.upsample_cross_entropy_forward(logits, target, align_corners)
+    cross_entropy.upsample_cross_entropy_backward(loss, logits, target, logsumexp, align_corners)
+
+
+def upsample_pseudo_labels(**options):
+    pseudo_labels.upsample_pseudo_labels_forward(*upsampled_logits(**options))
+
+
+UPSAMPLING = dict(
+    classes=[21, 1, 4, 16, 150], size=[(80, 320), (36, 504), (80, 80), (80, 160), (16, 257), (15, 2)],
+    layout=["contiguous", "channels_last", "strided"], dtype=FLOATS, align_corners=[False, True],
+)  # fmt: skip
 CASES = {
     pack_classes: pairwise(classes=[21, 1, 31, 63, 127, 255, 511, 1023, 2047], dtype=LABELS, contiguous=[True, False]),
     gather_and_scatter: pairwise(
@@ -101,6 +124,8 @@ CASES = {
     patch_labels: pairwise(
         size=[4, 1, 2, 14, 8, 32, 64], classes=[21, 60, 100, 1000], dtype=LABELS, contiguous=[True, False],
     ),
+    upsample_cross_entropy: pairwise(label_dtype=LABELS, **UPSAMPLING),
+    upsample_pseudo_labels: pairwise(**UPSAMPLING),
 }  # fmt: skip
 """For each op the choices of arguments; the first is a common one."""
 
@@ -113,6 +138,9 @@ CONFIGURATIONS = {
     "patch_labels": {
         patches.patch_labels_launch(p, k) for p in range(1, patches.MAX_PATCH_SIZE + 1) for k in range(1, 1000)
     },
+    "upsample_cross_entropy": {upsampling.tile_launch(rows) for rows in range(1, 1000)}
+    | {cross_entropy.cell_launch(k, width) for k in range(1, 1000) for width in range(1, 300)},
+    "upsample_pseudo_labels": {upsampling.tile_launch(rows) for rows in range(1, 1000)},
 }
 """For each op all that its configuration functions return."""
 

@@ -36,8 +36,8 @@ class CellLaunch(NamedTuple):
 
 
 def cell_launch(num_classes, width):
-    """CLASSES x SPANS elements, 8 in each thread: as few as cover all classes and spans, of which the first of a program owns
-    no cell. Reading the pixels, once for each block of classes, costs as much as one class more."""
+    """CLASSES x SPANS elements, 8 in each thread: as few as cover all classes and spans. The first span of a program has no
+    cell. Reading the pixels, once for each block of classes, costs as much as one class more."""
     blocks = lambda classes, spans: triton.cdiv(num_classes, classes) * triton.cdiv(width, spans - 1)  # noqa: E731
     cost = lambda shape: blocks(*shape) * (shape[0] + 1) * shape[1]  # noqa: E731
     classes, spans = min([(4, 64), (8, 32), (16, 16), (32, 16)], key=cost)
