@@ -33,8 +33,8 @@ def small_programs(rows=2, columns=4, classes=2, spans=2, program_rows=1):
     """Small launch configurations, so that small inputs have many programs."""
     return mock.patch.multiple(
         kernels,
-        tile_launch=lambda _: upsampling.TileLaunch(rows, columns, num_warps=1),
-        cell_launch=lambda *_: kernels.CellLaunch(classes, spans, num_warps=1),
+        tile_launch=lambda _: upsampling.TileLaunch(rows, columns, num_warps=1, maxnreg=128),
+        cell_launch=lambda *_: kernels.CellLaunch(classes, spans, num_warps=1, maxnreg=248),
         rows_of_program=lambda *_: program_rows,
     )
 

@@ -21,7 +21,9 @@ def check(logits, size, align_corners=False):
 
 
 def small_tiles(rows, columns):
-    return mock.patch.object(kernels, "tile_launch", lambda _: upsampling.TileLaunch(rows, columns, num_warps=1))
+    return mock.patch.object(
+        kernels, "tile_launch", lambda _: upsampling.TileLaunch(rows, columns, num_warps=1, maxnreg=128)
+    )
 
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))

@@ -33,6 +33,7 @@ class CellLaunch(NamedTuple):
     CLASSES: int
     SPANS: int
     num_warps: int
+    maxnreg: int
 
 
 def cell_launch(num_classes, width):
@@ -41,7 +42,7 @@ def cell_launch(num_classes, width):
     blocks = lambda classes, spans: triton.cdiv(num_classes, classes) * triton.cdiv(width, spans - 1)  # noqa: E731
     cost = lambda shape: blocks(*shape) * (shape[0] + 1) * shape[1]  # noqa: E731
     classes, spans = min([(4, 64), (8, 32), (16, 16), (32, 16)], key=cost)
-    return CellLaunch(classes, spans, num_warps=classes * spans // 256)
+    return CellLaunch(classes, spans, num_warps=classes * spans // 256, maxnreg=248)
 
 
 def rows_of_program(launch, blocks, height, like):

@@ -36,13 +36,14 @@ class TileLaunch(NamedTuple):
     ROWS: int
     COLUMNS: int
     num_warps: int
+    maxnreg: int
 
 
 def tile_launch(rows):
     """For spans of up to `rows` pixels. A thread has ROWS pixels of one span in one column: a class costs it about 8
     instructions for each of them and 24 more."""
     cost = lambda r: triton.cdiv(rows, r) * (8 * r + 24)  # noqa: E731
-    return TileLaunch(min((8, 4, 2, 1), key=cost), COLUMNS=64, num_warps=2)
+    return TileLaunch(min((8, 4, 2, 1), key=cost), COLUMNS=64, num_warps=2, maxnreg=128)
 
 
 def tile_grid(launch, batch, row_axis, column_axis):
