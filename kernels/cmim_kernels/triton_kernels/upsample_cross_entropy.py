@@ -19,6 +19,7 @@ from cmim_kernels.triton_kernels.upsampling import (
     axes,
     corners,
     first_pixel,
+    load_cells,
     mix,
     pixels_of_span,
     tile,
@@ -126,10 +127,10 @@ def _backward_kernel(
     bottom_right = tl.zeros((CLASSES, SPANS), tl.float32)
     for row_span in range(first_row, tl.minimum(first_row + rows, row_axis[0]) + 1):
         offsets = corners(row_span, span_there, row_axis, column_axis, logits_strides)
-        z_top_left = tl.load(logits + offsets[0]).to(tl.float32)
-        z_top_right = tl.load(logits + offsets[1]).to(tl.float32)
-        z_bottom_left = tl.load(logits + offsets[2]).to(tl.float32)
-        z_bottom_right = tl.load(logits + offsets[3]).to(tl.float32)
+        z_top_left = load_cells(logits + offsets[0])
+        z_top_right = load_cells(logits + offsets[1])
+        z_bottom_left = load_cells(logits + offsets[2])
+        z_bottom_right = load_cells(logits + offsets[3])
         top_left, top_right = bottom_left, bottom_right  # the bottom of the span above
         bottom_left = tl.zeros((CLASSES, SPANS), tl.float32)
         bottom_right = tl.zeros((CLASSES, SPANS), tl.float32)

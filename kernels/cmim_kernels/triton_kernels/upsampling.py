@@ -102,9 +102,16 @@ def tile(strides, row_axis, column_axis, tiles_down, tiles_along, ROWS: tl.const
 @triton.jit
 def upsample(plane, offsets, along, down):
     """float32 logits of a tile, of the class whose plane begins at the pointer."""
-    top = mix(tl.load(plane + offsets[0]).to(tl.float32), tl.load(plane + offsets[1]).to(tl.float32), along)
-    bottom = mix(tl.load(plane + offsets[2]).to(tl.float32), tl.load(plane + offsets[3]).to(tl.float32), along)
+    top = mix(load_cells(plane + offsets[0]), load_cells(plane + offsets[1]), along)
+    bottom = mix(load_cells(plane + offsets[2]), load_cells(plane + offsets[3]), along)
     return mix(top, bottom, down)
+
+
+@triton.jit
+def load_cells(pointers):
+    """float32 logits. They are loaded as one flat axis: along two, the compiler may spread elements over threads in an order
+    that suits memory, and keep it for all that follows."""
+    return tl.reshape(tl.load(tl.ravel(pointers)), pointers.shape).to(tl.float32)
 
 
 @triton.jit
