@@ -45,7 +45,7 @@ def small_programs(rows=2, columns=4, classes=2, spans=2, program_rows=1):
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4))
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     batch=st.integers(0, 2), classes=st.integers(1, 3), source=sizes, size=sizes, align_corners=st.booleans(),
     layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), label_dtype=st.sampled_from(LABELS),
@@ -88,13 +88,6 @@ def test_no_label_out_of_range_counts():
     assert loss[0, 0].nonzero().flatten().tolist() == [3, 4]
 
 
-def test_pixels_beyond_the_image_have_no_label():
-    """With 256 classes every byte is a label."""
-    target = torch.full((1, 1, 3), 255, device=DEVICE, dtype=torch.uint8)
-    with small_programs(rows=1, columns=4, classes=256, spans=4):
-        check(make(1, 256, (1, 1)), target)
-
-
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
 def test_ignored_pixels_are_zero_without_gradient(poison):
     """Not even where the gradient that arrives at them is not finite, or a logit where all are ignored."""
@@ -130,4 +123,5 @@ def test_logits_of_any_size():
     target = torch.where(target == 1, 0, target)
     loss, grad = check(logits, target)
     assert loss.max() < 100 and not grad[:, 1].any()
-    check(1000 * make(1, 4, (2, 3)) - 3e4, target)
+    for shift in (-3e4, 3e4):
+        check(1000 * make(1, 4, (2, 3)) + shift, target)
