@@ -11,9 +11,11 @@ from cmim_kernels.triton_kernels import gather_class_tokens as gather
 from cmim_kernels.triton_kernels import masked_patch_loss as loss
 from cmim_kernels.triton_kernels import pack_classes as pack
 from cmim_kernels.triton_kernels import patch_labels as patches
-from cmim_kernels.triton_kernels import rows
+from cmim_kernels.triton_kernels import rows, upsampling
 from cmim_kernels.triton_kernels import same_class_conv2d as convolution
 from cmim_kernels.triton_kernels import scatter_class_tokens as scatter
+from cmim_kernels.triton_kernels import upsample_cross_entropy as cross_entropy
+from cmim_kernels.triton_kernels import upsample_pseudo_labels as pseudo_labels
 
 FLOATS = [torch.bfloat16, torch.float32, torch.float16]
 CL = "channels_last"
@@ -95,6 +97,27 @@ def same_class_conv2d(size, features, dtype, weight_dtype, label_dtype, bias):
     convolution.same_class_conv2d_backward(grad, x, labels, weight, bias, 21)
 
 
+def upsampled_logits(classes, size, layout, dtype, align_corners):
+    source, size = size
+    logits = meta(4, classes, source, source, dtype=dtype, channels_last=layout == "channels_last")
+    return (logits.mT if layout == "strided" else logits), (size, size), align_corners
+
+
+def upsample_cross_entropy(label_dtype, **options):
+    logits, size, align_corners = upsampled_logits(**options)
+    target = meta(4, *size, dtype=label_dtype)
+    loss, logsumexp = cross_entropy.upsample_cross_entropy_forward(logits, target, align_corners)
+    cross_entropy.upsample_cross_entropy_backward(loss, logits, target, logsumexp, align_corners)
+
+
+def upsample_pseudo_labels(**options):
+    pseudo_labels.upsample_pseudo_labels_forward(*upsampled_logits(**options))
+
+
+UPSAMPLING = dict(
+    classes=[21, 1, 4, 16, 150], size=[(80, 320), (36, 504), (80, 80), (80, 160), (16, 257), (15, 2)],
+    layout=["contiguous", "channels_last", "strided"], dtype=FLOATS, align_corners=[False, True],
+)  # fmt: skip
 CASES = {
     pack_classes: pairwise(classes=[21, 1, 31, 63, 127, 255, 511, 1023, 2047], dtype=LABELS, contiguous=[True, False]),
     gather_and_scatter: pairwise(
@@ -117,6 +140,8 @@ CASES = {
         size=[7, 1, 3, 9, 17], features=[(256, CL), (48, CL), (20, CL), (256, "contiguous"), (20, "slice")],
         dtype=FLOATS, weight_dtype=[torch.float32, torch.bfloat16], label_dtype=LABELS, bias=[True, False],
     ),
+    upsample_cross_entropy: pairwise(label_dtype=LABELS, **UPSAMPLING),
+    upsample_pseudo_labels: pairwise(**UPSAMPLING),
 }  # fmt: skip
 """For each op the choices of arguments; the first is a common one."""
 
@@ -136,6 +161,9 @@ CONFIGURATIONS = {
         for c in range(1, 200)
         for last in (False, True)
     },
+    "upsample_cross_entropy": {upsampling.tile_launch(rows) for rows in range(1, 1000)}
+    | {cross_entropy.cell_launch(k, width) for k in range(1, 1000) for width in range(1, 300)},
+    "upsample_pseudo_labels": {upsampling.tile_launch(rows) for rows in range(1, 1000)},
 }
 """For each op all that its configuration functions return."""
 

@@ -12,6 +12,8 @@ from cmim_kernels import (
     patch_labels,
     same_class_conv2d,
     scatter_class_tokens,
+    upsample_cross_entropy,
+    upsample_pseudo_labels,
 )
 from cmim_kernels.backends import use_backend
 from tests.kernels.op_checks import assert_equal, run
@@ -35,6 +37,7 @@ def calls(dtype=torch.float32, classes=CLASSES):
     x, mask_token, position = random(BATCH, tokens, CHANNELS), random(CHANNELS), random(tokens, CHANNELS)
     grid = labels.unflatten(1, (SIDE, SIDE))
     image = random(BATCH, 3, SIDE * PATCH, SIDE * PATCH).to(memory_format=torch.channels_last)
+    logits, target = random(BATCH, classes, SIDE, SIDE), random_labels((BATCH, SIDE * PATCH, SIDE * PATCH), classes)[0]
     return {
         "pack": (lambda labels, masked: pack_classes(labels, masked, classes), [labels, masked]),
         "gather": (lambda x, m, p: gather_class_tokens(x, layout, mask_token=m, position=p), [x, mask_token, position]),
@@ -59,12 +62,14 @@ def calls(dtype=torch.float32, classes=CLASSES):
             lambda x, weight, bias: same_class_conv2d(x, grid, weight, bias, num_classes=classes),
             [x.unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2), random(CHANNELS, 7, 7), random(CHANNELS)],
         ),
+        "cross-entropy": (lambda x: upsample_cross_entropy(x, target), [logits]),
+        "pseudo-labels": (lambda x: upsample_pseudo_labels(x, target.shape[1:]), [logits]),
     }
 
 
 NAMES = (
     "pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images", "patch labels",
-    "convolution",
+    "convolution", "cross-entropy", "pseudo-labels",
 )  # fmt: skip
 
 
@@ -199,3 +204,26 @@ def test_more_than_2_to_the_31_predicted_entries(backend):
         want = run(lambda p: masked_patch_loss(p, image[-1:], masked[-1:], labels[-1:], CLASSES, **options), [pred[-1:]])
     assert_equal((got[0], [got[1][0][-1:]]), want)
     assert not got[1][0][:-1].any()
+
+
+def test_more_than_2_to_the_31_logits():
+    """The last image, and its last class, get what they get alone."""
+    needs(32)
+    batch, classes, side = 3, 1024, 1024
+    logits = torch.zeros(batch, classes, side, side, dtype=torch.bfloat16, device="cuda")
+    logits[-1].normal_()
+    assert logits.numel() > 2**31
+    target, _ = random_labels((batch, side, side), classes)
+    target[:-1] = -1
+    target[-1, ::2] = classes - 1
+
+    def everything(logits, target):
+        logits = logits.detach().requires_grad_()
+        loss = upsample_cross_entropy(logits, target)
+        return *upsample_pseudo_labels(logits, (side, side)), loss.detach(), *torch.autograd.grad(loss.sum(), logits)
+
+    with use_backend("triton"):
+        got, want = everything(logits, target), everything(logits[-1:], target[-1:])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a[-1:], b)
+    assert not got[2][:-1].any() and not got[3][:-1].any() and got[3][-1, -1].any()

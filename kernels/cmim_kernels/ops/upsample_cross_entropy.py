@@ -8,22 +8,32 @@ from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable
 from cmim_kernels.reference import upsample_cross_entropy as reference
 
 
+def _triton():
+    from cmim_kernels.triton_kernels import upsample_cross_entropy
+
+    return upsample_cross_entropy
+
+
 def _forward_fake(logits, target, align_corners):
-    return logits.new_empty(target.shape, dtype=accumulation_dtype(logits))
+    loss, logsumexp = (logits.new_empty(target.shape, dtype=accumulation_dtype(logits)) for _ in range(2))
+    return loss, logsumexp
 
 
-def _backward_fake(grad, logits, target, align_corners):
+def _backward_fake(grad, logits, target, logsumexp, align_corners):
     return empty_like_layout(logits)
 
 
 _forward = declare(
-    "upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners) -> Tensor",
+    "upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners) -> (Tensor, Tensor)",
     torch_backend=reference.upsample_cross_entropy_forward,
+    triton_backend=lambda: _triton().upsample_cross_entropy_forward,
     fake=_forward_fake,
 )
 _backward = declare(
-    "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, bool align_corners) -> Tensor",
+    "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners) "
+    "-> Tensor",
     torch_backend=reference.upsample_cross_entropy_backward,
+    triton_backend=lambda: _triton().upsample_cross_entropy_backward,
     fake=_backward_fake,
 )
 
@@ -36,11 +46,13 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, ctx.align_corners = inputs
-        ctx.save_for_backward(logits, target)
+        logsumexp = output[1]
+        ctx.mark_non_differentiable(logsumexp)
+        ctx.save_for_backward(logits, target, logsumexp)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         return _backward(grad, *ctx.saved_tensors, ctx.align_corners), None, None
 
 
@@ -48,7 +60,7 @@ def upsample_cross_entropy(logits, target, *, align_corners=False):
     """Cross-entropy, at each pixel of `target`, of the logits upsampled to its size.
 
     Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target, reduction="none")`, but the
-    full-resolution logits exist neither in forward nor in backward.
+    full-resolution logits exist neither in forward nor in backward. Kept for backward: one log-sum-exp for each pixel.
 
     Equal for finite logits: one that is not finite may turn all losses of its image, and its whole gradient, to NaN.
     Switch a class off by a large negative number: -inf is NaN in `F.interpolate` as well, wherever a weight is zero.
@@ -70,4 +82,4 @@ def upsample_cross_entropy(logits, target, *, align_corners=False):
         checks.tensor(op, "target", target, dtypes=checks.LABELS, shape=(logits.shape[0], "H", "W"), like=logits)
         checks.flag(op, "align_corners", align_corners)
         checks.upsampling(op, logits, target.shape[1:])
-    return differentiable(_UpsampleCrossEntropy, logits, target, align_corners)
+    return differentiable(_UpsampleCrossEntropy, logits, target, align_corners)[0]

@@ -21,18 +21,21 @@ def upsample_cross_entropy(logits, target, *, align_corners=False):
 
 
 def upsample_cross_entropy_forward(logits, target, align_corners):
+    """Loss, and log-sum-exp of the upsampled logits at every pixel."""
     num_classes = logits.shape[1]
     loss = torch.empty(target.shape, dtype=accumulation_dtype(logits), device=logits.device)
+    logsumexp = torch.empty_like(loss)
     ids = class_ids(target, num_classes)
     with full_float32(logits.device):
         for images, rows, z, *_ in _bands(logits, target, align_corners):
             band = ids[images, rows]
             each = F.cross_entropy(z, band.flatten(0, 1), ignore_index=num_classes, reduction="none")
             loss[images, rows] = each.view(band.shape)
-    return loss
+            logsumexp[images, rows] = z.logsumexp(dim=1).view(band.shape)
+    return loss, logsumexp
 
 
-def upsample_cross_entropy_backward(grad, logits, target, align_corners):
+def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corners):
     """Gradient of the logits, which are upsampled again."""
     batch, num_classes, height, width = logits.shape
     ids = class_ids(target, num_classes)
@@ -42,7 +45,7 @@ def upsample_cross_entropy_backward(grad, logits, target, align_corners):
             band = ids[images, rows].flatten(0, 1)[:, None]
             valid = band < num_classes
             index = torch.where(valid, band, 0)
-            z = F.softmax(z, dim=1)
+            z.sub_(logsumexp[images, rows].flatten(0, 1)[:, None]).exp_()
             z.scatter_(1, index, z.gather(1, index) - 1)
             z.mul_(grad[images, rows].flatten(0, 1)[:, None]).masked_fill_(~valid, 0)
             narrow = (z @ x).view(len(y), -1, num_classes * width)

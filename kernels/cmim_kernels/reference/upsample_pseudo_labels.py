@@ -16,8 +16,8 @@ def upsample_pseudo_labels(logits, size, *, align_corners=False):
 def upsample_pseudo_labels_forward(logits, size, align_corners):
     """Image by image.
 
-    Each product and sum is rounded by itself, so that classes with equal logits stay equal and the first one wins.
-    `F.interpolate` on a CPU rounds some classes otherwise than others.
+    Each difference, product and sum is rounded by itself, so that classes with equal logits stay equal and the first one
+    wins. `F.interpolate` on a CPU rounds some classes otherwise than others.
     """
     dtype, (height, width) = accumulation_dtype(logits), size
     label = torch.empty(len(logits), height, width, dtype=torch.int32, device=logits.device)
@@ -36,16 +36,21 @@ def upsample_pseudo_labels_forward(logits, size, align_corners):
 
 def _interpolate(x, dim, taps):
     low, high, weight = taps
-    weight = weight.view(-1, *[1] * (x.dim() - 1 - dim))
-    return x.index_select(dim, low).mul_(1 - weight).add_(x.index_select(dim, high).mul_(weight))
+    low = x.index_select(dim, low)
+    return x.index_select(dim, high).sub_(low).mul_(weight.view(-1, *[1] * (x.dim() - 1 - dim))).add_(low)
 
 
 def _taps(source, size, align_corners, dtype, device):
-    """For each of `size` positions along an axis: the source positions before and after, and the weight of the latter."""
-    position = torch.arange(size, dtype=torch.float64, device=device)
+    """For each of `size` positions along an axis: the source positions before and after, and the weight of the latter.
+
+    Positions are exact, fractions of integers: from rounded ones a weight of zero may come out as 1e-16.
+    """
+    position = torch.arange(size, device=device)
     if align_corners:
-        position = position * ((source - 1) / max(1, size - 1))
+        numerator, denominator = position * (source - 1), max(1, size - 1)
     else:
-        position = ((position + 0.5) * (source / size) - 0.5).clamp(min=0)
-    low = position.long().clamp(max=source - 1)
-    return low, (low + 1).clamp(max=source - 1), (position - low).to(dtype)
+        numerator, denominator = ((2 * position + 1) * source - size).clamp(min=0), 2 * size
+    low = numerator // denominator
+    # Rounded once: in float32 some devices multiply by the rounded reciprocal.
+    weight = ((numerator - low * denominator).double() / denominator).to(dtype)
+    return low, (low + 1).clamp(max=source - 1), weight

@@ -1,0 +1,196 @@
+"""Cross-entropy of bilinearly upsampled logits: one kernel forward, one backward. Upsampled logits never leave registers.
+
+Forward: a program has a tile of pixels and runs through the classes (`upsampling.py`). Backward: a program has the cells of
+some classes and runs through the pixels around them, so that one thread writes each gradient, summed in the same order
+always.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cmim_kernels.ops.library import empty_like_layout
+from cmim_kernels.triton_kernels.common import multiprocessors
+from cmim_kernels.triton_kernels.upsampling import (
+    LOG2E,
+    add_exponential,
+    axes,
+    corners,
+    first_pixel,
+    load_cells,
+    mix,
+    pixels_of_span,
+    tile,
+    tile_grid,
+    tile_launch,
+    upsample,
+    weight_of_second,
+)
+
+
+class CellLaunch(NamedTuple):
+    CLASSES: int
+    SPANS: int
+    num_warps: int
+    maxnreg: int
+
+
+def cell_launch(num_classes, width):
+    """CLASSES x SPANS elements, 8 in each thread: as few as cover all classes and spans. The first span of a program has no
+    cell. Reading the pixels, once for each block of classes, costs as much as one class more."""
+    blocks = lambda classes, spans: triton.cdiv(num_classes, classes) * triton.cdiv(width, spans - 1)  # noqa: E731
+    cost = lambda shape: blocks(*shape) * (shape[0] + 1) * shape[1]  # noqa: E731
+    classes, spans = min([(4, 64), (8, 32), (16, 16), (32, 16)], key=cost)
+    return CellLaunch(classes, spans, num_warps=classes * spans // 256, maxnreg=248)
+
+
+def rows_of_program(launch, blocks, height, like):
+    """How many rows of cells a program has, where `blocks` programs have the same ones. It works on one span more than that,
+    so as many as leave the device enough programs."""
+    wanted = 8 * multiprocessors(like) // launch.num_warps
+    return next((rows for rows in (16, 8, 4, 2) if blocks * triton.cdiv(height, rows) >= wanted), 1)
+
+
+@triton.jit
+def _forward_kernel(
+    logits,  # (B, K, h, w)
+    target,  # (B, H, W)
+    loss, logsumexp,  # (B, H, W) float32, contiguous
+    logits_strides, target_strides, num_classes, row_axis, column_axis, tiles_down, tiles_along,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Must move logits, target, loss and logsumexp once, and does; a cell is read for every tile around it, from caches but
+    for the first time. The state of a pixel is 8 bytes, whatever the number of classes."""
+    image, row, column, inside, offsets, along, down = tile(
+        logits_strides, row_axis, column_axis, tiles_down, tiles_along, ROWS, COLUMNS
+    )
+    logits += image * logits_strides[0]
+    plane = logits
+    largest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in tl.range(0, num_classes, loop_unroll_factor=2):
+        largest, total = add_exponential(largest, total, upsample(plane, offsets, along, down))
+        plane += logits_strides[1]
+    rest = tl.log(total)
+
+    place = target + image * target_strides[0] + row * target_strides[1] + column * target_strides[2]
+    label = tl.load(place, mask=inside, other=0).to(tl.int64)
+    valid = (label >= 0) & (label < num_classes)
+    z = upsample(logits + tl.where(valid, label, 0) * logits_strides[1], offsets, along, down)
+    pixel = (image * row_axis[1] + row) * column_axis[1] + column
+    tl.store(loss + pixel, tl.where(valid, largest - z + rest, 0.0), mask=inside)
+    tl.store(logsumexp + pixel, largest + rest, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad,  # (B, H, W)
+    logits,  # (B, K, h, w)
+    target,  # (B, H, W)
+    logsumexp,  # (B, H, W) float32
+    out,  # (B, K, h, w)
+    grad_strides, logits_strides, target_strides, logsumexp_strides, out_strides,
+    num_classes, row_axis, column_axis, most_columns, rows, class_blocks, column_blocks, row_blocks,
+    CLASSES: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """Must move grad, logits, target and logsumexp once, and the gradient of the logits once; does, but for caches, and for
+    spans on the border of two programs, which belong to both. Each block of classes reads the pixels again.
+
+    An element has one class and one column span, and walks down the row spans. In each, it adds up what the pixels give to
+    the four corners. A cell is complete when the spans above it, which were left to wait, and below it have been visited,
+    both those to its left and those to its right, which are two elements' side by side.
+    """
+    program = tl.program_id(0)
+    class_block, program = program % class_blocks, program // class_blocks
+    column_block, program = program % column_blocks, program // column_blocks
+    first_row, image = (program % row_blocks).to(tl.int64) * rows, (program // row_blocks).to(tl.int64)
+    kind = class_block * CLASSES + tl.arange(0, CLASSES)[:, None]
+    element = tl.arange(0, SPANS)[None, :]
+    span = column_block.to(tl.int64) * (SPANS - 1) + element
+    # An element writes the left cell of its span; of the program's first span that is another program's.
+    owned = (kind < num_classes) & (element > 0) & (span <= column_axis[0])
+    kind_there = tl.minimum(kind, num_classes - 1).to(tl.int64)
+    span_there = tl.minimum(span, column_axis[0])
+    logits += image * logits_strides[0] + kind_there * logits_strides[1]
+    out += image * out_strides[0] + kind_there * out_strides[1] + (span - 1) * out_strides[3]
+
+    first_x, end_x = first_pixel(span, column_axis), first_pixel(span + 1, column_axis)
+    first_along = weight_of_second(first_x, span, column_axis)
+    more_along = tl.where((span > 0) & (span < column_axis[0]), column_axis[2] / column_axis[4], 0.0)
+    grad += image * grad_strides[0] + first_x * grad_strides[2]
+    target += image * target_strides[0] + first_x * target_strides[2]
+    logsumexp += image * logsumexp_strides[0] + first_x * logsumexp_strides[2]
+
+    bottom_left = tl.zeros((CLASSES, SPANS), tl.float32)
+    bottom_right = tl.zeros((CLASSES, SPANS), tl.float32)
+    for row_span in range(first_row, tl.minimum(first_row + rows, row_axis[0]) + 1):
+        offsets = corners(row_span, span_there, row_axis, column_axis, logits_strides)
+        z_top_left = load_cells(logits + offsets[0])
+        z_top_right = load_cells(logits + offsets[1])
+        z_bottom_left = load_cells(logits + offsets[2])
+        z_bottom_right = load_cells(logits + offsets[3])
+        top_left, top_right = bottom_left, bottom_right  # the bottom of the span above
+        bottom_left = tl.zeros((CLASSES, SPANS), tl.float32)
+        bottom_right = tl.zeros((CLASSES, SPANS), tl.float32)
+        for y in range(first_pixel(row_span, row_axis), first_pixel(row_span + 1, row_axis)):
+            down = weight_of_second(y, row_span, row_axis)
+            z_left = mix(z_top_left, z_bottom_left, down)
+            slope = mix(z_top_right, z_bottom_right, down) - z_left
+            left = tl.zeros((CLASSES, SPANS), tl.float32)
+            right = tl.zeros((CLASSES, SPANS), tl.float32)
+            for i in tl.range(0, most_columns, loop_unroll_factor=2):
+                inside = first_x + i < end_x
+                label = tl.load(target + y * target_strides[1] + i * target_strides[2], mask=inside, other=0).to(tl.int64)
+                total = tl.load(logsumexp + y * logsumexp_strides[1] + i * logsumexp_strides[2], mask=inside, other=0.0)
+                g = tl.load(grad + y * grad_strides[1] + i * grad_strides[2], mask=inside, other=0.0).to(tl.float32)
+                valid = inside & (label >= 0) & (label < num_classes)
+                g = tl.where(valid, g, 0.0)
+                along = first_along + i * more_along
+                p = tl.exp2((z_left + slope * along - total) * LOG2E)
+                p = tl.where(label.to(tl.int32) == kind, p - 1, p)
+                p = tl.where(valid, p, 0.0)
+                left += p * (g - g * along)
+                right += p * (g * along)
+            top_left += left * (1 - down)
+            top_right += right * (1 - down)
+            bottom_left += left * down
+            bottom_right += right * down
+        neighbour = tl.broadcast_to(tl.maximum(element - 1, 0), (CLASSES, SPANS))
+        value = top_left + tl.gather(top_right, neighbour, axis=1)
+        tl.store(out + (row_span - 1) * out_strides[2], value.to(out.dtype.element_ty), mask=owned & (row_span > first_row))
+
+
+def upsample_cross_entropy_forward(logits, target, align_corners):
+    """Loss, and log-sum-exp of the upsampled logits at every pixel."""
+    loss, logsumexp = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
+    if loss.numel():
+        row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
+        launch = tile_launch(pixels_of_span(row_axis))
+        grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
+        _forward_kernel[grid](
+            logits, target, loss, logsumexp, logits.stride(), target.stride(), logits.shape[1], row_axis, column_axis,
+            *tiles, **launch._asdict(),
+        )  # fmt: skip
+    return loss, logsumexp
+
+
+def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corners):
+    """Gradient of the logits, in their layout."""
+    out = empty_like_layout(logits)
+    if target.numel() == 0:
+        return out.zero_()
+    batch, num_classes, height, width = logits.shape
+    row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
+    launch = cell_launch(num_classes, width)
+    class_blocks, column_blocks = triton.cdiv(num_classes, launch.CLASSES), triton.cdiv(width, launch.SPANS - 1)
+    rows = rows_of_program(launch, batch * class_blocks * column_blocks, height, logits)
+    row_blocks = triton.cdiv(height, rows)
+    _backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
+        grad, logits, target, logsumexp, out,
+        grad.stride(), logits.stride(), target.stride(), logsumexp.stride(), out.stride(),
+        num_classes, row_axis, column_axis, pixels_of_span(column_axis), rows, class_blocks, column_blocks, row_blocks,
+        **launch._asdict(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,57 @@
+"""Most likely class and its probability at every pixel of bilinearly upsampled logits, in one launch (`upsampling.py`)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from cmim_kernels.triton_kernels.upsampling import (
+    add_exponential,
+    axes,
+    pixels_of_span,
+    tile,
+    tile_grid,
+    tile_launch,
+    upsample,
+)
+
+
+@triton.jit
+def _label_kernel(
+    logits,  # (B, K, h, w)
+    label,  # (B, H, W) int32, contiguous
+    confidence,  # (B, H, W) float32, contiguous
+    strides, num_classes, row_axis, column_axis, tiles_down, tiles_along,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Must move logits, labels and confidences once, and does; a cell is read for every tile around it, from caches but
+    for the first time. The state of a pixel is 12 bytes, whatever the number of classes."""
+    image, row, column, inside, offsets, along, down = tile(
+        strides, row_axis, column_axis, tiles_down, tiles_along, ROWS, COLUMNS
+    )
+    plane = logits + image * strides[0]
+    best = tl.zeros((ROWS, COLUMNS), tl.int32)
+    largest = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for kind in tl.range(0, num_classes, loop_unroll_factor=2):
+        z = upsample(plane, offsets, along, down)
+        best = tl.where(z > largest, kind, best)  # the first of equals wins
+        largest, total = add_exponential(largest, total, z)
+        plane += strides[1]
+    pixel = (image * row_axis[1] + row) * column_axis[1] + column
+    tl.store(label + pixel, best, mask=inside)
+    tl.store(confidence + pixel, 1 / total, mask=inside)
+
+
+def upsample_pseudo_labels_forward(logits, size, align_corners):
+    label = logits.new_empty((len(logits), *size), dtype=torch.int32)
+    confidence = torch.empty_like(label, dtype=torch.float32)
+    if label.numel():
+        row_axis, column_axis = axes(logits, size, align_corners)
+        launch = tile_launch(pixels_of_span(row_axis))
+        grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
+        # Products and sums that are not fused round as in PyTorch: labels are the same, ties included.
+        _label_kernel[grid](
+            logits, label, confidence, logits.stride(), logits.shape[1], row_axis, column_axis, *tiles,
+            enable_fp_fusion=False, **launch._asdict(),
+        )  # fmt: skip
+    return label, confidence
