@@ -35,17 +35,23 @@ class AttentionLaunch(NamedTuple):
     DIM: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
-def forward_launch(dim, half):
-    """`half`: products of 16-bit operands."""
+def forward_launch(dim, short):
+    """`short`: operands of 16 bits that are read in vectors. Others take more registers, for values or addresses."""
+    return _launch(dim, short, columns=64)
+
+
+def backward_launch(dim, short):
+    return _launch(dim, short, columns=32)
+
+
+def _launch(dim, short, columns):
     dim = power_of_two(dim, low=16, high=MAX_DIM)
-    return AttentionLaunch(64, 64 if half else 32, dim, 4, 2)
-
-
-def backward_launch(dim, half):
-    dim = power_of_two(dim, low=16, high=MAX_DIM)
-    return AttentionLaunch(64, 32, dim, 4, 2)
+    if short:
+        return AttentionLaunch(64, columns, dim, num_warps=4 if dim < 128 else 8, num_stages=2)
+    return AttentionLaunch(min(64, 2048 // dim), 16, dim, num_warps=4 if dim == 16 else 8, num_stages=1)
 
 
 @triton.jit
@@ -247,7 +253,9 @@ def _load(x, position, channel, strides, begin, end, dim, DOT: tl.constexpr):
 @triton.jit
 def _store(x, place, channel, value, inside, dim):
     mask = inside[:, None] & (channel < dim)[None, :]
-    tl.store(x + place[:, None] * dim + channel[None, :], value.to(x.dtype.element_ty), mask=mask)
+    first = tl.min(place, axis=0)
+    address = x + first * dim + ((place - first).to(tl.int32)[:, None] * dim + channel[None, :])
+    tl.store(address, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -256,45 +264,50 @@ def _dot(a, b, total=None):
 
 
 def class_attention_forward(q, k, v, segment, offsets):
-    dim = q.shape[-1]
-    if dim > MAX_DIM:
+    if q.shape[-1] > MAX_DIM:
         return reference.class_attention_forward(q, k, v, segment, offsets)
     out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
-        dot, half = _operands(q, k, v)
-        launch = forward_launch(dim, half)
+        launch = forward_launch(q.shape[-1], _short(q, k, v))
         _forward_kernel[_grid(q, launch)](
             q, k, v, segment.contiguous(), offsets.contiguous(), out, logsumexp,
-            q.stride(), k.stride(), v.stride(), *_sizes(q, offsets), DOT=dot, **launch._asdict(),
+            q.stride(), k.stride(), v.stride(), *_sizes(q, offsets), DOT=_dot_dtype(q, k, v), **launch._asdict(),
         )  # fmt: skip
     return out, logsumexp
 
 
 def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
-    dim = q.shape[-1]
-    if dim > MAX_DIM:
+    if q.shape[-1] > MAX_DIM:
         return reference.class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel():
-        dot, half = _operands(q, k, v)
-        launch = backward_launch(dim, half)
+        launch = backward_launch(q.shape[-1], _short(grad, q, k, v))
         segment, offsets, out, logsumexp = (x.contiguous() for x in (segment, offsets, out, logsumexp))
         delta = torch.empty_like(logsumexp)
         sizes = (grad.stride(), q.stride(), k.stride(), v.stride(), *_sizes(q, offsets))
+        options = dict(DOT=_dot_dtype(q, k, v), **launch._asdict())
         _backward_rows_kernel[_grid(q, launch)](
-            grad, q, k, v, segment, offsets, out, logsumexp, delta, grad_q, *sizes, DOT=dot, **launch._asdict()
+            grad, q, k, v, segment, offsets, out, logsumexp, delta, grad_q, *sizes, **options
         )
         _backward_columns_kernel[_grid(q, launch)](
-            grad, q, k, v, segment, offsets, logsumexp, delta, grad_k, grad_v, *sizes, DOT=dot, **launch._asdict()
+            grad, q, k, v, segment, offsets, logsumexp, delta, grad_k, grad_v, *sizes, **options
         )
     return grad_q, grad_k, grad_v
 
 
-def _operands(q, k, v):
-    """The dtype of the operands of products, and whether it has 16 bits."""
-    half = q.dtype == k.dtype == v.dtype and q.dtype != torch.float32
-    dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[q.dtype] if half else tl.float32
-    return tl.float32 if INTERPRETED else dot, half
+def _short(*tensors):
+    """Whether the launch configurations for 16-bit operands in vectors apply: of one dtype, rows contiguous and aligned."""
+    return all(
+        x.dtype == tensors[0].dtype and x.itemsize == 2 and x.stride(3) == 1 and not any(s % 16 for s in x.stride()[:3])
+        for x in tensors
+    ) and tensors[0].shape[3] % 16 == 0
+
+
+def _dot_dtype(q, k, v):
+    """float16 or bfloat16 where q, k and v share it, else float32."""
+    if INTERPRETED or not q.dtype == k.dtype == v.dtype:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32)
 
 
 def _grid(q, launch):
