@@ -27,6 +27,7 @@ MAX_DIM = 128
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+PRECISION = tl.constexpr("tf32x3")
 
 
 class AttentionLaunch(NamedTuple):
@@ -40,7 +41,7 @@ class AttentionLaunch(NamedTuple):
 
 def forward_launch(dim, short):
     """`short`: operands of 16 bits that are read in vectors. Others take more registers, for values or addresses."""
-    return _launch(dim, short, columns=64)
+    return _launch(dim, short, columns=64 if dim <= 64 else 32)
 
 
 def backward_launch(dim, short):
@@ -50,8 +51,9 @@ def backward_launch(dim, short):
 def _launch(dim, short, columns):
     dim = power_of_two(dim, low=16, high=MAX_DIM)
     if short:
-        return AttentionLaunch(64, columns, dim, num_warps=4 if dim < 128 else 8, num_stages=2)
-    return AttentionLaunch(min(64, 2048 // dim), 16, dim, num_warps=4 if dim == 16 else 8, num_stages=1)
+        return AttentionLaunch(64, columns, dim, num_warps=4 if dim <= 64 else 8, num_stages=2)
+    rows, num_warps = {16: (64, 4), 32: (64, 8), 64: (16, 4), 128: (16, 8)}[dim]
+    return AttentionLaunch(rows, 16, dim, num_warps, num_stages=1)
 
 
 @triton.jit
@@ -85,14 +87,14 @@ def _forward_kernel(
             column = start + tl.arange(0, COLUMNS)
             k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
             v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
-            score = _dot(q_rows, tl.trans(k_columns)) * (scale * LOG2_E)
+            score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
             score = tl.where(_same_class(row_begin, row_end, column), score, float("-inf"))
             larger = tl.maximum(largest, tl.max(score, axis=1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             weight = tl.exp2(score - shift[:, None])
             decay = tl.exp2(largest - shift)
             total = total * decay + tl.sum(weight, axis=1)
-            result = _dot(weight.to(DOT), v_columns, result * decay[:, None])
+            result = tl.dot(weight.to(DOT), v_columns, result * decay[:, None], input_precision=PRECISION)
             largest = larger
         own = _own(row_begin, row_end, begin, end)
         tl.store(logsumexp + place, (shift + tl.log2(total)) * LN_2, mask=own)
@@ -132,10 +134,12 @@ def _backward_rows_kernel(
             column = start + tl.arange(0, COLUMNS)
             k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
             v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
-            weight = tl.exp2(_dot(q_rows, tl.trans(k_columns)) * (scale * LOG2_E) - row_shift[:, None])
-            grad_score = weight * (_dot(grad_rows, tl.trans(v_columns)) - row_delta[:, None])
+            score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
+            weight = tl.exp2(score - row_shift[:, None])
+            grad_weight = tl.dot(grad_rows, tl.trans(v_columns), input_precision=PRECISION)
+            grad_score = weight * (grad_weight - row_delta[:, None])
             grad_score = tl.where(_same_class(row_begin, row_end, column), grad_score, 0.0)
-            result = _dot(grad_score.to(DOT), k_columns, result)
+            result = tl.dot(grad_score.to(DOT), k_columns, result, input_precision=PRECISION)
         _store(grad_q, place, channel, result * scale, _own(row_begin, row_end, begin, end), dim)
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
 
@@ -173,12 +177,13 @@ def _backward_columns_kernel(
             shift = tl.load(logsumexp + first_place + column, mask=inside, other=0.0) * LOG2_E
             column_delta = tl.load(delta + first_place + column, mask=inside, other=0.0)
             same = _same_class(row_begin, row_end, column)
-            weight = tl.exp2(_dot(k_rows, tl.trans(q_columns)) * (scale * LOG2_E) - shift[None, :])
-            weight = tl.where(same, weight, 0.0)
-            v_result = _dot(weight.to(DOT), grad_columns, v_result)
-            grad_score = weight * (_dot(v_rows, tl.trans(grad_columns)) - column_delta[None, :])
+            score = tl.dot(k_rows, tl.trans(q_columns), input_precision=PRECISION) * (scale * LOG2_E)
+            weight = tl.where(same, tl.exp2(score - shift[None, :]), 0.0)
+            v_result = tl.dot(weight.to(DOT), grad_columns, v_result, input_precision=PRECISION)
+            grad_weight = tl.dot(v_rows, tl.trans(grad_columns), input_precision=PRECISION)
+            grad_score = weight * (grad_weight - column_delta[None, :])
             grad_score = tl.where(same, grad_score, 0.0)
-            k_result = _dot(grad_score.to(DOT), q_columns, k_result)
+            k_result = tl.dot(grad_score.to(DOT), q_columns, k_result, input_precision=PRECISION)
         own = _own(row_begin, row_end, begin, end)
         _store(grad_k, place, channel, k_result * scale, own, dim)
         _store(grad_v, place, channel, v_result, own, dim)
@@ -253,14 +258,9 @@ def _load(x, position, channel, strides, begin, end, dim, DOT: tl.constexpr):
 @triton.jit
 def _store(x, place, channel, value, inside, dim):
     mask = inside[:, None] & (channel < dim)[None, :]
-    first = tl.min(place, axis=0)
-    address = x + first * dim + ((place - first).to(tl.int32)[:, None] * dim + channel[None, :])
-    tl.store(address, value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dot(a, b, total=None):
-    return tl.dot(a, b, total, input_precision="tf32x3")
+    first = tl.min(place, axis=0)  # 32-bit offsets from it: the addresses stay in registers
+    offset = (place - first).to(tl.int32)[:, None] * dim + channel[None, :]
+    tl.store(x + first * dim + offset, value.to(x.dtype.element_ty), mask=mask)
 
 
 def class_attention_forward(q, k, v, segment, offsets):
@@ -268,6 +268,7 @@ def class_attention_forward(q, k, v, segment, offsets):
         return reference.class_attention_forward(q, k, v, segment, offsets)
     out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
+        q, k, v = _plain(q, k, v)
         launch = forward_launch(q.shape[-1], _short(q, k, v))
         _forward_kernel[_grid(q, launch)](
             q, k, v, segment.contiguous(), offsets.contiguous(), out, logsumexp,
@@ -281,6 +282,7 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
         return reference.class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel():
+        q, k, v, grad = _plain(q, k, v, grad)
         launch = backward_launch(q.shape[-1], _short(grad, q, k, v))
         segment, offsets, out, logsumexp = (x.contiguous() for x in (segment, offsets, out, logsumexp))
         delta = torch.empty_like(logsumexp)
@@ -295,12 +297,22 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
     return grad_q, grad_k, grad_v
 
 
+def _plain(q, k, v, *grad):
+    """Float32 products of rows longer than 64 leave no registers for conversions and strides: copies of what needs them."""
+    tensors = (q, k, v, *grad)
+    if q.shape[-1] <= 64 or q.dtype == k.dtype == v.dtype != torch.float32:
+        return tensors
+    return [x if x.dtype == torch.float32 and x.stride(3) == 1 else x.float().contiguous() for x in tensors]
+
+
 def _short(*tensors):
-    """Whether the launch configurations for 16-bit operands in vectors apply: of one dtype, rows contiguous and aligned."""
+    """Whether the operands have 16 bits and are read in vectors: all rows contiguous and aligned."""
     return all(
-        x.dtype == tensors[0].dtype and x.itemsize == 2 and x.stride(3) == 1 and not any(s % 16 for s in x.stride()[:3])
+        x.dtype == tensors[0].dtype != torch.float32
+        and x.stride(3) == 1
+        and not any(n % 16 for n in (*x.stride()[:3], x.shape[3]))
         for x in tensors
-    ) and tensors[0].shape[3] % 16 == 0
+    )
 
 
 def _dot_dtype(q, k, v):
