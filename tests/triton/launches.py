@@ -105,8 +105,10 @@ CASES = {
         distance=["l1", "mse", "smooth_l1"], normalize=[True, False], balance=["token", "class"],
     ),
     class_attention: [
-        *pairwise(dim=[64, 16, 32, 128], dtypes=[(dtype,) * 3 for dtype in FLOATS], layout=["by token"]),
-        *pairwise(dim=[40, 5, 24, 100], dtypes=[(FLOATS[0],) * 3, tuple(FLOATS)], layout=["contiguous", "strided"]),
+        *pairwise(dim=[64, 16, 32], dtypes=[(dtype,) * 3 for dtype in FLOATS], layout=["by token"]),
+        *pairwise(dim=[128], dtypes=[(torch.bfloat16,) * 3, (torch.float16,) * 3], layout=["by token"]),
+        *pairwise(dim=[40, 5, 24], dtypes=[(torch.bfloat16,) * 3, tuple(FLOATS)], layout=["contiguous", "strided"]),
+        *pairwise(dim=[100], dtypes=[(torch.bfloat16,) * 3], layout=["contiguous", "strided"]),
     ],
     class_centroids: pairwise(
         classes=[21, 8, 16, 150], channels=[256, 20, 64], layout=["channels_last", "contiguous", "slice", "tokens"],

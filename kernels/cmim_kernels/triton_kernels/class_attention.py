@@ -22,8 +22,8 @@ import triton.language as tl
 from cmim_kernels.reference import class_attention as reference
 from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two
 
-MAX_DIM = 128
-"""A program holds whole rows. Longer ones leave its registers, and PyTorch takes over."""
+MAX_DIM, MAX_DIM_FLOAT32 = 128, 64
+"""For products of 16 and 32 bits. A program holds whole rows: longer ones leave its registers, and PyTorch takes over."""
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -264,11 +264,10 @@ def _store(x, place, channel, value, inside, dim):
 
 
 def class_attention_forward(q, k, v, segment, offsets):
-    if q.shape[-1] > MAX_DIM:
+    if q.shape[-1] > max_dim(q, k, v):
         return reference.class_attention_forward(q, k, v, segment, offsets)
     out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
-        q, k, v = _plain(q, k, v)
         launch = forward_launch(q.shape[-1], _short(q, k, v))
         _forward_kernel[_grid(q, launch)](
             q, k, v, segment.contiguous(), offsets.contiguous(), out, logsumexp,
@@ -278,11 +277,10 @@ def class_attention_forward(q, k, v, segment, offsets):
 
 
 def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
-    if q.shape[-1] > MAX_DIM:
+    if q.shape[-1] > max_dim(q, k, v):
         return reference.class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel():
-        q, k, v, grad = _plain(q, k, v, grad)
         launch = backward_launch(q.shape[-1], _short(grad, q, k, v))
         segment, offsets, out, logsumexp = (x.contiguous() for x in (segment, offsets, out, logsumexp))
         delta = torch.empty_like(logsumexp)
@@ -297,20 +295,16 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
     return grad_q, grad_k, grad_v
 
 
-def _plain(q, k, v, *grad):
-    """Float32 products of rows longer than 64 leave no registers for conversions and strides: copies of what needs them."""
-    tensors = (q, k, v, *grad)
-    if q.shape[-1] <= 64 or q.dtype == k.dtype == v.dtype != torch.float32:
-        return tensors
-    return [x if x.dtype == torch.float32 and x.stride(3) == 1 else x.float().contiguous() for x in tensors]
+def max_dim(q, k, v):
+    """The longest rows that the kernels take."""
+    return MAX_DIM if q.dtype == k.dtype == v.dtype != torch.float32 else MAX_DIM_FLOAT32
 
 
 def _short(*tensors):
-    """Whether the operands have 16 bits and are read in vectors: all rows contiguous and aligned."""
-    return all(
-        x.dtype == tensors[0].dtype != torch.float32
-        and x.stride(3) == 1
-        and not any(n % 16 for n in (*x.stride()[:3], x.shape[3]))
+    """Whether the operands have 16 bits and are read in vectors: of one dtype, all rows contiguous and aligned."""
+    first = tensors[0]
+    return first.dtype != torch.float32 and all(
+        x.dtype == first.dtype and x.stride(3) == 1 and not any(n % 16 for n in (*x.stride()[:3], x.shape[3]))
         for x in tensors
     )
 
