@@ -4,7 +4,14 @@ float64. The other tests of this folder run on the device too where there is one
 import pytest
 import torch
 
-from cmim_kernels import class_centroids, gather_class_tokens, masked_patch_loss, pack_classes, scatter_class_tokens
+from cmim_kernels import (
+    class_attention,
+    class_centroids,
+    gather_class_tokens,
+    masked_patch_loss,
+    pack_classes,
+    scatter_class_tokens,
+)
 from cmim_kernels.backends import use_backend
 from tests.kernels.op_checks import assert_equal, run
 
@@ -45,10 +52,14 @@ def calls(dtype=torch.float32, classes=CLASSES):
             lambda x: class_centroids(x, labels, masked, classes),
             [x.transpose(1, 2).contiguous().unflatten(2, (SIDE, SIDE))],
         ),
+        "attention": (
+            lambda q, k, v: class_attention(q, k, v, layout),
+            [random(BATCH, 2, tokens, CHANNELS // 2) for _ in range(3)],
+        ),
     }
 
 
-NAMES = ("pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images")
+NAMES = ("pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images", "attention")
 
 
 def test_automatic_choice_runs_the_kernels(monkeypatch):
@@ -165,6 +176,25 @@ def test_more_than_2_to_the_31_tokens_times_channels():
         for classes in (CLASSES, 100):
             mean = class_centroids(x, labels, masked, classes).mean[-1:]
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
+
+
+def test_more_than_2_to_the_31_entries_of_queries():
+    """Forward and backward; the last image gets what it gets alone."""
+    needs(40)
+    batch, heads, tokens, dim, classes = 9, 16, 2**18, 64, 1000
+    labels, masked = random_labels((batch, tokens), classes)
+    x = torch.zeros(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_()
+    assert x.numel() > 2**31
+
+    def attend(i):
+        q = x[i].requires_grad_()
+        out = class_attention(q, q, q, pack_classes(labels[i], masked[i], classes))
+        return out.detach()[-1], torch.autograd.grad(out, q, q.detach())[0][-1]
+
+    with use_backend("triton"):
+        for got, want in zip(attend(slice(None)), attend(slice(-1, None)), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_more_than_2_to_the_31_predicted_entries():
