@@ -38,7 +38,7 @@ def missing(backend):
     return cuda.obstacle(DEVICE)
 
 
-def assert_like_torch(function, inputs, *, gradient=True):
+def assert_like_torch(function, inputs, *, gradient=True, tolerance=TOLERANCE):
     """function(*inputs) and its gradients have the values, dtypes and strides that they have in PyTorch, and the same
     bits when the backend under test computes them again. Returns its outputs and gradients."""
     with use_backend("torch"):
@@ -51,7 +51,7 @@ def assert_like_torch(function, inputs, *, gradient=True):
             assert a is None
             continue
         assert a.dtype == b.dtype and layout(a) == layout(b)
-        torch.testing.assert_close(a, b, equal_nan=True, **TOLERANCE.get(a.dtype, {}))
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance.get(a.dtype, {}))
     return got
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from cmim_kernels.triton_kernels import class_attention as attention
 from cmim_kernels.triton_kernels import class_centroids as centroids
 from cmim_kernels.triton_kernels import gather_class_tokens as gather
 from cmim_kernels.triton_kernels import masked_patch_loss as loss
@@ -118,6 +119,17 @@ UPSAMPLING = dict(
     classes=[21, 1, 4, 16, 150], size=[(80, 320), (36, 504), (80, 80), (80, 160), (16, 257), (15, 2)],
     layout=["contiguous", "channels_last", "strided"], dtype=FLOATS, align_corners=[False, True],
 )  # fmt: skip
+
+
+def class_attention(dim, dtypes, layout):
+    shape = {"contiguous": (8, 8, 1296, dim), "by token": (8, 1296, 8, dim), "strided": (8, 8, dim, 1296)}[layout]
+    x = [meta(*shape, dtype=dtype) for dtype in (*dtypes, dtypes[0])]
+    q, k, v, grad = (t.transpose(*{"contiguous": (0, 0), "by token": (1, 2), "strided": (2, 3)}[layout]) for t in x)
+    index = meta(8, 1296, dtype=torch.int32), meta(8, 44, dtype=torch.int32)
+    out, logsumexp = attention.class_attention_forward(q, k, v, *index)
+    attention.class_attention_backward(grad, q, k, v, out, logsumexp, *index)
+
+
 CASES = {
     pack_classes: pairwise(classes=[21, 1, 31, 63, 127, 255, 511, 1023, 2047], dtype=LABELS, contiguous=[True, False]),
     gather_and_scatter: pairwise(
@@ -129,6 +141,12 @@ CASES = {
         image_channels_last=[True, False], dtype=FLOATS, image_dtype=[torch.uint8, *FLOATS], labels=[None, *LABELS],
         distance=["l1", "mse", "smooth_l1"], normalize=[True, False], balance=["token", "class"],
     ),
+    class_attention: [
+        *pairwise(dim=[64, 16, 32], dtypes=[(dtype,) * 3 for dtype in FLOATS], layout=["by token"]),
+        *pairwise(dim=[128], dtypes=[(torch.bfloat16,) * 3, (torch.float16,) * 3], layout=["by token"]),
+        *pairwise(dim=[40, 5, 24], dtypes=[(torch.bfloat16,) * 3, tuple(FLOATS)], layout=["contiguous", "strided"]),
+        *pairwise(dim=[100], dtypes=[(torch.bfloat16,) * 3], layout=["contiguous", "strided"]),
+    ],
     class_centroids: pairwise(
         classes=[21, 8, 16, 150], channels=[256, 20, 64], layout=["channels_last", "contiguous", "slice", "tokens"],
         dtype=FLOATS, label_dtype=LABELS, packed=[False, True],
@@ -149,6 +167,12 @@ CONFIGURATIONS = {
     "pack_classes": {pack.pack_launch(k) for k in range(1, pack.MAX_CLASSES + 1)},
     "gather_and_scatter": {rows.row_launch(b, c) for b in range(1, 40) for c in range(1, 1000)},
     "masked_patch_loss": {loss.patch_launch(e) for e in range(1, 5000)} | {loss.sum_launch(k) for k in range(1, 1000)},
+    "class_attention": {
+        launch(dim, short)
+        for launch in (attention.forward_launch, attention.backward_launch)
+        for dim in range(1, attention.MAX_DIM + 1)
+        for short in (True, False)
+    },
     "class_centroids": {centroids.one_hot_launch(s, size) for s in range(2, centroids.MAX_ONE_HOT + 1, 2) for size in (2, 4)}
     | {centroids.run_launch(c) for c in range(1, 1000)},
     "patch_labels": {

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cmim_kernels import (
+    class_attention,
     class_centroids,
     gather_class_tokens,
     masked_patch_loss,
@@ -64,12 +65,16 @@ def calls(dtype=torch.float32, classes=CLASSES):
         ),
         "cross-entropy": (lambda x: upsample_cross_entropy(x, target), [logits]),
         "pseudo-labels": (lambda x: upsample_pseudo_labels(x, target.shape[1:]), [logits]),
+        "attention": (
+            lambda q, k, v: class_attention(q, k, v, layout),
+            [random(BATCH, 2, tokens, CHANNELS // 2) for _ in range(3)],
+        ),
     }
 
 
 NAMES = (
     "pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images", "patch labels",
-    "convolution", "cross-entropy", "pseudo-labels",
+    "convolution", "cross-entropy", "pseudo-labels", "attention",
 )  # fmt: skip
 
 
@@ -189,7 +194,30 @@ def test_more_than_2_to_the_31_tokens_times_channels(backend):
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
 
 
+<<<<<<< HEAD
 def test_more_than_2_to_the_31_predicted_entries(backend):
+=======
+def test_more_than_2_to_the_31_entries_of_queries():
+    """Forward and backward; the last image gets what it gets alone."""
+    needs(40)
+    batch, heads, tokens, dim, classes = 9, 16, 2**18, 64, 1000
+    labels, masked = random_labels((batch, tokens), classes)
+    x = torch.zeros(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_()
+    assert x.numel() > 2**31
+
+    def attend(i):
+        q = x[i].requires_grad_()
+        out = class_attention(q, q, q, pack_classes(labels[i], masked[i], classes))
+        return out.detach()[-1], torch.autograd.grad(out, q, q.detach())[0][-1]
+
+    with use_backend("triton"):
+        for got, want in zip(attend(slice(None)), attend(slice(-1, None)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_more_than_2_to_the_31_predicted_entries():
+>>>>>>> attention
     needs(24)
     batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="cuda").to(memory_format=torch.channels_last)

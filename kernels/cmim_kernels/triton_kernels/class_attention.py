@@ -1,0 +1,326 @@
+"""Softmax attention of each token over the tokens of its own (image, class): kernels and launchers. See
+`reference/class_attention.py` for the formulas.
+
+In packed order the tokens of a class follow each other. A program takes a block of packed tokens of one head of one image,
+its rows. `offsets` says where the class of its first row starts and that of its last row ends: over these tokens it runs,
+block by block, its columns (flash attention, arXiv 2205.14135), and selects the pairs of equal class. One program writes
+each value, so nothing is added up across programs. The products of pairs run on tensor cores: of float16 or bfloat16
+where q, k and v have one such dtype, else of float32 in three TF32 products ("tf32x3"), which keeps float32 accuracy.
+
+A weight of zero keeps a class out of the sums of the others, but zero times NaN is NaN. So where a sum is not finite a
+program runs again, one class at a time, over blocks that start where they did before: the sums of clean classes keep
+their bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from cmim_kernels.reference import class_attention as reference
+from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two
+
+MAX_DIM, MAX_DIM_FLOAT32 = 128, 64
+"""For products of 16 and 32 bits. A program holds whole rows: longer ones leave its registers, and PyTorch takes over."""
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+PRECISION = tl.constexpr("tf32x3")
+
+
+class AttentionLaunch(NamedTuple):
+    ROWS: int
+    COLUMNS: int
+    DIM: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int = 255
+
+
+def forward_launch(dim, short):
+    """`short`: operands of 16 bits that are read in vectors. Others take more registers, for values or addresses."""
+    return _launch(dim, short, columns=64 if dim <= 64 else 32)
+
+
+def backward_launch(dim, short):
+    return _launch(dim, short, columns=32)
+
+
+def _launch(dim, short, columns):
+    dim = power_of_two(dim, low=16, high=MAX_DIM)
+    if short:
+        return AttentionLaunch(64, columns, dim, num_warps=4 if dim <= 64 else 8, num_stages=2)
+    rows, num_warps = {16: (64, 4), 32: (64, 8), 64: (16, 4), 128: (16, 8)}[dim]
+    return AttentionLaunch(rows, 16, dim, num_warps, num_stages=1)
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v,  # (B, heads, N, d)
+    segment,  # (B, N) int32, contiguous
+    offsets,  # (B, 2K + 2) int32, contiguous
+    out,  # (B, heads, N, d), contiguous
+    logsumexp,  # (B, heads, N) float32, contiguous
+    q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
+    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Must move q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once; each block of ROWS
+    queries reads k and v of its classes, from the cache after the first."""
+    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    place = (image * num_heads + head) * num_tokens + row
+    k += image * k_strides[0] + head * k_strides[1]
+    v += image * v_strides[0] + head * v_strides[1]
+    q_rows = _load(q + image * q_strides[0] + head * q_strides[1], row, channel, q_strides, 0, num_tokens, dim, DOT)
+    ignored = (row < num_tokens) & (row_begin == row_end)
+    tl.store(logsumexp + place, float("-inf"), mask=ignored)
+    _store(out, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
+    begin, end = first, last
+    while begin < end:
+        largest = tl.full((ROWS,), float("-inf"), tl.float32)
+        shift = tl.zeros((ROWS,), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result = tl.zeros((ROWS, DIM), tl.float32)
+        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
+            v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
+            score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
+            score = tl.where(_same_class(row_begin, row_end, column), score, float("-inf"))
+            larger = tl.maximum(largest, tl.max(score, axis=1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            weight = tl.exp2(score - shift[:, None])
+            decay = tl.exp2(largest - shift)
+            total = total * decay + tl.sum(weight, axis=1)
+            result = tl.dot(weight.to(DOT), v_columns, result * decay[:, None], input_precision=PRECISION)
+            largest = larger
+        own = _own(row_begin, row_end, begin, end)
+        tl.store(logsumexp + place, (shift + tl.log2(total)) * LN_2, mask=own)
+        _store(out, place, channel, result / total[:, None], own, dim)
+        begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
+
+
+@triton.jit
+def _backward_rows_kernel(
+    grad,  # (B, heads, N, d)
+    q, k, v, segment, offsets, out, logsumexp,  # as above
+    delta,  # (B, heads, N) float32, contiguous: sum over d of grad * out, for the other kernel
+    grad_q,  # (B, heads, N, d), contiguous
+    grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
+    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows are queries. Must move grad, q, k, v, out, logsumexp, the segments, and the outputs; k and v as above."""
+    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    place = (image * num_heads + head) * num_tokens + row
+    k += image * k_strides[0] + head * k_strides[1]
+    v += image * v_strides[0] + head * v_strides[1]
+    grad += image * grad_strides[0] + head * grad_strides[1]
+    q_rows = _load(q + image * q_strides[0] + head * q_strides[1], row, channel, q_strides, 0, num_tokens, dim, DOT)
+    grad_rows = _load(grad, row, channel, grad_strides, 0, num_tokens, dim, DOT)
+    inside = row < num_tokens
+    out_mask = inside[:, None] & (channel < dim)[None, :]
+    out_rows = tl.load(out + place[:, None] * dim + channel[None, :], mask=out_mask, other=0.0).to(tl.float32)
+    row_delta = tl.sum(grad_rows.to(tl.float32) * out_rows, axis=1)
+    tl.store(delta + place, row_delta, mask=inside)
+    row_shift = tl.load(logsumexp + place, mask=inside, other=0.0) * LOG2_E
+    _store(grad_q, place, channel, tl.zeros((ROWS, DIM), tl.float32), inside & (row_begin == row_end), dim)
+    begin, end = first, last
+    while begin < end:
+        result = tl.zeros((ROWS, DIM), tl.float32)
+        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
+            v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
+            score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
+            weight = tl.exp2(score - row_shift[:, None])
+            grad_weight = tl.dot(grad_rows, tl.trans(v_columns), input_precision=PRECISION)
+            grad_score = weight * (grad_weight - row_delta[:, None])
+            grad_score = tl.where(_same_class(row_begin, row_end, column), grad_score, 0.0)
+            result = tl.dot(grad_score.to(DOT), k_columns, result, input_precision=PRECISION)
+        _store(grad_q, place, channel, result * scale, _own(row_begin, row_end, begin, end), dim)
+        begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
+
+
+@triton.jit
+def _backward_columns_kernel(
+    grad, q, k, v, segment, offsets, logsumexp, delta,  # as above
+    grad_k, grad_v,  # (B, heads, N, d), contiguous
+    grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
+    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows are keys and values, columns queries. Must move grad, q, k, v, logsumexp, delta, the segments, and the outputs.
+    Reads k and v and writes the outputs once; each block of ROWS keys reads the rest, of its classes, from the cache
+    after the first."""
+    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    first_place = (image * num_heads + head) * num_tokens
+    place = first_place + row
+    q += image * q_strides[0] + head * q_strides[1]
+    grad += image * grad_strides[0] + head * grad_strides[1]
+    k_rows = _load(k + image * k_strides[0] + head * k_strides[1], row, channel, k_strides, 0, num_tokens, dim, DOT)
+    v_rows = _load(v + image * v_strides[0] + head * v_strides[1], row, channel, v_strides, 0, num_tokens, dim, DOT)
+    ignored = (row < num_tokens) & (row_begin == row_end)
+    _store(grad_k, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
+    _store(grad_v, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
+    begin, end = first, last
+    while begin < end:
+        k_result = tl.zeros((ROWS, DIM), tl.float32)
+        v_result = tl.zeros((ROWS, DIM), tl.float32)
+        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (column >= begin) & (column < end)
+            q_columns = _load(q, column, channel, q_strides, begin, end, dim, DOT)
+            grad_columns = _load(grad, column, channel, grad_strides, begin, end, dim, DOT)
+            shift = tl.load(logsumexp + first_place + column, mask=inside, other=0.0) * LOG2_E
+            column_delta = tl.load(delta + first_place + column, mask=inside, other=0.0)
+            same = _same_class(row_begin, row_end, column)
+            score = tl.dot(k_rows, tl.trans(q_columns), input_precision=PRECISION) * (scale * LOG2_E)
+            weight = tl.where(same, tl.exp2(score - shift[None, :]), 0.0)
+            v_result = tl.dot(weight.to(DOT), grad_columns, v_result, input_precision=PRECISION)
+            grad_weight = tl.dot(v_rows, tl.trans(grad_columns), input_precision=PRECISION)
+            grad_score = weight * (grad_weight - column_delta[None, :])
+            grad_score = tl.where(same, grad_score, 0.0)
+            k_result = tl.dot(grad_score.to(DOT), q_columns, k_result, input_precision=PRECISION)
+        own = _own(row_begin, row_end, begin, end)
+        _store(grad_k, place, channel, k_result * scale, own, dim)
+        _store(grad_v, place, channel, v_result, own, dim)
+        begin, end = _next(row_end, begin, end, last, _any_not_finite(k_result) | _any_not_finite(v_result))
+
+
+@triton.jit
+def _place(num_heads, num_tokens, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """int64 image and head, packed positions and channels of this program."""
+    blocks = tl.cdiv(num_tokens, ROWS)
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    image, head = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
+    return image, head, block * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+
+
+@triton.jit
+def _classes(segment, offsets, image, row, num_tokens, num_classes):
+    """Where the class of each row begins and ends, and where the first of them begins and the last ends. A row that is
+    ignored or past the last token has no class: from 0 to 0."""
+    row_class = tl.load(segment + image * num_tokens + row, mask=row < num_tokens, other=2 * num_classes) // 2
+    valid = row_class < num_classes
+    begin = offsets + image * (2 * num_classes + 2) + 2 * row_class
+    row_begin, row_end = tl.load(begin, mask=valid, other=0), tl.load(begin + 2, mask=valid, other=0)
+    first = tl.min(tl.where(valid, row_begin, num_tokens), axis=0)
+    return row_begin, row_end, first, tl.max(row_end, axis=0)
+
+
+@triton.jit
+def _block_start(first, begin, COLUMNS: tl.constexpr):
+    """Where the block of columns that `begin` is in starts."""
+    return first + (begin - first) // COLUMNS * COLUMNS
+
+
+@triton.jit
+def _same_class(row_begin, row_end, column):
+    return (column[None, :] >= row_begin[:, None]) & (column[None, :] < row_end[:, None])
+
+
+@triton.jit
+def _own(row_begin, row_end, begin, end):
+    """Which rows have a class that lies between the positions `begin` and `end`."""
+    return (row_begin < row_end) & (row_begin >= begin) & (row_end <= end)
+
+
+@triton.jit
+def _next(row_end, begin, end, last, spoilt):
+    """The range to run over after that from `begin` to `end`: one of several classes is spoilt as a whole, and its first
+    class comes next; else the class that follows it."""
+    again = spoilt & (_end_of_class(row_end, begin, last) < end)
+    begin = tl.where(again, begin, end)
+    return begin, _end_of_class(row_end, begin, last)
+
+
+@triton.jit
+def _end_of_class(row_end, begin, last):
+    """Where the class that begins at `begin` ends; `last` if there is none."""
+    return tl.min(tl.where(row_end > begin, row_end, last), axis=0)
+
+
+@triton.jit
+def _any_not_finite(x):
+    return tl.max(tl.max((~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1), axis=0) > 0
+
+
+@triton.jit
+def _load(x, position, channel, strides, begin, end, dim, DOT: tl.constexpr):
+    mask = ((position >= begin) & (position < end))[:, None] & (channel < dim)[None, :]
+    place = position.to(tl.int64)[:, None] * strides[2] + channel.to(tl.int64)[None, :] * strides[3]
+    return tl.load(x + place, mask=mask, other=0.0).to(tl.float32).to(DOT)
+
+
+@triton.jit
+def _store(x, place, channel, value, inside, dim):
+    mask = inside[:, None] & (channel < dim)[None, :]
+    first = tl.min(place, axis=0)  # 32-bit offsets from it: the addresses stay in registers
+    offset = (place - first).to(tl.int32)[:, None] * dim + channel[None, :]
+    tl.store(x + first * dim + offset, value.to(x.dtype.element_ty), mask=mask)
+
+
+def class_attention_forward(q, k, v, segment, offsets):
+    if q.shape[-1] > max_dim(q, k, v):
+        return reference.class_attention_forward(q, k, v, segment, offsets)
+    out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        launch = forward_launch(q.shape[-1], _short(q, k, v))
+        _forward_kernel[_grid(q, launch)](
+            q, k, v, segment.contiguous(), offsets.contiguous(), out, logsumexp,
+            q.stride(), k.stride(), v.stride(), *_sizes(q, offsets), DOT=_dot_dtype(q, k, v), **launch._asdict(),
+        )  # fmt: skip
+    return out, logsumexp
+
+
+def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
+    if q.shape[-1] > max_dim(q, k, v):
+        return reference.class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets)
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    if q.numel():
+        launch = backward_launch(q.shape[-1], _short(grad, q, k, v))
+        segment, offsets, out, logsumexp = (x.contiguous() for x in (segment, offsets, out, logsumexp))
+        delta = torch.empty_like(logsumexp)
+        sizes = (grad.stride(), q.stride(), k.stride(), v.stride(), *_sizes(q, offsets))
+        options = dict(DOT=_dot_dtype(q, k, v), **launch._asdict())
+        _backward_rows_kernel[_grid(q, launch)](
+            grad, q, k, v, segment, offsets, out, logsumexp, delta, grad_q, *sizes, **options
+        )
+        _backward_columns_kernel[_grid(q, launch)](
+            grad, q, k, v, segment, offsets, logsumexp, delta, grad_k, grad_v, *sizes, **options
+        )
+    return grad_q, grad_k, grad_v
+
+
+def max_dim(q, k, v):
+    """The longest rows that the kernels take."""
+    return MAX_DIM if q.dtype == k.dtype == v.dtype != torch.float32 else MAX_DIM_FLOAT32
+
+
+def _short(*tensors):
+    """Whether the operands have 16 bits and are read in vectors: of one dtype, all rows contiguous and aligned."""
+    first = tensors[0]
+    return first.dtype != torch.float32 and all(
+        x.dtype == first.dtype and x.stride(3) == 1 and not any(n % 16 for n in (*x.stride()[:3], x.shape[3]))
+        for x in tensors
+    )
+
+
+def _dot_dtype(q, k, v):
+    """float16 or bfloat16 where q, k and v share it, else float32."""
+    if INTERPRETED or not q.dtype == k.dtype == v.dtype:
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32)
+
+
+def _grid(q, launch):
+    batch, heads, tokens, _ = q.shape
+    return (batch * heads * triton.cdiv(tokens, launch.ROWS),)
+
+
+def _sizes(q, offsets):
+    _, heads, tokens, dim = q.shape
+    return heads, tokens, dim, offsets.shape[1] // 2 - 1, 1 / math.sqrt(dim)
