@@ -194,9 +194,6 @@ def test_more_than_2_to_the_31_tokens_times_channels(backend):
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
 
 
-<<<<<<< HEAD
-def test_more_than_2_to_the_31_predicted_entries(backend):
-=======
 def test_more_than_2_to_the_31_entries_of_queries():
     """Forward and backward; the last image gets what it gets alone."""
     needs(40)
@@ -216,8 +213,7 @@ def test_more_than_2_to_the_31_entries_of_queries():
             assert torch.equal(got, want)
 
 
-def test_more_than_2_to_the_31_predicted_entries():
->>>>>>> attention
+def test_more_than_2_to_the_31_predicted_entries(backend):
     needs(24)
     batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="cuda").to(memory_format=torch.channels_last)
