@@ -8,7 +8,7 @@ import torch
 
 from bench.clock import with_gradients
 from bench.inputs import DEVICE
-from cmim_kernels import backends
+from cmim_kernels import backends, cuda
 
 OURS = "cmim_kernels"
 
@@ -17,12 +17,11 @@ OURS = "cmim_kernels"
 class Comparison:
     inputs: list[torch.Tensor]
     rivals: dict[str, Callable]
-    """Name -> function of the inputs, all with the same results: the first is ours, the second the one to check against."""
+    """Name -> function of the inputs, all with the same results: the first is ours, the next the one to check against."""
     moved: tuple[int, int] | None = None
     """Bytes that forward must move, and forward and backward together."""
     launches: tuple[int, int] | None = None
     """At most, likewise."""
-    gradient: bool = True
     tolerance: float | None = None
     """Of the largest magnitude; by default a few roundings of the inputs' dtype."""
     unchecked: set = field(default_factory=set)
@@ -34,23 +33,23 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-BACKENDS = {"our formulas in PyTorch": "torch"}
+BACKENDS = {"our formulas in PyTorch": "torch", "ours in CUDA C++": "cuda"} if DEVICE.type == "cuda" else {}
 """Rivals that are our own ops on another backend than the one that users get."""
 
 
-def ours(function):
-    """Name -> `function` as users get it and, where that is another one, in PyTorch."""
-    return {OURS: function} | dict.fromkeys(BACKENDS if DEVICE.type == "cuda" else (), function)
+def ours(function, *, csrc=False):
+    """Name -> `function` as users get it and, on CUDA, on other backends; `csrc`: the op has kernels in CUDA C++."""
+    missing = set() if csrc and cuda.obstacle(DEVICE) is None else {"cuda"}
+    return {OURS: function} | {name: function for name, backend in BACKENDS.items() if backend not in missing}
 
 
 @contextlib.contextmanager
 def prepared(comparison, name, *, backward=False):
     """The function to be timed, once its results are known to equal the reference's."""
     wrap = (lambda function: with_gradients(function, comparison.inputs)) if backward else (lambda function: function)
-    reference = list(comparison.rivals)[1]
+    reference = next(other for other in comparison.rivals if other != OURS and other not in BACKENDS)
     with torch.set_grad_enabled(backward):
-        with backends.use_backend(BACKENDS.get(reference, "auto")):
-            want = wrap(comparison.rivals[reference])(*comparison.inputs)
+        want = wrap(comparison.rivals[reference])(*comparison.inputs)
         with backends.use_backend(BACKENDS.get(name, "auto")):
             function = wrap(comparison.rivals[name])
             if name not in comparison.unchecked:

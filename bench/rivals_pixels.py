@@ -50,7 +50,7 @@ def mae_loss(shape):
         return (error * masked).sum() / masked.sum()
 
     return Comparison(
-        [pred], ours(fused) | {"patchify": patches, "patchify, compiled": compiled(patches)},
+        [pred], ours(fused, csrc=True) | {"patchify": patches, "patchify, compiled": compiled(patches)},
         moved=_moved_by_loss(pred, image, masked), launches=(2, 3),
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def simmim_loss(shape):
         return (error * mask).sum() / mask.sum() / 3
 
     return Comparison(
-        [pred], ours(fused) | {"mask of pixels": pixels, "mask of pixels, compiled": compiled(pixels)},
+        [pred], ours(fused, csrc=True) | {"mask of pixels": pixels, "mask of pixels, compiled": compiled(pixels)},
         moved=_moved_by_loss(pred, image, flat), launches=(2, 3),
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def class_loss(shape):
     share = counted.sum().item() / masked.numel()
     forward = int(share * size_of(pred, image)) + size_of(masked, labels) + 4 * masked.numel()
     backward = int(share * size_of(pred, image)) + size_of(pred, masked, labels)
-    rivals = ours(fused) | {"one-hot": one_hot_means, "one-hot, compiled": compiled(one_hot_means)}
+    rivals = ours(fused, csrc=True) | {"one-hot": one_hot_means, "one-hot, compiled": compiled(one_hot_means)}
     rivals |= {"index_add, compiled": compiled(definition)}
     return Comparison([pred], rivals, moved=(forward, forward + backward), launches=(2, 3))
 
@@ -142,7 +142,7 @@ def convolution(shape):
             out = torch.where(own, y, out)
         return out
 
-    rivals = ours(gated) | {"class by class": class_by_class}
+    rivals = ours(gated, csrc=True) | {"class by class": class_by_class}
     if shape.side <= 100:  # its columns are 49 times as large as x
         rivals["unfold and mask"] = unfold
     if DEVICE.type == "cuda":  # takes the CPU's compiler minutes
@@ -189,7 +189,7 @@ def pseudo_labels(shape):
     rivals = ours(fused) | {"interpolate": confidence(interpolate)}
     rivals |= {"interpolate, compiled": confidence(compiled(interpolate))}
     moved = size_of(logits) + 8 * target.numel()
-    return Comparison([logits], rivals, moved=(moved, moved), gradient=False)
+    return Comparison([logits], rivals, moved=(moved, moved))
 
 
 def majority(shape):
@@ -207,4 +207,4 @@ def majority(shape):
 
     moved = size_of(labels) + 4 * labels.numel() // size**2
     rivals = ours(fused) | {"one-hot pooling": one_hot, "one-hot pooling, compiled": compiled(one_hot)}
-    return Comparison([labels], rivals, moved=(moved, moved), launches=(1, 1), gradient=False)
+    return Comparison([labels], rivals, moved=(moved, moved), launches=(1, 1))

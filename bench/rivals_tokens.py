@@ -33,8 +33,8 @@ def packing(shape):
     moved = size_of(labels, masked) + 3 * 4 * labels.numel()
     return Comparison(
         [labels, masked],
-        ours(pack) | {"two sorts": sort, "two sorts, compiled": compiled(sort)},
-        moved=(moved, moved), launches=(3, 3), gradient=False,
+        ours(pack, csrc=True) | {"two sorts": sort, "two sorts, compiled": compiled(sort)},
+        moved=(moved, moved), launches=(3, 3),
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def gathering(shape):
     backward = 2 * size_of(tokens) + size_of(position, layout.inverse, layout.segment)
     return Comparison(
         [tokens, mask_token, position],
-        ours(gather) | {"index": index, "index, compiled": compiled(index)},
+        ours(gather, csrc=True) | {"index": index, "index, compiled": compiled(index)},
         moved=(forward, forward + backward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def scattering(shape):
     forward = size_of(packed, position, layout.inverse) + out
     return Comparison(
         [packed, mask_token, position],
-        ours(scatter) | {"append and gather": restore, "append and gather, compiled": compiled(restore)},
+        ours(scatter, csrc=True) | {"append and gather": restore, "append and gather, compiled": compiled(restore)},
         moved=(forward, 2 * forward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
     )  # fmt: skip
 
@@ -121,10 +121,18 @@ def centroids(shape):
 
     definition = lambda x: centroids_reference.class_centroids(x, labels, masked, classes)[0]  # noqa: E731
     moved = size_of(features, labels, masked)
-    rivals = ours(lambda x: class_centroids(x, labels, masked, classes).mean)
+    rivals = ours(lambda x: class_centroids(x, labels, masked, classes).mean, csrc=True)
     rivals |= {"index_add": index_add, "one-hot matmul": matmul, "scatter_reduce": scatter_reduce}
     rivals |= {"segment_reduce": sort_and_reduce, "index_add, compiled": compiled(index_add)}
     rivals |= {"one-hot matmul, compiled": compiled(matmul)}
+    try:
+        from torch_scatter import scatter
+
+        rivals["torch_scatter"] = lambda x: mean_of(
+            scatter(x.float().flatten(0, 1), flat, dim=0, dim_size=shape.batch * rows, reduce="sum")
+        )
+    except ImportError:
+        pass
     if classes <= 21:  # one class after the other: minutes of compilation for 150
         rivals["class by class, compiled"] = compiled(definition)
     return Comparison([features], rivals, moved=(moved, 2 * moved), launches=(2, 3))

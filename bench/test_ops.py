@@ -19,7 +19,7 @@ OPS = {
     "scatter_class_tokens": (tokens.scattering, ["append and gather"]),
     "class_centroids": (
         tokens.centroids,
-        ["index_add", "one-hot matmul", "scatter_reduce", "segment_reduce", "class by class, compiled"],
+        ["index_add", "one-hot matmul", "scatter_reduce", "segment_reduce", "torch_scatter", "class by class, compiled"],
     ),
     "class_attention": (
         tokens.attention,
@@ -43,7 +43,7 @@ def cases():
         for op, (_, names) in OPS.items():
             if shape.classes == 1 and op in ONLY_WITH_CLASSES:
                 continue
-            everyone = [OURS, *(BACKENDS if DEVICE.type == "cuda" else ()), *names]
+            everyone = [OURS, *BACKENDS, *names]
             everyone += [f"{name}, compiled" for name in names if not name.endswith("compiled")]
             if DEVICE.type == "cpu" and shape != SHAPES[0]:  # compilation takes seconds
                 everyone = [name for name in everyone if not name.endswith("compiled")]
