@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ class UserError(Exception):
         message = str(message).strip()
         if "DataLoader worker" in message:
             message = message.rsplit("UserError: ", 1)[-1]
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colours of other libraries
 
 
 def run_command(main):

@@ -296,3 +296,7 @@ def test_a_pass_of_a_single_image(compile, tmp_path, monkeypatch):
     settings = dict(method__preset="supervised", train__labelled_batch=1, train__compile=compile)
     with pytest.raises(UserError, match=r"a single image leaves .* raise train.labelled_batch"):
         run_tiny(tmp_path / "run", **settings)
+
+
+def test_an_error_is_one_line_without_colours():
+    assert str(UserError("two\n  lines, \x1b[1;31mred\x1b[0m")) == "two lines, red"
