@@ -58,6 +58,14 @@ def test_blocks_of_channels_and_chunks_of_rows(layout):
     check(inputs, labels, gradient=layout)
 
 
+@pytest.mark.parametrize("layout, height, width", [("contiguous", 4, 32), ("channels_last", 8, 8)])
+def test_images_that_fill_their_tiles(layout, height, width):
+    inputs, labels = make(2, 2, height, width, size=5, layout=layout, classes=1)
+    launch = kernels.convolve_launch(2, layout == "channels_last")
+    assert (launch.ROWS, launch.COLUMNS) == (height, width)
+    check(inputs, labels, classes=1, gradient=layout)
+
+
 def test_many_taps():
     check(*make(1, 1, 3, 10, size=9))
 
