@@ -62,7 +62,7 @@ def test_blocks_of_channels_and_chunks_of_rows(layout):
 def test_images_that_fill_their_tiles(layout, height, width):
     inputs, labels = make(2, 2, height, width, size=5, layout=layout, classes=1)
     launch = kernels.convolve_launch(2, layout == "channels_last")
-    assert (launch.ROWS, launch.COLUMNS) == (height, width)
+    assert (height, width) == (launch.ROWS, launch.COLUMNS)
     check(inputs, labels, classes=1, gradient=layout)
 
 
