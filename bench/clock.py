@@ -22,7 +22,7 @@ class Timing(NamedTuple):
     launches: int | None  # kernels of one call; None on the CPU
 
 
-class _DeviceClock:
+class DeviceClock:
     """A timer in seconds for pytest-benchmark, divided by the number of calls between two readings."""
 
     def __init__(self, calls):
@@ -56,14 +56,14 @@ def time_calls(benchmark, function, inputs, *, capture=True):
         for i in range(calls):
             function(*copies[i % len(copies)])
 
-    benchmark._timer = _DeviceClock(calls)
+    benchmark._timer = DeviceClock(calls)
     benchmark.pedantic(replay or call, rounds=ROUNDS, warmup_rounds=3)
     return Timing(clock, peak, launches)
 
 
 def _captured(function, copies, calls):
     try:
-        return _capture(function, copies, calls).replay, "graph"
+        return capture_graph(function, copies, calls).replay, "graph"
     except RuntimeError:
         torch.cuda.synchronize()
         return None, "eager"
@@ -117,7 +117,7 @@ def _copies(inputs):
     return [[clone(x) for x in inputs] for _ in range(max(2, min(64, -(-3 * cache // max(size, 1)))))]
 
 
-def _capture(function, copies, calls):
+def capture_graph(function, copies, calls):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

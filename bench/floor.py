@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from bench.clock import _capture, _DeviceClock
+from bench.clock import DeviceClock, capture_graph
 
 
 def target_seconds(moved, launches):
@@ -30,8 +30,8 @@ def empty_seconds():
 
 def _seconds(function, copies):
     calls = max(len(copies), 50)
-    graph = _capture(function, copies, calls)
-    clock, readings = _DeviceClock(calls), []
+    graph = capture_graph(function, copies, calls)
+    clock, readings = DeviceClock(calls), []
     for _ in range(10):
         start = clock()
         graph.replay()

@@ -7,6 +7,7 @@ convolutions). `--profile-steps FOLDER` writes a profiler trace of a step of eac
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,8 +153,6 @@ def trace(step, name, request):
     """A profiler trace, where one was asked for: shares of time by part."""
     folder = request.config.getoption("--profile-steps")
     if folder:
-        from pathlib import Path
-
         with torch.profiler.profile() as profile:
             step()
         path = Path(folder)

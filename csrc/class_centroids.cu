@@ -228,12 +228,6 @@ __global__ void __launch_bounds__(THREADS, 4) spread_column_kernel(Shares shares
   }
 }
 
-int lanes_for(int64_t channels, int V) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * V < channels) lanes *= 2;
-  return lanes;
-}
-
 }  // namespace
 
 // features (B, C, h, w) or (B, N, C); order (B, N) and offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)

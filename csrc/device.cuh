@@ -119,6 +119,13 @@ inline bool packs(const View& x, int dimensions, int along, int64_t count, int V
   return fits;
 }
 
+// How many lanes, a power of two, share a row of elements in vectors of V.
+inline int lanes_for(int64_t elements, int V) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * V < elements) lanes *= 2;
+  return lanes;
+}
+
 // f(T{}) for the element type T of features.
 template <typename F>
 void by_dtype(Dtype dtype, F f) {

@@ -301,12 +301,11 @@ Prepared prepare(View pred, View image, View masked, View labels, View grad, int
   const int V = static_cast<int>(16 / itemsize(pred.dtype));
   const bool wide = packs(pred, pred_layout, channel_first, patch_size, channels, V) &&
                     packs(grad, grad_layout, channel_first, patch_size, channels, V);
-  int lanes = 1;
-  while (lanes < 32 && lanes * (wide ? V : 1) < size) lanes *= 2;
   Patches p{pred, image, masked, labels, pred_layout, image_layout, Patch(patch_size, channels, channel_first),
             masked.sizes[0] * masked.sizes[1], masked.sizes[1], columns, static_cast<int>(num_classes),
-            static_cast<int>(size), lanes, packs(image, image_layout, channel_first, patch_size, channels, wide ? V : 1),
-            normalize, static_cast<Distance>(distance), !mean.empty(), {}, {}};
+            static_cast<int>(size), lanes_for(size, wide ? V : 1),
+            packs(image, image_layout, channel_first, patch_size, channels, wide ? V : 1), normalize,
+            static_cast<Distance>(distance), !mean.empty(), {}, {}};
   for (size_t c = 0; c < mean.size(); ++c) {
     p.scale[c] = static_cast<float>(1 / (255 * std[c]));
     p.shift[c] = static_cast<float>(mean[c] / std[c]);

@@ -165,12 +165,6 @@ __global__ void __launch_bounds__(THREADS) sum_rows_kernel(const float* rows, Vi
   }
 }
 
-int lanes_for(int64_t channels, int V) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * V < channels) lanes *= 2;
-  return lanes;
-}
-
 template <bool GATHER>
 void forward(Stream stream, View in, View inverse, View segment, View mask_token, View position, View out) {
   const int64_t places = inverse.sizes[1], length = GATHER ? out.sizes[1] : in.sizes[1];

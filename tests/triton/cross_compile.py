@@ -77,6 +77,7 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     ptx: str
+    cubin: bytes
 
 
 def compile_for(launch, architecture):
@@ -89,7 +90,13 @@ def compile_for(launch, architecture):
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])  # noqa: E731
     # Stack and local memory both hold what did not fit in registers.
-    return Compiled(number("REG"), number("STACK") + number("LOCAL"), compiled.metadata.shared, compiled.asm["ptx"])
+    return Compiled(
+        number("REG"),
+        number("STACK") + number("LOCAL"),
+        compiled.metadata.shared,
+        compiled.asm["ptx"],
+        compiled.asm["cubin"],
+    )
 
 
 def faults(launch, architecture, compiled):
@@ -129,6 +136,7 @@ def main():
     parser.add_argument("--op", help="only this op")
     parser.add_argument("--list-missing", action="store_true", help="only list the configurations that no case makes")
     parser.add_argument("--few", action="store_true", help="only one case of each op")
+    parser.add_argument("--cubins", type=Path, help="a folder for the compiled kernels, to be read with nvdisasm -c")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     options = parser.parse_args()
     if options.list_missing:
@@ -144,6 +152,10 @@ def main():
                     compiled = compile_for(launch, architecture)
                     row = f"{compiled.registers:4} {compiled.spilled:6} {compiled.shared:7}  {launch.configuration}"
                     print(f"{launch.name:32} {f'sm_{architecture}':7} {row}", flush=True)
+                    if options.cubins:
+                        options.cubins.mkdir(parents=True, exist_ok=True)
+                        number = len(list(options.cubins.iterdir()))
+                        (options.cubins / f"{number:03}_{launch.name}_sm_{architecture}.cubin").write_bytes(compiled.cubin)
                     for fault in faults(launch, architecture, compiled):
                         wrong += 1
                         print(f"  ^ {fault}")

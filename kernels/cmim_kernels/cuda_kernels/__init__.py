@@ -7,8 +7,3 @@ hands to the reference, and says which.
 import torch
 
 kernels = torch.ops.cmim_cuda
-
-
-def multiprocessors(tensor):
-    """How many blocks run at least at once, to decide how finely to cut the work. The CPU gets an H200's number."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

@@ -3,6 +3,7 @@
 import torch
 
 from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.ops.pack_classes import empty_layout
 from cmim_kernels.reference import pack_classes as reference
 
 MAX_CLASSES = 1151
@@ -14,12 +15,11 @@ TILE = 1024
 def pack_classes_forward(labels, masked, num_classes):
     if num_classes > MAX_CLASSES:
         return reference.pack_classes_forward(labels, masked, num_classes)
-    batch, tokens = labels.shape
-    new = lambda *shape: labels.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    outputs = [new(batch, tokens) for _ in range(3)] + [new(batch, 2 * num_classes + 2), new(batch * (num_classes + 1) + 1)]
+    outputs = empty_layout(labels, masked, num_classes)
     if labels.numel() == 0:
         return tuple(out.zero_() for out in outputs)
+    batch, tokens = labels.shape
     tiles = -(-tokens // TILE)
-    counts = new(batch, tiles, 2 * num_classes + 2) if tiles > 1 else None
+    counts = labels.new_empty((batch, tiles, 2 * num_classes + 2), dtype=torch.int32) if tiles > 1 else None
     kernels.pack_classes(labels, masked, num_classes, counts, *outputs)
-    return tuple(outputs)
+    return outputs

@@ -2,7 +2,8 @@
 
 import torch
 
-from cmim_kernels.cuda_kernels import kernels, multiprocessors
+from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.ops.library import multiprocessors
 
 
 def backward_blocks(grad, places):

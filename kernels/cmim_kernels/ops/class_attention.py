@@ -9,12 +9,6 @@ from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import class_attention as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import class_attention
-
-    return class_attention
-
-
 def _forward_fake(q, k, v, segment, offsets):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q, k, v))
 
@@ -26,14 +20,14 @@ def _backward_fake(grad, q, k, v, out, logsumexp, segment, offsets):
 _forward = declare(
     "class_attention_forward(Tensor q, Tensor k, Tensor v, Tensor segment, Tensor offsets) -> (Tensor, Tensor)",
     torch_backend=reference.class_attention_forward,
-    triton_backend=lambda: _triton().class_attention_forward,
+    kernels=("triton",),
     fake=_forward_fake,
 )
 _backward = declare(
     "class_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor segment, "
     "Tensor offsets) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.class_attention_backward,
-    triton_backend=lambda: _triton().class_attention_backward,
+    kernels=("triton",),
     fake=_backward_fake,
 )
 

@@ -20,18 +20,6 @@ class ClassCentroids(NamedTuple):
     """(B, K, 2) int32: number of tokens in each mean."""
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import class_centroids
-
-    return class_centroids
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import class_centroids
-
-    return class_centroids
-
-
 def _forward_fake(features, labels, masked, num_classes, order, offsets):
     batch, channels = features.shape[0], features.shape[1 if features.dim() == 4 else 2]
     mean = features.new_empty(batch, num_classes, 2, channels, dtype=accumulation_dtype(features))
@@ -46,16 +34,14 @@ _forward = declare(
     "class_centroids_forward(Tensor features, Tensor labels, Tensor masked, SymInt num_classes, Tensor? order, "
     "Tensor? offsets) -> (Tensor, Tensor)",
     torch_backend=reference.class_centroids_forward,
-    triton_backend=lambda: _triton().class_centroids_forward,
-    cuda_backend=lambda: _cuda().class_centroids_forward,
+    kernels=("triton", "cuda"),
     fake=_forward_fake,
 )
 _backward = declare(
     "class_centroids_backward(Tensor grad_mean, Tensor count, Tensor features, Tensor labels, Tensor masked, "
     "SymInt num_classes) -> Tensor",
     torch_backend=reference.class_centroids_backward,
-    triton_backend=lambda: _triton().class_centroids_backward,
-    cuda_backend=lambda: _cuda().class_centroids_backward,
+    kernels=("triton", "cuda"),
     fake=_backward_fake,
 )
 

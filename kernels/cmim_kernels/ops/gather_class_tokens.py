@@ -9,18 +9,6 @@ from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import gather_class_tokens as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import gather_class_tokens
-
-    return gather_class_tokens
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import gather_class_tokens
-
-    return gather_class_tokens
-
-
 def _forward_fake(tokens, order, inverse, segment, mask_token, position, length):
     batch, _, channels = tokens.shape
     return tokens.new_empty((batch, length, channels))
@@ -37,16 +25,14 @@ _forward = declare(
     "gather_class_tokens_forward(Tensor tokens, Tensor order, Tensor inverse, Tensor segment, Tensor? mask_token, "
     "Tensor? position, SymInt length) -> Tensor",
     torch_backend=reference.gather_class_tokens_forward,
-    triton_backend=lambda: _triton().gather_class_tokens_forward,
-    cuda_backend=lambda: _cuda().gather_class_tokens_forward,
+    kernels=("triton", "cuda"),
     fake=_forward_fake,
 )
 _backward = declare(
     "gather_class_tokens_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position) "
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.gather_class_tokens_backward,
-    triton_backend=lambda: _triton().gather_class_tokens_backward,
-    cuda_backend=lambda: _cuda().gather_class_tokens_backward,
+    kernels=("triton", "cuda"),
     fake=_backward_fake,
 )
 

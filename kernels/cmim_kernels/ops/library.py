@@ -7,6 +7,7 @@ the pair. Nothing else reaches an implementation, so a backend is added in `decl
 
 import contextlib
 import functools
+import importlib
 
 import torch
 
@@ -17,22 +18,19 @@ KERNELS = {}
 """Name of each declared op -> the backends besides PyTorch that have kernels of it."""
 
 
-def declare(schema, *, torch_backend, fake, triton_backend=None, cuda_backend=None):
+def declare(schema, *, torch_backend, fake, kernels=()):
     """Declare `cmim_kernels::<schema>` and return the callable op.
 
     Args:
-        schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language.
+        schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language; the name is that of torch_backend.
         torch_backend: the explicit formulas of `reference/<op>.py`. Runs on every device, never sees autograd.
         fake: shapes, dtypes and strides of the outputs, for `torch.compile` and `torch.export`.
-        triton_backend, cuda_backend: a function without arguments that imports `triton_kernels/<op>.py` or
-            `cuda_kernels/<op>.py` and returns the launcher of its kernels: neither is imported before it first runs.
-            None: the op has no such kernels.
+        kernels: the other backends that have the op, of "triton" and "cuda": `triton_kernels/<op>.py` or
+            `cuda_kernels/<op>.py` has a launcher of the same name and arguments, and is imported when it first runs.
     """
     name = schema.split("(", 1)[0]
-    launchers = {"triton": triton_backend, "cuda": cuda_backend}
-    launchers = {backend: functools.cache(launcher) for backend, launcher in launchers.items() if launcher is not None}
-    KERNELS[name] = frozenset(launchers)
-    implementation = _choosing(torch_backend, launchers) if launchers else torch_backend
+    KERNELS[name] = frozenset(kernels)
+    implementation = _choosing(name, torch_backend) if kernels else torch_backend
     _LIBRARY.define(schema)
     for dispatch_key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, dispatch_key)
@@ -40,23 +38,27 @@ def declare(schema, *, torch_backend, fake, triton_backend=None, cuda_backend=No
     return getattr(torch.ops.cmim_kernels, name).default
 
 
-def _choosing(torch_backend, launchers):
+def _choosing(name, torch_backend):
     """The implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always runs in PyTorch."""
-    kernels = frozenset(launchers)
 
     def implementation(*arguments):
         if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in arguments):
             return torch_backend(*arguments)
         device = arguments[0].device
-        backend = backends.choose(kernels, device).backend
+        backend = backends.choose(KERNELS[name], device).backend
         if backend == "torch":
             return torch_backend(*arguments)
-        with (
-            torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        ):  # launches go to the current device
-            return launchers[backend]()(*arguments)
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with current:  # launches go to the current device
+            return _launcher(backend, name)(*arguments)
 
     return implementation
+
+
+@functools.cache
+def _launcher(backend, name):
+    op = name.removesuffix("_forward").removesuffix("_backward")
+    return getattr(importlib.import_module(f"cmim_kernels.{backend}_kernels.{op}"), name)
 
 
 def differentiable(function, *arguments):
@@ -65,6 +67,12 @@ def differentiable(function, *arguments):
     if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
         return function.apply(*arguments)
     return function.forward(*arguments)
+
+
+def multiprocessors(tensor):
+    """How many programs or blocks run at least at once, to decide how finely to cut the work. The CPU, where kernels are
+    interpreted or emulated, gets an H200's number."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def empty_like_layout(x, dtype=None):

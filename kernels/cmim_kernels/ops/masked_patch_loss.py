@@ -24,18 +24,6 @@ class PatchLoss(NamedTuple):
 _OPTIONS = "SymInt num_classes, SymInt patch_size, str distance, bool normalize, str balance, float[]? mean, float[]? std"
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import masked_patch_loss
-
-    return masked_patch_loss
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import masked_patch_loss
-
-    return masked_patch_loss
-
-
 def _forward_fake(pred, image, masked, labels, num_classes, *options):
     dtype = accumulation_dtype(pred, image)
     return (
@@ -53,16 +41,14 @@ _forward = declare(
     f"masked_patch_loss_forward(Tensor pred, Tensor image, Tensor masked, Tensor? labels, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.masked_patch_loss_forward,
-    triton_backend=lambda: _triton().masked_patch_loss_forward,
-    cuda_backend=lambda: _cuda().masked_patch_loss_forward,
+    kernels=("triton", "cuda"),
     fake=_forward_fake,
 )
 _backward = declare(
     "masked_patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, "
     f"Tensor masked, Tensor? labels, {_OPTIONS}) -> Tensor",
     torch_backend=reference.masked_patch_loss_backward,
-    triton_backend=lambda: _triton().masked_patch_loss_backward,
-    cuda_backend=lambda: _cuda().masked_patch_loss_backward,
+    kernels=("triton", "cuda"),
     fake=_backward_fake,
 )
 

@@ -30,19 +30,8 @@ class ClassLayout(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import pack_classes
-
-    return pack_classes
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import pack_classes
-
-    return pack_classes
-
-
-def _fake(labels, masked, num_classes):
+def empty_layout(labels, masked, num_classes):
+    """The outputs, uninitialised: of a fake, and for launchers to fill."""
     batch, tokens = labels.shape
     shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
     return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)
@@ -51,9 +40,8 @@ def _fake(labels, masked, num_classes):
 _forward = declare(
     "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     torch_backend=reference.pack_classes_forward,
-    triton_backend=lambda: _triton().pack_classes_forward,
-    cuda_backend=lambda: _cuda().pack_classes_forward,
-    fake=_fake,
+    kernels=("triton", "cuda"),
+    fake=empty_layout,
 )
 
 

@@ -7,12 +7,6 @@ from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import patch_labels as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import patch_labels
-
-    return patch_labels
-
-
 def _fake(labels, patch_size, num_classes, min_share):
     batch, height, width = labels.shape
     return labels.new_empty((batch, height // patch_size, width // patch_size), dtype=torch.int32)
@@ -21,7 +15,7 @@ def _fake(labels, patch_size, num_classes, min_share):
 _forward = declare(
     "patch_labels_forward(Tensor labels, SymInt patch_size, SymInt num_classes, float min_share) -> Tensor",
     torch_backend=reference.patch_labels_forward,
-    triton_backend=lambda: _triton().patch_labels_forward,
+    kernels=("triton",),
     fake=_fake,
 )
 

@@ -8,18 +8,6 @@ from cmim_kernels.ops.library import declare, differentiable, empty_like_layout
 from cmim_kernels.reference import same_class_conv2d as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import same_class_conv2d
-
-    return same_class_conv2d
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import same_class_conv2d
-
-    return same_class_conv2d
-
-
 def _forward_fake(x, labels, weight, bias, num_classes):
     return empty_like_layout(x)
 
@@ -32,16 +20,14 @@ def _backward_fake(grad, x, labels, weight, bias, num_classes):
 _forward = declare(
     "same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, SymInt num_classes) -> Tensor",
     torch_backend=reference.same_class_conv2d_forward,
-    triton_backend=lambda: _triton().same_class_conv2d_forward,
-    cuda_backend=lambda: _cuda().same_class_conv2d_forward,
+    kernels=("triton", "cuda"),
     fake=_forward_fake,
 )
 _backward = declare(
     "same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, Tensor? bias, "
     "SymInt num_classes) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.same_class_conv2d_backward,
-    triton_backend=lambda: _triton().same_class_conv2d_backward,
-    cuda_backend=lambda: _cuda().same_class_conv2d_backward,
+    kernels=("triton", "cuda"),
     fake=_backward_fake,
 )
 

@@ -9,18 +9,6 @@ from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import scatter_class_tokens
-
-    return scatter_class_tokens
-
-
-def _cuda():
-    from cmim_kernels.cuda_kernels import scatter_class_tokens
-
-    return scatter_class_tokens
-
-
 def _forward_fake(packed, inverse, mask_token, position):
     (batch, tokens), channels = inverse.shape, packed.shape[-1]
     return packed.new_empty((batch, tokens, channels))
@@ -36,16 +24,14 @@ def _backward_fake(grad, order, inverse, mask_token, position, length):
 _forward = declare(
     "scatter_class_tokens_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position) -> Tensor",
     torch_backend=reference.scatter_class_tokens_forward,
-    triton_backend=lambda: _triton().scatter_class_tokens_forward,
-    cuda_backend=lambda: _cuda().scatter_class_tokens_forward,
+    kernels=("triton", "cuda"),
     fake=_forward_fake,
 )
 _backward = declare(
     "scatter_class_tokens_backward(Tensor grad, Tensor order, Tensor inverse, Tensor? mask_token, Tensor? position, "
     "SymInt length) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.scatter_class_tokens_backward,
-    triton_backend=lambda: _triton().scatter_class_tokens_backward,
-    cuda_backend=lambda: _cuda().scatter_class_tokens_backward,
+    kernels=("triton", "cuda"),
     fake=_backward_fake,
 )
 

@@ -8,12 +8,6 @@ from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable
 from cmim_kernels.reference import upsample_cross_entropy as reference
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import upsample_cross_entropy
-
-    return upsample_cross_entropy
-
-
 def _forward_fake(logits, target, align_corners):
     loss, logsumexp = (logits.new_empty(target.shape, dtype=accumulation_dtype(logits)) for _ in range(2))
     return loss, logsumexp
@@ -26,14 +20,14 @@ def _backward_fake(grad, logits, target, logsumexp, align_corners):
 _forward = declare(
     "upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners) -> (Tensor, Tensor)",
     torch_backend=reference.upsample_cross_entropy_forward,
-    triton_backend=lambda: _triton().upsample_cross_entropy_forward,
+    kernels=("triton",),
     fake=_forward_fake,
 )
 _backward = declare(
     "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners) "
     "-> Tensor",
     torch_backend=reference.upsample_cross_entropy_backward,
-    triton_backend=lambda: _triton().upsample_cross_entropy_backward,
+    kernels=("triton",),
     fake=_backward_fake,
 )
 

@@ -18,12 +18,6 @@ class PseudoLabels(NamedTuple):
     """(B, H, W) float32 (float64 for float64 logits): its softmax probability."""
 
 
-def _triton():
-    from cmim_kernels.triton_kernels import upsample_pseudo_labels
-
-    return upsample_pseudo_labels
-
-
 def _forward_fake(logits, size, align_corners):
     shape = (logits.shape[0], *size)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=accumulation_dtype(logits))
@@ -32,7 +26,7 @@ def _forward_fake(logits, size, align_corners):
 _forward = declare(
     "upsample_pseudo_labels_forward(Tensor logits, SymInt[] size, bool align_corners) -> (Tensor, Tensor)",
     torch_backend=reference.upsample_pseudo_labels_forward,
-    triton_backend=lambda: _triton().upsample_pseudo_labels_forward,
+    kernels=("triton",),
     fake=_forward_fake,
 )
 

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout
+from cmim_kernels.ops.library import empty_like_layout, multiprocessors
 from cmim_kernels.reference import class_centroids as reference
-from cmim_kernels.triton_kernels.common import INTERPRETED, multiprocessors, power_of_two, token_class
+from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two, token_class
 from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward
 
 MAX_ONE_HOT = 64

@@ -1,6 +1,5 @@
 """What the kernels and launchers share."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -10,11 +9,6 @@ INTERPRETED = triton.knobs.runtime.interpret
 def power_of_two(n, *, low, high):
     """The smallest power of two that is at least n, within [low, high], themselves powers of two."""
     return min(high, max(low, triton.next_power_of_2(n)))
-
-
-def multiprocessors(tensor):
-    """How many programs should run at once, to decide how finely to cut the work. The interpreter gets an H200's number."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def strides_of(x, dimensions):

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cmim_kernels.ops.pack_classes import empty_layout
 from cmim_kernels.reference import pack_classes as reference
 from cmim_kernels.triton_kernels.common import power_of_two, token_class
 
@@ -123,7 +124,7 @@ def pack_classes_forward(labels, masked, num_classes):
         return reference.pack_classes_forward(labels, masked, num_classes)
     batch, tokens = labels.shape
     new = lambda *shape: labels.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    outputs = [new(batch, tokens) for _ in range(3)] + [new(batch, 2 * num_classes + 2), new(batch * (num_classes + 1) + 1)]
+    outputs = empty_layout(labels, masked, num_classes)
     if labels.numel() == 0:
         return tuple(out.zero_() for out in outputs)
     launch = pack_launch(num_classes)
@@ -133,4 +134,4 @@ def pack_classes_forward(labels, masked, num_classes):
     _count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
     _scan_kernel[(batch, launch.SEGMENTS // 32)](counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4)
     _place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
-    return tuple(outputs)
+    return outputs

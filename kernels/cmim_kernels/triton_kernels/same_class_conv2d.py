@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout
+from cmim_kernels.ops.library import empty_like_layout, multiprocessors
 from cmim_kernels.reference import same_class_conv2d as reference
-from cmim_kernels.triton_kernels.common import multiprocessors, power_of_two, strides_of, sum_rows
+from cmim_kernels.triton_kernels.common import power_of_two, strides_of, sum_rows
 
 MAX_SIZE = 31
 """The taps of a row of larger weights leave the registers of a program, and PyTorch takes over."""
