@@ -20,12 +20,12 @@ test-slow: .venv/installed-test
 
 # Every kernel and launch configuration for GPUs that need not be there: registers, spills, shared memory.
 cross-compile: .venv/installed-test
-	$(BIN)/python -m tests.triton.cross_compile
+	$(BIN)/python -m tests.backends.cross_compile
 
 # The kernels on other versions of Triton: interpreted against PyTorch, then compiled.
 test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
 	@for version in $(TRITONS); do echo "Triton $$version"; export PYTHONPATH=build/triton-$$version; \
-	  $(BIN)/python -m pytest tests/triton && $(BIN)/python -m tests.triton.cross_compile || exit 1; done
+	  $(BIN)/python -m pytest tests/backends && $(BIN)/python -m tests.backends.cross_compile || exit 1; done
 
 # The interpreter of Triton 3.6 needs an older NumPy.
 build/triton-%/installed: .venv/installed-test
@@ -53,7 +53,7 @@ cuda: .venv/installed
 
 # On a GPU, every kernel under NVIDIA's checkers: accesses out of bounds, and races in shared memory of the CUDA kernels.
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
-CHECKED := tests/triton -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
+CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
 memcheck: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim_kernels import class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
-from cmim_kernels.ops import checks
+from cmim_kernels import checks, class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
 
 
 class _ClassDecoder(nn.Module):

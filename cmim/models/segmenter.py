@@ -7,7 +7,7 @@ from cmim.models.deeplabv3plus import DeepLabV3PlusDecoder
 from cmim.models.dpt import DPTDecoder, TransformerEncoder, decoder_widths
 from cmim.models.geometry import geometry
 from cmim.models.weights import create_encoder, create_transformer
-from cmim_kernels.ops import checks
+from cmim_kernels import checks
 
 
 class Segmenter(nn.Module):

@@ -4,7 +4,7 @@ import torch
 
 from cmim_kernels.cuda_kernels import kernels
 from cmim_kernels.cuda_kernels.pack_classes import pack_classes_forward
-from cmim_kernels.ops.library import empty_like_layout
+from cmim_kernels.numerics import empty_like_layout
 from cmim_kernels.reference import class_centroids as reference
 
 RUN = 64

@@ -3,7 +3,7 @@
 import torch
 
 from cmim_kernels.cuda_kernels import kernels
-from cmim_kernels.ops.library import empty_like_layout, multiprocessors
+from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import masked_patch_loss as reference
 
 DISTANCES = ("l1", "mse", "smooth_l1")

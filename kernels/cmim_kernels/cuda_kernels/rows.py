@@ -3,7 +3,7 @@
 import torch
 
 from cmim_kernels.cuda_kernels import kernels
-from cmim_kernels.ops.library import multiprocessors
+from cmim_kernels.numerics import multiprocessors
 
 
 def backward_blocks(grad, places):

@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable
+from cmim_kernels import checks
+from cmim_kernels.numerics import accumulation_dtype
+from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import class_attention as reference
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from cmim_kernels.ops import checks
+from cmim_kernels import checks
 from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import pack_classes as reference
 
@@ -30,18 +30,11 @@ class ClassLayout(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
-def empty_layout(labels, masked, num_classes):
-    """The outputs, uninitialised: of a fake, and for launchers to fill."""
-    batch, tokens = labels.shape
-    shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
-    return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)
-
-
 _forward = declare(
     "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     torch_backend=reference.pack_classes_forward,
     kernels=("triton", "cuda"),
-    fake=empty_layout,
+    fake=reference.empty_layout,
 )
 
 

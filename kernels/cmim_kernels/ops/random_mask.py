@@ -2,7 +2,7 @@
 
 import torch
 
-from cmim_kernels.ops import checks
+from cmim_kernels import checks
 from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import random_mask as reference
 

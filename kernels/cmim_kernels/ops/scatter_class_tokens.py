@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from cmim_kernels.ops import checks
+from cmim_kernels import checks
 from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.ops.pack_classes import check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference

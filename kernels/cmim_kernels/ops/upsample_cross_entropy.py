@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare, differentiable, empty_like_layout
+from cmim_kernels import checks
+from cmim_kernels.numerics import accumulation_dtype, empty_like_layout
+from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.reference import upsample_cross_entropy as reference
 
 

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from cmim_kernels.ops import checks
-from cmim_kernels.ops.library import accumulation_dtype, declare
+from cmim_kernels import checks
+from cmim_kernels.numerics import accumulation_dtype
+from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import upsample_pseudo_labels as reference
 
 

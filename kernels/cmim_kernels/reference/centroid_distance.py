@@ -7,7 +7,7 @@ The other pairs are selected away, never multiplied by zero.
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype
+from cmim_kernels.numerics import accumulation_dtype
 
 _SMALLEST_NORM = 1e-8
 

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype, full_float32
+from cmim_kernels.numerics import accumulation_dtype, full_float32
 
 
 def class_attention(q, k, v, offsets):

@@ -8,7 +8,7 @@ reach the centroid of another.
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, segment_count, segment_sum
+from cmim_kernels.numerics import accumulation_dtype, as_layout, class_ids, segment_count, segment_sum
 
 
 def class_centroids(features, labels, masked, num_classes):

@@ -8,7 +8,7 @@ for i < length. Masked segments have odd ids (2k + 1); the ignored segment, 2K, 
 import torch
 import torch.nn.functional as F
 
-from cmim_kernels.ops.library import accumulation_dtype
+from cmim_kernels.numerics import accumulation_dtype
 
 
 def gather_class_tokens(tokens, order, segment, mask_token=None, position=None, *, length):

@@ -8,7 +8,7 @@ have any of the per-class means ("class"). Other tokens are selected away, never
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype, class_ids, empty_like_layout, segment_count, segment_sum
+from cmim_kernels.numerics import accumulation_dtype, class_ids, empty_like_layout, segment_count, segment_sum
 
 
 def masked_patch_loss(

@@ -2,7 +2,7 @@
 
 import torch
 
-from cmim_kernels.ops.library import class_ids
+from cmim_kernels.numerics import class_ids
 
 
 def pack_classes_forward(labels, masked, num_classes):
@@ -21,3 +21,10 @@ def pack_classes_forward(labels, masked, num_classes):
     class_starts = (offsets[:, : ignored + 1 : 2] + first_token).flatten()
     end = torch.full((1,), batch * tokens, dtype=torch.int32, device=device)
     return order.to(torch.int32), inverse, segment, offsets, torch.cat([class_starts, end])
+
+
+def empty_layout(labels, masked, num_classes):
+    """The five tensors, uninitialised: for `torch.compile` to see, and for the launchers of kernels to fill."""
+    batch, tokens = labels.shape
+    shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
+    return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)

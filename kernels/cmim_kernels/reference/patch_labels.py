@@ -6,7 +6,7 @@ depend on the number of classes.
 
 import torch
 
-from cmim_kernels.ops.library import class_ids
+from cmim_kernels.numerics import class_ids
 
 
 def patch_labels_forward(labels, patch_size, num_classes, min_share):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, full_float32
+from cmim_kernels.numerics import accumulation_dtype, as_layout, class_ids, full_float32
 
 
 def same_class_conv2d(x, labels, weight, bias=None, *, num_classes):

@@ -5,7 +5,7 @@ out[b, n] = (packed[b, inverse[b, n]] if inverse[b, n] < L else mask_token, or z
 
 import torch
 
-from cmim_kernels.ops.library import accumulation_dtype
+from cmim_kernels.numerics import accumulation_dtype
 from cmim_kernels.reference.gather_class_tokens import take_rows
 
 

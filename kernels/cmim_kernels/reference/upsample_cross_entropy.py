@@ -7,7 +7,7 @@ X. So the logits of a band of rows, and their gradient Y^T g_k X, are dense prod
 import torch
 import torch.nn.functional as F
 
-from cmim_kernels.ops.library import accumulation_dtype, as_layout, class_ids, full_float32
+from cmim_kernels.numerics import accumulation_dtype, as_layout, class_ids, full_float32
 
 _BAND = 2**20  # logits that exist at once
 

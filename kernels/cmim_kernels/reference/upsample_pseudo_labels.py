@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from cmim_kernels.ops.library import accumulation_dtype
+from cmim_kernels.numerics import accumulation_dtype
 
 
 def upsample_pseudo_labels(logits, size, *, align_corners=False):

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout, multiprocessors
+from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import class_centroids as reference
 from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two, token_class
 from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward

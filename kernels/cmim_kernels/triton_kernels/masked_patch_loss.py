@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout
+from cmim_kernels.numerics import empty_like_layout
 from cmim_kernels.triton_kernels.common import power_of_two, token_class
 
 

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.pack_classes import empty_layout
 from cmim_kernels.reference import pack_classes as reference
 from cmim_kernels.triton_kernels.common import power_of_two, token_class
 
@@ -124,7 +123,7 @@ def pack_classes_forward(labels, masked, num_classes):
         return reference.pack_classes_forward(labels, masked, num_classes)
     batch, tokens = labels.shape
     new = lambda *shape: labels.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    outputs = empty_layout(labels, masked, num_classes)
+    outputs = reference.empty_layout(labels, masked, num_classes)
     if labels.numel() == 0:
         return tuple(out.zero_() for out in outputs)
     launch = pack_launch(num_classes)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import multiprocessors
+from cmim_kernels.numerics import multiprocessors
 from cmim_kernels.triton_kernels.common import power_of_two
 
 

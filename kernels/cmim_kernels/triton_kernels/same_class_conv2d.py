@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout, multiprocessors
+from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import same_class_conv2d as reference
 from cmim_kernels.triton_kernels.common import power_of_two, strides_of, sum_rows
 

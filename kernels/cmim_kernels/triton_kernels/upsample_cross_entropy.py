@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cmim_kernels.ops.library import empty_like_layout, multiprocessors
+from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.triton_kernels.upsampling import (
     LOG2E,
     add_exponential,

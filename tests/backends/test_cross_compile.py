@@ -14,17 +14,17 @@ def run(*arguments):
 
 
 def test_a_common_case_of_each_op_compiles_without_faults():
-    result = run("-m", "tests.triton.cross_compile", "--few", "--architectures", "90")
+    result = run("-m", "tests.backends.cross_compile", "--few", "--architectures", "90")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "one_hot_kernel" in result.stdout and result.stdout.endswith("\n0 faults\n")
 
 
 def test_the_cases_make_every_launch_configuration():
-    result = run("-m", "tests.triton.cross_compile", "--list-missing")
+    result = run("-m", "tests.backends.cross_compile", "--list-missing")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
 def test_every_configuration_compiles_without_faults():
-    result = run("-m", "tests.triton.cross_compile")
+    result = run("-m", "tests.backends.cross_compile")
     assert result.returncode == 0, result.stdout + result.stderr

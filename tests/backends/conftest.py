@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from tests.backends import against_torch
+from tests.backends.against_torch import DEVICE, INTERPRETED
 from tests.kernels.conftest import poisoned_empty  # noqa: F401
-from tests.triton import against_torch
-from tests.triton.against_torch import DEVICE, INTERPRETED
 
 BACKENDS = {
     name: ["triton", "cuda"]
@@ -33,7 +33,7 @@ def backend(request):
 
 def pytest_collection_modifyitems(items):
     """On a device every test of this folder is a test of the device."""
-    here = [item for item in items if "tests/triton" in item.path.as_posix()]
+    here = [item for item in items if "tests/backends" in item.path.as_posix()]
     if not INTERPRETED:
         for item in here:
             item.add_marker(pytest.mark.gpu)

@@ -1,4 +1,4 @@
-"""`python -m tests.triton.cross_compile`: compile every kernel for GPUs that need not be there.
+"""`python -m tests.backends.cross_compile`: compile every kernel for GPUs that need not be there.
 
 The launchers run on meta tensors while a recorder stands in for the launch: what is compiled is what would have been
 launched, specialised as it would have been. For each kernel, configuration and architecture the table gives registers
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from tests.triton import launches
+from tests.backends import launches
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
