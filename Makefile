@@ -5,8 +5,10 @@ SEEDS ?= 0 1 2
 JOBS ?= 1
 # The oldest and the newest Triton that the kernels support; constraints.txt names the one in use.
 TRITONS := 3.6.0 3.9.0
+# The oldest PyTorch that the project supports.
+TORCHES := 2.11.0
 
-.PHONY: train test test-slow test-triton-versions cross-compile cuda memcheck racecheck bench bench-compare gpu check \
+.PHONY: train test test-slow test-triton-versions test-torch-versions cross-compile cuda memcheck racecheck bench bench-compare gpu check \
   shapes-table camvid-table clean
 
 train: .venv/installed
@@ -30,6 +32,17 @@ test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
 # The interpreter of Triton 3.6 needs an older NumPy.
 build/triton-%/installed: .venv/installed-test
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@touch $@
+
+# The kernels, csrc/ included, on other versions of PyTorch and the Triton that belongs to it.
+test-torch-versions: .venv/installed-test $(TORCHES:%=build/torch-%/installed)
+	@for version in $(TORCHES); do echo "PyTorch $$version"; export PYTHONPATH=build/torch-$$version; \
+	  $(BIN)/python -m pytest tests/csrc tests/kernels tests/backends || exit 1; done
+
+# The libraries of CUDA are those of the PyTorch in .venv.
+build/torch-%/installed: .venv/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(@D) torch==$* \
+	  $(if $(filter 2.11.%,$*),triton==3.6.0 'numpy<2.4',triton)
 	@touch $@
 
 # Every op, the decoders and the training step against what one would run instead.

@@ -4,6 +4,7 @@ Standard library only, and PyTorch is never imported: pip builds in an environme
 imported but its headers lie in the site-packages that the result is installed into.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 FLAGS = (
-    "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of PyTorch 2.11
+    "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of PyTorch 2.11
     "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas", "-v",
 )  # fmt: skip
 
@@ -24,7 +25,7 @@ class BuildError(Exception):
     """Why there is no library."""
 
 
-def build(library, folder, *, architectures=None):
+def build(library, folder, *, architectures=None, torch=None, dispatch_key="CUDA"):
     """Compile csrc/ into the file `library`; return in a few words what was built.
 
     `folder` keeps an object and a log of the compiler for each source. An object is used again while its source, all
@@ -33,25 +34,28 @@ def build(library, folder, *, architectures=None):
     Args:
         library, folder: paths.
         architectures: as TORCH_CUDA_ARCH_LIST, which is the default.
+        torch: the folder of the PyTorch to compile for; by default that of this Python's site-packages.
+        dispatch_key: of the tensors that the ops take. With "CPU" a test can call them where there is no GPU.
 
     Raises:
         BuildError: there is no nvcc or no PyTorch, or a compiler fails.
     """
-    nvcc, torch = find_nvcc(), find_torch()
+    nvcc, torch = find_nvcc(), torch or find_torch()
     architectures = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-    compiler = [nvcc, *FLAGS, "-isystem", f"{torch}/include", *code_flags(architectures)]
-    objects = compile_sources(compiler, sources(), Path(folder))
-    library = Path(library)
+    compiler, folder, library = [nvcc, *FLAGS, *code_flags(architectures)], Path(folder), Path(library)
+    objects = compile_sources(compiler, sources(), folder)
+    compiler += [f"-DCMIM_DISPATCH_KEY={dispatch_key}", "-isystem", f"{torch}/include"]
+    objects += compile_sources(compiler, [CSRC / "library.cpp"], folder / dispatch_key)
     library.parent.mkdir(parents=True, exist_ok=True)
     link = [nvcc, "-shared", "-nodlink", "-cudart", "static", *objects, f"-L{torch}/lib", "-lc10", "-ltorch_cpu"]
-    run([*link, "-o", library], Path(folder) / "link.log")
+    run([*link, "-o", library], folder / "link.log")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
     return f"built by nvcc {version} for {architectures}"
 
 
 def sources():
-    """The longest first: it takes the longest."""
-    return sorted([*CSRC.glob("*.cu"), CSRC / "library.cpp"], key=lambda source: -source.stat().st_size)
+    """The kernels, which know no PyTorch. The longest first: it takes the longest."""
+    return sorted(CSRC.glob("*.cu"), key=lambda source: -source.stat().st_size)
 
 
 def find_nvcc():
@@ -102,8 +106,18 @@ def compile_sources(compiler, sources, folder, *, headers=()):
             stamp.write_text(key)
         return target
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+    with alone_in(folder), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
         return list(pool.map(compile_one, sources))
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Other processes that compile into the same folder wait, and then find the objects made."""
+    import fcntl  # where nvcc is, not on Windows, where an installation only finds out that there is none
+
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(command, log):

@@ -15,7 +15,7 @@
 namespace cmim {
 namespace {
 
-constexpr int THREADS = 128, RUN = 64, UNROLL = 8, CHANNELS = 8;
+constexpr int THREADS = 128, RUN = CENTROIDS_RUN, UNROLL = 8, CHANNELS = 8;
 
 struct Features : TokenGrid {
   View x;
@@ -231,11 +231,18 @@ __global__ void __launch_bounds__(THREADS, 4) spread_column_kernel(Shares shares
 }  // namespace
 
 // features (B, C, h, w) or (B, N, C); order (B, N) and offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)
-// int32, rest (B, ceil(N / 64), C) float32: contiguous. Nothing is empty.
+// int32, rest (B, ceil(N / CENTROIDS_RUN), C) float32: contiguous. Nothing is empty.
 void centroids_forward(Stream stream, View features, View order, View offsets, View mean, View count, View rest) {
   const Features x(features);
   const Sums sums{order.as<const int>(), offsets.as<const int>(), mean.as<float>(), rest.as<float>(), order.sizes[0],
                   order.sizes[1], rest.sizes[1], x.channels, static_cast<int>(2 * mean.sizes[1])};
+  const int64_t classes = mean.sizes[1];
+  require_dense(order, Dtype::int32, {features.sizes[0], sums.tokens}, "class_centroids: order of the wrong kind");
+  require_dense(offsets, Dtype::int32, {sums.batch, 2 * classes + 2}, "class_centroids: offsets of the wrong kind");
+  require_dense(mean, Dtype::float32, {sums.batch, classes, 2, x.channels}, "class_centroids: mean of the wrong kind");
+  require_dense(count, Dtype::int32, {sums.batch, classes, 2}, "class_centroids: count of the wrong kind");
+  require_dense(rest, Dtype::float32, {sums.batch, ceil_div(sums.tokens, RUN), x.channels},
+                "class_centroids: rest of the wrong kind");
   by_dtype(features.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int V = 16 / sizeof(T);
@@ -256,6 +263,12 @@ void centroids_backward(Stream stream, View grad_mean, View count, View labels, 
   const Features x(grad);
   const Shares shares{grad_mean, labels, masked, count.as<const int>(), labels.sizes[0], labels.sizes[1],
                       static_cast<int>(grad_mean.sizes[1])};
+  require_dense(count, Dtype::int32, {shares.batch, shares.num_classes, 2}, "class_centroids: count of the wrong kind");
+  require(grad_mean.dtype == Dtype::float32 && grad_mean.sizes[3] == x.channels && masked.dtype == Dtype::uint8,
+          "class_centroids: a tensor of the wrong kind");
+  const int64_t tokens = grad.dimensions == 4 ? grad.sizes[2] * grad.sizes[3] : grad.sizes[1];
+  require(grad.sizes[0] == shares.batch && tokens == shares.tokens,
+          "class_centroids: a gradient of the wrong kind");
   by_dtype(grad.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int V = 16 / sizeof(T);

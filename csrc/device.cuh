@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -133,6 +134,24 @@ void by_dtype(Dtype dtype, F f) {
   if (dtype == Dtype::float16) return f(float16{});
   if (dtype == Dtype::bfloat16) return f(bfloat16{});
   throw std::runtime_error("cmim_cuda: features must be float32, float16 or bfloat16");
+}
+
+// Requires that x has this dtype and these sizes, and, unless it is empty, lies in memory without gaps.
+inline void require_dense(const View& x, Dtype dtype, std::initializer_list<int64_t> sizes, const char* what) {
+  require(x.dtype == dtype && x.dimensions == static_cast<int>(sizes.size()) &&
+              std::equal(sizes.begin(), sizes.end(), x.sizes), what);
+  bool dense = x.data;
+  int64_t count = 1;
+  for (int i = x.dimensions - 1; i >= 0; --i) {
+    dense = dense && (x.strides[i] == count || x.sizes[i] == 1);
+    count *= x.sizes[i];
+  }
+  require(dense || count == 0, what);
+}
+
+// Requires that a and b have the same dtype and sizes.
+inline void require_alike(const View& a, const View& b, const char* what) {
+  require(a.dtype == b.dtype && a.dimensions == b.dimensions && std::equal(a.sizes, a.sizes + 4, b.sizes), what);
 }
 
 // Kernels stride over their work, so that any grid will do.

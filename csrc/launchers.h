@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "arithmetic.h"
@@ -19,6 +21,7 @@ enum class Dtype : int { float32, float16, bfloat16, uint8, int32, int64 };
 struct View {
   void* data = nullptr;
   Dtype dtype = Dtype::float32;
+  int dimensions = 0;
   int64_t sizes[4] = {}, strides[4] = {};
 
   template <typename T>
@@ -27,6 +30,27 @@ struct View {
 struct MaybeView : View {};
 
 using Numbers = std::vector<double>;
+
+// Throws what a launcher relies on and its caller did not keep.
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string("cmim_cuda: ") + what);
+}
+
+// What the launchers in Python need to know, which the op `constant` tells them.
+constexpr int64_t PACK_TILE = 1024;          // tokens that one block of pack_classes sorts
+constexpr int64_t PACK_MAX_CLASSES = 1151;   // with more, the counters of a block leave its shared memory
+constexpr int64_t CENTROIDS_RUN = 64;        // packed tokens that one group of threads adds up
+constexpr int64_t LOSS_MAX_CHANNELS = 16;    // of images of bytes, whose mean and std travel with the launch
+struct Constant {
+  const char* name;
+  int64_t value;
+};
+constexpr Constant CONSTANTS[] = {
+    {"PACK_TILE", PACK_TILE},
+    {"PACK_MAX_CLASSES", PACK_MAX_CLASSES},
+    {"CENTROIDS_RUN", CENTROIDS_RUN},
+    {"LOSS_MAX_CHANNELS", LOSS_MAX_CHANNELS},
+};
 
 void pack_classes(Stream, View labels, View masked, int64_t num_classes, MaybeView counts, View order, View inverse,
                   View segment, View offsets, View cu_seqlens);
@@ -38,10 +62,10 @@ void scatter_backward(Stream, View grad, View inverse, View grad_packed, MaybeVi
                       int64_t blocks);
 void sum_rows(Stream, View rows, View out);
 void patch_loss_forward(Stream, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
-                        int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
+                        int64_t patch_size, std::string distance, bool normalize, bool per_class, Numbers mean, Numbers std,
                         View sums, View counts, View finished, View loss, View class_sum, View class_count);
 void patch_loss_backward(Stream, View grad_loss, View grad_class_sum, View class_count, View pred, View image, View masked,
-                         MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance, bool normalize,
+                         MaybeView labels, int64_t num_classes, int64_t patch_size, std::string distance, bool normalize,
                          bool per_class, Numbers mean, Numbers std, View grad);
 void centroids_forward(Stream, View features, View order, View offsets, View mean, View count, View rest);
 void centroids_backward(Stream, View grad_mean, View count, View labels, View masked, View grad);

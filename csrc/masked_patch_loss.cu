@@ -28,8 +28,6 @@ bool packs(const View& x, const Layout& at, bool channel_first, int64_t size, in
   return fits && run % V == 0 && reinterpret_cast<uintptr_t>(x.data) % std::min<int64_t>(16, itemsize(x.dtype) * V) == 0;
 }
 
-constexpr int MAX_CHANNELS = 16;
-
 struct Patches {
   View pred, image, masked, labels;
   Layout pred_layout, image_layout;
@@ -39,7 +37,7 @@ struct Patches {
   bool image_packs, normalize;
   Distance kind;
   bool scaled;  // bytes: x scale - shift, by channel
-  float scale[MAX_CHANNELS], shift[MAX_CHANNELS];
+  float scale[LOSS_MAX_CHANNELS], shift[LOSS_MAX_CHANNELS];
 
   // The class of a token that counts, else -1.
   __device__ int class_of(int64_t token) const {
@@ -290,9 +288,21 @@ struct Prepared {
   bool wide;
 };
 
+Distance distance_called(const std::string& name) {
+  require(name == "l1" || name == "mse" || name == "smooth_l1", "masked_patch_loss: unknown distance");
+  return name == "l1" ? Distance::l1 : name == "mse" ? Distance::mse : Distance::smooth_l1;
+}
+
 // What both directions have in common; grad is pred where there is none.
 Prepared prepare(View pred, View image, View masked, View labels, View grad, int64_t num_classes, int64_t patch_size,
-                 int64_t distance, bool normalize, const Numbers& mean, const Numbers& std) {
+                 const std::string& distance, bool normalize, const Numbers& mean, const Numbers& std) {
+  require(num_classes >= 1 && patch_size >= 1, "masked_patch_loss: no class or no patch");
+  require(mean.size() == std.size() && mean.size() <= LOSS_MAX_CHANNELS &&
+              (mean.empty() || static_cast<int64_t>(mean.size()) == image.sizes[1]),
+          "masked_patch_loss: mean and std do not fit the channels");
+  require((image.dtype == Dtype::uint8) == !mean.empty(), "masked_patch_loss: mean and std go with images of bytes");
+  require_alike(grad, pred, "masked_patch_loss: a gradient of the wrong kind");
+  require(masked.dtype == Dtype::uint8, "masked_patch_loss: masked must be of bool");
   const int64_t channels = image.sizes[1], columns = image.sizes[3] / patch_size, size = patch_size * patch_size * channels;
   const bool is_image = pred.sizes[3] > 0, channel_first = is_image && pred.strides[3] == 1;
   const Layout pred_layout(pred.strides, is_image, columns, patch_size, channels);
@@ -305,7 +315,7 @@ Prepared prepare(View pred, View image, View masked, View labels, View grad, int
             masked.sizes[0] * masked.sizes[1], masked.sizes[1], columns, static_cast<int>(num_classes),
             static_cast<int>(size), lanes_for(size, wide ? V : 1),
             packs(image, image_layout, channel_first, patch_size, channels, wide ? V : 1), normalize,
-            static_cast<Distance>(distance), !mean.empty(), {}, {}};
+            distance_called(distance), !mean.empty(), {}, {}};
   for (size_t c = 0; c < mean.size(); ++c) {
     p.scale[c] = static_cast<float>(1 / (255 * std[c]));
     p.shift[c] = static_cast<float>(mean[c] / std[c]);
@@ -315,14 +325,20 @@ Prepared prepare(View pred, View image, View masked, View labels, View grad, int
 
 }  // namespace
 
-// pred (B, N, p p c) or (B, c, H, W); image (B, c, H, W), at most 16 channels where mean and std are given; `distance` is a
-// cmim::Distance. sums float32 and counts int32 (blocks, K); finished one int32. Nothing is empty.
+// pred (B, N, p p c) or (B, c, H, W); image (B, c, H, W), at most LOSS_MAX_CHANNELS of bytes, whose mean and std are given;
+// `distance` is "l1", "mse" or "smooth_l1". sums float32 and counts int32 (blocks, K); finished one int32. Nothing is empty.
 void patch_loss_forward(Stream stream, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
-                        int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
+                        int64_t patch_size, std::string distance, bool normalize, bool per_class, Numbers mean, Numbers std,
                         View sums, View counts, View finished, View loss, View class_sum, View class_count) {
   const auto [p, _, wide] =
       prepare(pred, image, masked, labels, pred, num_classes, patch_size, distance, normalize, mean, std);
   const int64_t blocks = sums.sizes[0];
+  require_dense(sums, Dtype::float32, {blocks, num_classes}, "masked_patch_loss: sums of the wrong kind");
+  require_dense(counts, Dtype::int32, {blocks, num_classes}, "masked_patch_loss: counts of the wrong kind");
+  require_dense(finished, Dtype::int32, {1}, "masked_patch_loss: finished of the wrong kind");
+  require_dense(loss, Dtype::float32, {}, "masked_patch_loss: loss of the wrong kind");
+  require_dense(class_sum, Dtype::float32, {num_classes}, "masked_patch_loss: class_sum of the wrong kind");
+  require_dense(class_count, Dtype::int32, {num_classes}, "masked_patch_loss: class_count of the wrong kind");
   by_dtype(pred.dtype, [&, &p = p, wide = wide](auto element) {
     using T = decltype(element);
     launch(wide ? error_kernel<T, 16 / sizeof(T)> : error_kernel<T, 1>, stream, blocks, THREADS, p, sums.as<float>(),
@@ -335,10 +351,14 @@ void patch_loss_forward(Stream stream, View pred, View image, View masked, Maybe
 
 // grad_loss one float32, grad_class_sum (K) float32, class_count (K) int32 contiguous; grad like pred.
 void patch_loss_backward(Stream stream, View grad_loss, View grad_class_sum, View class_count, View pred, View image,
-                         View masked, MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance,
+                         View masked, MaybeView labels, int64_t num_classes, int64_t patch_size, std::string distance,
                          bool normalize, bool per_class, Numbers mean, Numbers std, View grad) {
   const auto [p, layout, wide] =
       prepare(pred, image, masked, labels, grad, num_classes, patch_size, distance, normalize, mean, std);
+  require_dense(grad_loss, Dtype::float32, {}, "masked_patch_loss: grad_loss of the wrong kind");
+  require(grad_class_sum.dtype == Dtype::float32 && grad_class_sum.sizes[0] == num_classes,
+          "masked_patch_loss: grad_class_sum of the wrong kind");
+  require_dense(class_count, Dtype::int32, {num_classes}, "masked_patch_loss: class_count of the wrong kind");
   by_dtype(pred.dtype, [&, &p = p, &layout = layout, wide = wide](auto element) {
     using T = decltype(element);
     launch(wide ? gradient_kernel<T, 16 / sizeof(T)> : gradient_kernel<T, 1>, stream, ceil_div(p.tokens, THREADS), THREADS,

@@ -12,7 +12,8 @@
 namespace cmim {
 namespace {
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, ROUNDS = 8, TILE = THREADS * ROUNDS;
+constexpr int WARPS = 4, THREADS = 32 * WARPS, TILE = PACK_TILE, ROUNDS = TILE / THREADS;
+constexpr int MAX_SEGMENTS = 2 * PACK_MAX_CLASSES + 2;
 
 struct Tokens {
   View labels, masked;
@@ -175,13 +176,24 @@ void run(Stream stream, const Tokens& tokens, int* counts, int* order, int* inve
 
 }  // namespace
 
-// counts (B, tiles, 2K + 2) where an image has several tiles of 1024 tokens. Outputs int32, contiguous. K <= 1151.
+// counts (B, tiles, 2K + 2) where an image has several tiles of PACK_TILE tokens, else None. Outputs int32, contiguous.
 void pack_classes(Stream stream, View labels, View masked, int64_t num_classes, MaybeView counts, View order, View inverse,
                   View segment, View offsets, View cu_seqlens) {
   const Tokens tokens{labels,          masked, labels.sizes[0], labels.sizes[1], ceil_div(labels.sizes[1], TILE),
                       static_cast<int>(num_classes)};
+  require(num_classes >= 1 && num_classes <= PACK_MAX_CLASSES, "pack_classes: too many classes");
+  require(tokens.batch * tokens.length <= INT32_MAX, "pack_classes: positions of tokens do not fit in 32 bits");
+  require(masked.dtype == Dtype::uint8, "pack_classes: masked must be of bool");
+  const int64_t segments = 2 * num_classes + 2;
+  for (const View& out : {order, inverse, segment})
+    require_dense(out, Dtype::int32, {tokens.batch, tokens.length}, "pack_classes: an output of the wrong kind");
+  require_dense(offsets, Dtype::int32, {tokens.batch, segments}, "pack_classes: offsets of the wrong kind");
+  require_dense(cu_seqlens, Dtype::int32, {tokens.batch * (num_classes + 1) + 1},
+                "pack_classes: cu_seqlens of the wrong kind");
+  if (tokens.tiles > 1)
+    require_dense(counts, Dtype::int32, {tokens.batch, tokens.tiles, segments}, "pack_classes: counts of the wrong kind");
   // Few sizes: of counters that lie in shared memory.
-  const auto chosen = num_classes <= 31 ? run<64> : num_classes <= 255 ? run<512> : run<2304>;
+  const auto chosen = num_classes <= 31 ? run<64> : num_classes <= 255 ? run<512> : run<MAX_SEGMENTS>;
   chosen(stream, tokens, counts.as<int>(), order.as<int>(), inverse.as<int>(), segment.as<int>(), offsets.as<int>(),
          cu_seqlens.as<int>());
 }

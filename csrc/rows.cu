@@ -165,9 +165,19 @@ __global__ void __launch_bounds__(THREADS) sum_rows_kernel(const float* rows, Vi
   }
 }
 
+// inverse, and segment where it is given: (B, N) int32, with positions that the kernels count in 32 bits.
+void require_places(int64_t batch, int64_t places, const View& inverse, const View& segment) {
+  require(batch * places <= INT32_MAX, "rows: positions of tokens do not fit in 32 bits");
+  require_dense(inverse, Dtype::int32, {batch, places}, "rows: inverse of the wrong kind");
+  if (segment.data) require_dense(segment, Dtype::int32, {batch, places}, "rows: segment of the wrong kind");
+}
+
 template <bool GATHER>
 void forward(Stream stream, View in, View inverse, View segment, View mask_token, View position, View out) {
   const int64_t places = inverse.sizes[1], length = GATHER ? out.sizes[1] : in.sizes[1];
+  require_places(in.sizes[0], places, inverse, segment);
+  require_dense(out, in.dtype, {in.sizes[0], GATHER ? length : places, in.sizes[2]}, "rows: an output of the wrong kind");
+  require(in.sizes[1] == (GATHER ? places : length), "rows: not as many tokens as places");
   by_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int V = 16 / sizeof(T);
@@ -185,12 +195,18 @@ template <bool GATHER>
 void backward(Stream stream, View grad, View inverse, View segment, View out, View groups, View grad_position,
               int64_t blocks) {
   const int64_t places = inverse.sizes[1], length = GATHER ? grad.sizes[1] : out.sizes[1];
+  const int64_t batch = grad.sizes[0], channels = grad.sizes[2];
+  require_places(batch, places, inverse, segment);
+  require(blocks >= 1 && (GATHER || grad.sizes[1] == places), "rows: not as many gradients as places");
+  require_dense(out, grad.dtype, {batch, GATHER ? places : length, channels}, "rows: a gradient of the wrong kind");
+  if (groups.data) require_dense(groups, Dtype::float32, {blocks, channels}, "rows: groups of the wrong kind");
+  if (grad_position.data)
+    require_dense(grad_position, grad_position.dtype, {places, channels}, "rows: a gradient of the wrong kind");
   by_dtype(grad.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int V = 16 / sizeof(T);
-    const int64_t channels = grad.sizes[2];
     const bool wide = packs(grad, 3, 2, channels, V) && packs(out, 3, 2, channels, V);
-    const Shape shape{grad.sizes[0], places, length, channels, lanes_for(channels, wide ? V : 1)};
+    const Shape shape{batch, places, length, channels, lanes_for(channels, wide ? V : 1)};
     launch(wide ? backward_kernel<T, V, GATHER> : backward_kernel<T, 1, GATHER>, stream, blocks, THREADS, grad,
            inverse.as<const int>(), segment.as<const int>(), out.as<T>(), groups.as<float>(), grad_position, shape);
   });
@@ -221,6 +237,7 @@ void scatter_backward(Stream stream, View grad, View inverse, View grad_packed, 
 
 // rows (R, C) float32, contiguous; out (C): the sum of the rows, always in the same order.
 void sum_rows(Stream stream, View rows, View out) {
+  require_dense(rows, Dtype::float32, {rows.sizes[0], out.sizes[0]}, "sum_rows: rows of the wrong kind");
   launch(sum_rows_kernel, stream, ceil_div(rows.sizes[1], 32), THREADS, rows.as<const float>(), out, rows.sizes[0],
          rows.sizes[1]);
 }

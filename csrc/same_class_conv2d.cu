@@ -233,6 +233,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 }
 
 Grid grid_of(const View& x, const View& labels, int64_t num_classes) {
+  require(labels.dimensions == 3 && labels.sizes[0] == x.sizes[0] && labels.sizes[1] == x.sizes[2] &&
+              labels.sizes[2] == x.sizes[3],
+          "same_class_conv2d: labels of the wrong kind");
   const bool channels_last = x.strides[1] < x.strides[3];
   int groups = MIN_GROUPS;
   while (!channels_last && groups < MAX_GROUPS && groups * WIDTH < x.sizes[3]) groups *= 2;
@@ -253,6 +256,9 @@ void by_size(int64_t k, F f) {
 void same_class_conv2d(Stream stream, View x, View labels, View weight, bool flipped, MaybeView bias, int64_t num_classes,
                        View out) {
   const Grid grid = grid_of(x, labels, num_classes);
+  require_alike(out, x, "same_class_conv2d: an output of the wrong kind");
+  require(weight.sizes[0] == grid.channels && weight.sizes[1] == weight.sizes[2],
+          "same_class_conv2d: a weight of the wrong kind");
   by_dtype(x.dtype, [&](auto element) {
     by_size(weight.sizes[1], [&](auto size) {
       launch(convolve_kernel<decltype(element), size()>, stream, grid.tiles() * grid.channel_blocks(), THREADS, x, grid,
@@ -265,9 +271,14 @@ void same_class_conv2d(Stream stream, View x, View labels, View weight, bool fli
 void same_class_conv2d_weight(Stream stream, View x, View grad, View labels, int64_t num_classes, View of_weight,
                               MaybeView of_bias) {
   const Grid grid = grid_of(x, labels, num_classes);
+  const int64_t blocks = of_weight.sizes[0], k = of_weight.sizes[2];
+  require_alike(grad, x, "same_class_conv2d: a gradient of the wrong kind");
+  require_dense(of_weight, Dtype::float32, {blocks, grid.channels, k, k}, "same_class_conv2d: of_weight of the wrong kind");
+  if (of_bias.data)
+    require_dense(of_bias, Dtype::float32, {blocks, grid.channels}, "same_class_conv2d: of_bias of the wrong kind");
   by_dtype(x.dtype, [&](auto element) {
-    by_size(of_weight.sizes[2], [&](auto size) {
-      launch(weight_kernel<decltype(element), size()>, stream, of_weight.sizes[0] * grid.channel_blocks(), THREADS, x, grad,
+    by_size(k, [&](auto size) {
+      launch(weight_kernel<decltype(element), size()>, stream, blocks * grid.channel_blocks(), THREADS, x, grad,
              grid, of_weight.as<float>(), of_bias.as<float>());
     });
   });

@@ -14,7 +14,7 @@ from bench.table import in_words, ratio_table
 
 
 def run(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "XDIST" not in k}
     result = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

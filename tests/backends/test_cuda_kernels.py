@@ -1,6 +1,8 @@
 """What only the CUDA kernels have: their tiles, 16-byte accesses, and addresses beyond 32 bits."""
 
 import functools
+import importlib
+import pkgutil
 
 import numpy as np
 import pytest
@@ -8,22 +10,24 @@ import torch
 
 from cmim_kernels import (
     class_centroids,
+    cuda_kernels,
     gather_class_tokens,
     masked_patch_loss,
     pack_classes,
     same_class_conv2d,
     scatter_class_tokens,
 )
-from cmim_kernels.cuda_kernels.pack_classes import MAX_CLASSES
+from cmim_kernels.cuda_kernels import constant
 
 from .against_torch import DEVICE, DTYPES, INTERPRETED, assert_like_torch, random_labels
 
 random = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
 
 
-@pytest.mark.parametrize("classes", [1, 31, 32, 255, 256, MAX_CLASSES, MAX_CLASSES + 1])
+@pytest.mark.parametrize("classes", [1, 31, 32, 255, 256, 1151, 1152])
 @pytest.mark.parametrize("tokens", [1023, 1024, 1025, 3000])
 def test_packing_around_tiles_and_sizes_of_counters(tokens, classes):
+    assert constant("PACK_TILE") == 1024 and constant("PACK_MAX_CLASSES") == 1151
     labels, masked = random_labels((2, tokens), classes)
     assert_like_torch(lambda *x: pack_classes(*x, classes), [labels, masked], gradient=False)
 
@@ -144,3 +148,65 @@ def test_aligned_rows_that_end_within_16_bytes(op):
         "centroids": lambda x: class_centroids(x, labels, masked, 3),
     }
     assert_like_torch(ops[op], [x])
+
+
+def recorded_launches(monkeypatch):
+    """Arguments of one launch of every op of the library."""
+    launch, recorded = cuda_kernels.launch, {}
+
+    def record(op, *arguments):
+        launch(op, *arguments)
+        recorded[op] = arguments
+
+    for module in pkgutil.iter_modules(cuda_kernels.__path__, "cmim_kernels.cuda_kernels."):
+        monkeypatch.setattr(importlib.import_module(module.name), "launch", record)
+    labels, masked = random_labels((2, 1400), 3)
+    assert_like_torch(lambda *x: pack_classes(*x, 3), [labels, masked], gradient=False)
+    layout = pack_classes(labels, masked, 3)
+    x, p, q = random(2, 1400, 8), random(8), random(1400, 8)
+    assert_like_torch(lambda x, p, q: gather_class_tokens(x, layout, mask_token=p, position=q), [x, p, q])
+    assert_like_torch(lambda x, p, q: scatter_class_tokens(x, layout, mask_token=p, position=q), [x[:, :9], p, q])
+    assert_like_torch(lambda x: class_centroids(x, labels, masked, 3), [x])
+    loss = functools.partial(masked_patch_loss, masked=masked, labels=labels, num_classes=3, patch_size=2)
+    assert_like_torch(lambda x: loss(x, random(2, 3, 70, 80)), [random(2, 1400, 12)])
+    grid, weight = x.mT.reshape(2, 8, 35, 40), random(8, 3, 3)
+    convolve = functools.partial(same_class_conv2d, labels=labels.view(2, 35, 40), num_classes=3)
+    assert_like_torch(lambda x, w, b: convolve(x, weight=w, bias=b) / 40, [grid, weight, p])
+    return recorded
+
+
+ANY_DTYPE = {
+    ("sum_rows", "out"), ("gather_backward", "grad_position"), ("scatter_backward", "grad_position"),
+    ("centroids_backward", "grad"),
+}  # fmt: skip
+"""What may have another dtype than the op's other tensors."""
+
+
+def test_the_library_checks_what_it_relies_on(monkeypatch):
+    """Each tensor that an op writes is refused in another dtype or another shape."""
+    recorded = recorded_launches(monkeypatch)
+    assert len(recorded) == 12
+    for name, arguments in recorded.items():
+        op = getattr(torch.ops.cmim_cuda, name).default
+        schema = op._schema.arguments[1:]  # without the stream
+        for i, (argument, value) in enumerate(zip(schema, arguments, strict=True)):
+            if not argument.is_write or value is None:
+                continue
+            wrong = [torch.cat([value, value], dim=-1)] if value.dim() else []
+            if (name, argument.name) not in ANY_DTYPE:
+                wrong.append(value.half())
+            for bad in wrong:
+                with pytest.raises(RuntimeError, match=r"cmim_cuda: .* of the wrong kind"):
+                    op(0, *arguments[:i], bad, *arguments[i + 1 :])
+
+
+def test_the_library_refuses_options_that_it_does_not_know(monkeypatch):
+    recorded = recorded_launches(monkeypatch)
+    op, arguments = torch.ops.cmim_cuda.patch_loss_forward.default, list(recorded["patch_loss_forward"])
+    distance = next(i for i, a in enumerate(arguments) if a == "l1")
+    with pytest.raises(RuntimeError, match="unknown distance"):
+        op(0, *arguments[:distance], "l3", *arguments[distance + 1 :])
+    with pytest.raises(RuntimeError, match="mean and std"):
+        op(0, *[[0.5] * 17 if a == [] else a for a in arguments])
+    with pytest.raises(RuntimeError, match="no constant is called TILE"):
+        constant("TILE")

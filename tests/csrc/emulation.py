@@ -28,8 +28,10 @@ def emulated_library():
     torch_folder = Path(torch.__file__).parent
     folder = ROOT / "build" / "emulation"
     compiler = ["g++", *FLAGS, "-I", HOST, "-I", csrc.CSRC, "-isystem", torch_folder / "include"]
-    objects = csrc.compile_sources(compiler, csrc.sources(), folder, headers=[HOST])
+    objects = csrc.compile_sources(compiler, [*csrc.sources(), csrc.CSRC / "library.cpp"], folder, headers=[HOST])
     library = folder / "libcmim_kernels.so"
-    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", "-o", library]
-    csrc.run(link, folder / "link.log")
+    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", "-o"]
+    with csrc.alone_in(folder):
+        csrc.run([*link, library.with_suffix(".new")], folder / "link.log")
+        library.with_suffix(".new").rename(library)  # another process may have loaded the one that was there
     return library

@@ -2,13 +2,10 @@
 
 import torch
 
-from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.cuda_kernels import constant, launch
 from cmim_kernels.cuda_kernels.pack_classes import pack_classes_forward
 from cmim_kernels.numerics import empty_like_layout
 from cmim_kernels.reference import class_centroids as reference
-
-RUN = 64
-"""Packed tokens that are added up by one group of threads."""
 
 
 def class_centroids_forward(features, labels, masked, num_classes, order, offsets):
@@ -19,13 +16,13 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
     (batch, tokens), channels = labels.shape, features.shape[1 if features.dim() == 4 else 2]
     mean = features.new_empty((batch, num_classes, 2, channels), dtype=torch.float32)
     count = features.new_empty((batch, num_classes, 2), dtype=torch.int32)
-    rest = features.new_empty((batch, -(-tokens // RUN), channels), dtype=torch.float32)
-    kernels.centroids_forward(features, order.contiguous(), offsets.contiguous(), mean, count, rest)
+    rest = features.new_empty((batch, -(-tokens // constant("CENTROIDS_RUN")), channels), dtype=torch.float32)
+    launch("centroids_forward", features, order.contiguous(), offsets.contiguous(), mean, count, rest)
     return mean, count
 
 
 def class_centroids_backward(grad_mean, count, features, labels, masked, num_classes):
     grad = empty_like_layout(features)
     if grad.numel():
-        kernels.centroids_backward(grad_mean, count.contiguous(), labels, masked, grad)
+        launch("centroids_backward", grad_mean, count.contiguous(), labels, masked, grad)
     return grad

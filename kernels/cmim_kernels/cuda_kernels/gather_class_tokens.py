@@ -1,6 +1,6 @@
 """Tokens to packed order: see csrc/rows.cu."""
 
-from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.cuda_kernels import launch
 from cmim_kernels.cuda_kernels.rows import backward_blocks, parameter_gradients
 
 
@@ -8,7 +8,7 @@ def gather_class_tokens_forward(tokens, order, inverse, segment, mask_token, pos
     batch, _, channels = tokens.shape
     out = tokens.new_empty((batch, length, channels))
     if out.numel():
-        kernels.gather_forward(tokens, inverse.contiguous(), segment.contiguous(), mask_token, position, out)
+        launch("gather_forward", tokens, inverse.contiguous(), segment.contiguous(), mask_token, position, out)
     return out
 
 
@@ -19,6 +19,6 @@ def gather_class_tokens_backward(grad, inverse, segment, mask_token, position):
 
     def run(groups, grad_position):
         inputs = (grad, inverse.contiguous(), segment.contiguous())
-        kernels.gather_backward(*inputs, grad_tokens, groups, grad_position, blocks)
+        launch("gather_backward", *inputs, grad_tokens, groups, grad_position, blocks)
 
     return grad_tokens, *parameter_gradients(run, grad, mask_token, position, blocks, empty=grad_tokens.numel() == 0)

@@ -2,21 +2,16 @@
 
 import torch
 
-from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.cuda_kernels import constant, launch
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import masked_patch_loss as reference
-
-DISTANCES = ("l1", "mse", "smooth_l1")
-"""In the order of `cmim::Distance`."""
-MAX_CHANNELS = 16
-"""Of uint8 images, whose mean and std travel with the launch. More go to PyTorch."""
 
 
 def masked_patch_loss_forward(
     pred, image, masked, labels, num_classes, patch_size, distance, normalize, balance, mean, std
 ):  # fmt: skip
     options = (num_classes, patch_size, distance, normalize, balance, mean, std)
-    if mean is not None and len(mean) > MAX_CHANNELS:
+    if _too_many_channels(mean):
         return reference.masked_patch_loss_forward(pred, image, masked, labels, *options)
     float32 = lambda *shape: pred.new_empty(shape, dtype=torch.float32)  # noqa: E731
     int32 = lambda *shape: pred.new_empty(shape, dtype=torch.int32)  # noqa: E731
@@ -25,7 +20,7 @@ def masked_patch_loss_forward(
         return tuple(out.zero_() for out in outputs)
     blocks = min(-(-masked.numel() // 128), 8 * multiprocessors(pred))  # 128 tokens at a time
     scratch = float32(blocks, num_classes), int32(blocks, num_classes), int32(1)
-    kernels.patch_loss_forward(pred, image, masked, labels, *_numbers(options), *scratch, *outputs)
+    launch("patch_loss_forward", pred, image, masked, labels, *_numbers(options), *scratch, *outputs)
     return outputs
 
 
@@ -35,15 +30,20 @@ def masked_patch_loss_backward(
 ):  # fmt: skip
     inputs = (grad_loss, grad_class_sum, class_count, pred, image, masked, labels)
     options = (num_classes, patch_size, distance, normalize, balance, mean, std)
-    if mean is not None and len(mean) > MAX_CHANNELS:
+    if _too_many_channels(mean):
         return reference.masked_patch_loss_backward(*inputs, *options)
     grad = empty_like_layout(pred)
     if grad.numel():
-        kernels.patch_loss_backward(*inputs, *_numbers(options), grad)
+        launch("patch_loss_backward", *inputs, *_numbers(options), grad)
     return grad
+
+
+def _too_many_channels(mean):
+    """Of images of bytes, whose mean and std travel with the launch. They go to PyTorch."""
+    return mean is not None and len(mean) > constant("LOSS_MAX_CHANNELS")
 
 
 def _numbers(options):
     """The options as the ops take them."""
     num_classes, patch_size, distance, normalize, balance, mean, std = options
-    return num_classes, patch_size, DISTANCES.index(distance), normalize, balance == "class", mean or [], std or []
+    return num_classes, patch_size, distance, normalize, balance == "class", mean or [], std or []

@@ -2,7 +2,7 @@
 
 import torch
 
-from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.cuda_kernels import launch
 from cmim_kernels.numerics import multiprocessors
 
 
@@ -26,5 +26,5 @@ def parameter_gradients(run, grad, mask_token, position, blocks, *, empty):
     else:
         run(groups, grad_position)
         if groups is not None:
-            kernels.sum_rows(groups, grad_mask_token)
+            launch("sum_rows", groups, grad_mask_token)
     return grad_mask_token, grad.new_empty(0) if position is None else grad_position

@@ -1,6 +1,6 @@
 """Packed tokens to the original order: see csrc/rows.cu."""
 
-from cmim_kernels.cuda_kernels import kernels
+from cmim_kernels.cuda_kernels import launch
 from cmim_kernels.cuda_kernels.rows import backward_blocks, parameter_gradients
 
 
@@ -8,7 +8,7 @@ def scatter_class_tokens_forward(packed, inverse, mask_token, position):
     (batch, _, channels), places = packed.shape, inverse.shape[1]
     out = packed.new_empty((batch, places, channels))
     if out.numel():
-        kernels.scatter_forward(packed, inverse.contiguous(), mask_token, position, out)
+        launch("scatter_forward", packed, inverse.contiguous(), mask_token, position, out)
     return out
 
 
@@ -18,6 +18,6 @@ def scatter_class_tokens_backward(grad, order, inverse, mask_token, position, le
     blocks = backward_blocks(grad, places)
 
     def run(groups, grad_position):
-        kernels.scatter_backward(grad, inverse.contiguous(), grad_packed, groups, grad_position, blocks)
+        launch("scatter_backward", grad, inverse.contiguous(), grad_packed, groups, grad_position, blocks)
 
     return grad_packed, *parameter_gradients(run, grad, mask_token, position, blocks, empty=grad.numel() == 0)
