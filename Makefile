@@ -2,7 +2,10 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
 BIN := .venv/bin
 SEEDS ?= 0 1 2
+OUT ?= bench/results/gpu
+BUDGET ?= 3600
 JOBS ?= 1
+TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # The oldest and the newest Triton that the kernels support; constraints.txt names the one in use.
 TRITONS := 3.6.0 3.9.0
 # The oldest PyTorch that the project supports.
@@ -15,7 +18,7 @@ train: .venv/installed
 	$(BIN)/python -m cmim.train
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
@@ -47,17 +50,16 @@ build/torch-%/installed: .venv/installed-test
 
 # Every op, the decoders and the training step against what one would run instead.
 bench: .venv/installed-test
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench -p bench.recorder --results build/bench.jsonl
 
 bench-compare: .venv/installed-test
 	@test -f "$(A)" -a -f "$(B)" || { echo "error: name two results: make bench-compare A=old.json B=new.json"; exit 2; }
 	$(BIN)/pytest-benchmark compare $(A) $(B) --group-by=name --columns=min,median --sort=name
 
-# On a machine with a GPU: what only it can test, then what it is fast at. The rest of the compiled rivals: make bench.
+# On a machine with a GPU: everything that only it can show. Another call goes on where this one ends.
 gpu: .venv/installed-test
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest bench -k "not compiled or VOC" --benchmark-json bench/results/gpu.json
-	$(BIN)/python -m bench.report bench/results/gpu.json
+	PYTHONPATH=.:kernels $(BIN)/python -m bench.gpu $(OUT) --budget $(BUDGET) $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m bench.report $(OUT)/results.jsonl
 
 # The CUDA kernels of csrc/, or the reason why there are none: an installation goes on without them.
 cuda: .venv/installed

@@ -116,6 +116,6 @@ setup(
         "tensorboard",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "transformers"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers"]},
     cmdclass={"build_py": BuildWithConfigs, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
 )

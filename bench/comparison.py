@@ -16,16 +16,29 @@ OURS = "cmim_kernels"
 @dataclass
 class Comparison:
     inputs: list[torch.Tensor]
-    rivals: dict[str, Callable]
-    """Name -> function of the inputs, all with the same results: the first is ours, the next the one to check against."""
+    """Gradients are those of the floating-point ones."""
+    baselines: dict[str, Callable]
+    """Name -> function of inputs and constants, all with the same results: the first is ours, the next the one to check
+    against."""
+    constants: list[torch.Tensor] = field(default_factory=list)
+    """What is read besides and gets no gradient: whatever a function keeps to itself stays in the cache, and flatters it."""
     moved: tuple[int, int] | None = None
     """Bytes that forward must move, and forward and backward together."""
+    exponentials: tuple[int, int] = (0, 0)
+    products: tuple[int, int] = (0, 0)
+    """Exponentials and multiply-adds of tensor cores that are needed, likewise."""
     launches: tuple[int, int] | None = None
     """At most, likewise."""
     tolerance: float | None = None
     """Of the largest magnitude; by default a few roundings of the inputs' dtype."""
     unchecked: set = field(default_factory=set)
-    """Rivals with another result: what the same work would cost without classes."""
+    """Baselines with another result: what the same work would cost without classes."""
+    eager: set = field(default_factory=set)
+    """Baselines that no CUDA graph can capture, because the host waits for the device in them."""
+
+    @property
+    def arguments(self):
+        return [*self.inputs, *self.constants]
 
 
 def compiled(function):
@@ -33,8 +46,9 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-BACKENDS = {"our formulas in PyTorch": "torch", "ours in CUDA C++": "cuda"} if DEVICE.type == "cuda" else {}
-"""Rivals that are our own ops on another backend than the one that users get."""
+FORMULAS, CUDA_CPP = "our formulas in PyTorch", "ours in CUDA C++"
+BACKENDS = {FORMULAS: "torch", CUDA_CPP: "cuda"} if DEVICE.type == "cuda" else {}
+"""Baselines that are our own ops on another backend than the one that users get."""
 
 
 def ours(function, *, csrc=False):
@@ -45,16 +59,38 @@ def ours(function, *, csrc=False):
 
 @contextlib.contextmanager
 def prepared(comparison, name, *, backward=False):
-    """The function to be timed, once its results are known to equal the reference's."""
-    wrap = (lambda function: with_gradients(function, comparison.inputs)) if backward else (lambda function: function)
-    reference = next(other for other in comparison.rivals if other != OURS and other not in BACKENDS)
+    """The function of `comparison.arguments` to be timed, once its results are known to equal the reference's."""
+    reference = next(other for other in comparison.baselines if other != OURS and other not in BACKENDS)
     with torch.set_grad_enabled(backward):
-        want = wrap(comparison.rivals[reference])(*comparison.inputs)
+        want = _wrapped(comparison, reference, backward)(*comparison.arguments)
         with backends.use_backend(BACKENDS.get(name, "auto")):
-            function = wrap(comparison.rivals[name])
+            function = _wrapped(comparison, name, backward)
             if name not in comparison.unchecked:
-                assert_equal(name, function(*comparison.inputs), want, comparison.tolerance or roundings(comparison))
+                assert_equal(name, function(*comparison.arguments), want, comparison.tolerance or roundings(comparison))
             yield function
+
+
+def _wrapped(comparison, name, backward):
+    function = comparison.baselines[name]
+    return with_gradients(function, comparison.inputs, comparison.constants) if backward else function
+
+
+def error_against_float64(comparison, name, *, backward=False):
+    """The largest |ours - exact| / |exact| (Frobenius norms) of the outputs and gradients of one of our backends.
+
+    `exact` are our formulas in float64. None where nothing is floating-point.
+    """
+    exact_of = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
+    arguments = [exact_of(x) for x in comparison.arguments]
+    function, inputs = comparison.baselines[name], arguments[: len(comparison.inputs)]
+    with torch.set_grad_enabled(backward):
+        run = with_gradients(function, inputs, arguments[len(inputs) :]) if backward else function
+        with backends.use_backend("torch"):
+            exact = run(*arguments)
+        with backends.use_backend(BACKENDS.get(name, "auto")):
+            got = _wrapped(comparison, name, backward)(*comparison.arguments)
+    pairs = [(a.double(), b.double()) for a, b in zip(_flat(got), _flat(exact), strict=True) if a.is_floating_point()]
+    return max((((a - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs if b.numel()), default=None)
 
 
 def roundings(comparison):

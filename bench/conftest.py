@@ -1,5 +1,6 @@
 """Fixture `timed`, machine and versions in the JSON, and the table of ratios at the end."""
 
+import platform
 import shlex
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 import triton
+from cpuinfo import get_cpu_info
 
 import cmim_kernels
 from bench import floor
@@ -27,20 +29,25 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def timed(benchmark):
-    """timed(group, name, function, inputs): time `function(*inputs)` as the rival `name` of a group."""
-    return _Timed(benchmark)
+def timed(benchmark, request):
+    """timed(group, name, function, arguments): time `function(*arguments)` as the baseline `name` of a group.
+
+    What it measures goes into pytest-benchmark's JSON and, at once, into the lines of `bench.recorder`.
+    """
+    result = _Timed(benchmark)
+    yield result
+    request.node.user_properties += result.properties()
 
 
 class _Timed:
     def __init__(self, benchmark):
-        self.benchmark, self.timing = benchmark, None
+        self.benchmark, self.timing, self.extra = benchmark, None, {}
 
-    def __call__(self, group, name, function, inputs, *, capture=True, images=None, **extra):
+    def __call__(self, group, name, function, arguments, *, capture=True, images=None, **extra):
         """`capture`: device time, or that of Python too. `images` of a call; `extra` goes into the JSON."""
         self.benchmark.group = group
-        self.timing = time_calls(self.benchmark, function, list(inputs), capture=capture)
-        self.benchmark.extra_info |= {"rival": name, **self.timing._asdict(), **extra}
+        self.timing = time_calls(self.benchmark, function, list(arguments), capture=capture)
+        self.benchmark.extra_info |= {"baseline": name, **self.timing._asdict(), **self.extra, **extra}
         if images is not None:
             self.benchmark.extra_info["images_per_second"] = images / self.benchmark.stats.stats.min
 
@@ -53,34 +60,59 @@ class _Timed:
         info |= {"moved_bytes": moved, "bytes_per_second": moved / seconds}
         if info["clock"] != "process":
             launches = comparison.launches[backward] if comparison.launches else self.timing.launches
-            info["target_seconds"] = floor.target_seconds(moved, launches)
+            work = comparison.exponentials[backward], comparison.products[backward]
+            info["target_seconds"] = floor.target_seconds(moved, launches, *work)
             info["share_of_target"] = info["target_seconds"] / seconds
+
+    def properties(self):
+        """What a line of the recorder holds besides: nothing where the test failed before it measured."""
+        if self.timing is None or self.benchmark.stats is None:
+            return []
+        stats = self.benchmark.stats.stats
+        times = {"min": stats.min, "median": stats.median, "max": stats.max, "rounds": stats.rounds}
+        return [("group", self.benchmark.group), ("stats", times), ("extra_info", dict(self.benchmark.extra_info))]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info |= {
+    machine_info |= versions()
+    machine_info.pop("node", None)  # the name of somebody's machine
+
+
+@pytest.fixture
+def machine():
+    return versions()
+
+
+def versions():
+    """Of the software and, on CUDA, the device; the command and the commit."""
+    found = {
         "command": shlex.join(["pytest", *sys.argv[1:]]),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cmim_kernels": cmim_kernels.__version__,
         "threads": torch.get_num_threads(),
+        "cpu_name": get_cpu_info().get("brand_raw", platform.machine()),
+        "commit": _said("git", "rev-parse", "HEAD"),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        machine_info |= {
+        found |= {
             "gpu": properties.name,
             "gpu_memory": properties.total_memory,
-            "driver": _driver(),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
         }
-    machine_info.pop("node", None)  # the name of somebody's machine
+    return found
 
 
-def _driver():
+def _said(*command):
+    """The first word that a command prints."""
     try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, IndexError, subprocess.CalledProcessError):
         return "unknown"
 
 
@@ -93,9 +125,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    measured = [b for b in session.benchmarks if not b.has_error and "rival" in b.extra_info] if session else []
+    measured = [b for b in session.benchmarks if not b.has_error and "baseline" in b.extra_info] if session else []
     if measured:
-        rows = [(b.group, b.extra_info["rival"], b.stats.min, b.extra_info) for b in measured]
+        rows = [(b.group, b.extra_info["baseline"], b.stats.min, b.extra_info) for b in measured]
         terminalreporter.section(f"best of the rounds; in brackets, times as long as {OURS}")
         for line in ratio_table(rows):
             terminalreporter.write_line(line)

@@ -1,65 +1,133 @@
-"""`python -m bench.report bench/results/*.json`: results as the tables of bench/README.md, and as plots beside the JSON.
+"""`python -m bench.report RESULTS ...`: measurements as tables in words, and as plots beside the files.
 
-Each JSON is one run (`pytest bench/ --benchmark-json FILE`) on one machine. The table goes between the markers
-`<!-- bench -->` and `<!-- /bench -->` of that file; nothing else of it changes.
+RESULTS are JSON files of `pytest bench/ --benchmark-json FILE`, or lines of `bench.recorder` (`bench.gpu`), complete or not,
+of one run each. FILE.md gets every measurement and what failed, and bench/README.md, between its markers, one row for each
+op: how many times faster than the best baseline.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 
-from bench.comparison import OURS
+from bench.comparison import CUDA_CPP, FORMULAS, OURS
+from bench.recorder import last_of_each, read
 from bench.table import in_words
 
 START, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 class Run:
-    """One JSON of pytest-benchmark: {group: {rival: (seconds, extra info)}}, machine and command."""
+    """One run on one machine. `groups`: {group: {baseline: (seconds, extra info)}}."""
 
     def __init__(self, path):
-        content = json.loads(Path(path).read_text())
-        self.path, self.machine = Path(path), content["machine_info"]
-        self.commit, self.date = content["commit_info"].get("id", "unknown")[:7], content["datetime"][:10]
-        self.groups = {}
+        self.path, self.groups, self.failed, self.notes = Path(path), {}, [], []
+        if self.path.suffix == ".jsonl":
+            self._read_lines()
+        else:
+            self._read_benchmarks()
+
+    def _read_benchmarks(self):
+        content = json.loads(self.path.read_text())
+        self.machine, self.date = content["machine_info"], content["datetime"][:10]
+        self.machine.setdefault("commit", content["commit_info"].get("id", "unknown"))
+        self.machine.setdefault("cpu_name", self.machine.get("cpu", {}).get("brand_raw", "CPU"))
         for entry in content["benchmarks"]:
-            info = entry["extra_info"]
-            if "rival" in info:
-                self.groups.setdefault(entry["group"], {})[info["rival"]] = (entry["stats"]["min"], info)
+            self._add(entry["group"], entry["stats"]["min"], entry["extra_info"])
+
+    def _read_lines(self):
+        self.machine, self.date = {}, "unknown"
+        for (stage, item), line in last_of_each(read(self.path)).items():
+            self.machine |= line.get("machine", {})
+            self.date = max(line.get("date", ""), self.date) if self.date != "unknown" else line.get("date", "unknown")
+            if "stats" in line:
+                self._add(line["group"], line["stats"]["min"], line["extra_info"])
+            elif line["status"] == "passed":
+                told = {k: v for k, v in line.items() if k not in ("stage", "item", "status", "time", "seconds", "machine")}
+                if told:
+                    self.notes.append(f"{stage}: {item.split('::')[-1]}: {json.dumps(told)}")
+            if line["status"] not in ("passed", "skipped"):
+                reason = (line.get("error", "").strip().splitlines() or [""])[-1]
+                self.failed.append(f"{stage}: {item.split('::')[-1]}: {line['status']}: {reason[:300]}")
+
+    def _add(self, group, seconds, info):
+        name = info.get("baseline") or info.get("rival")  # the older name
+        if name:
+            self.groups.setdefault(group, {})[name] = (seconds, info)
 
     def describe(self):
-        cpu = f"{self.machine['cpu'].get('brand_raw', 'CPU')}, {self.machine['threads']} thread"
-        device = self.machine.get("gpu", cpu)
-        versions = f"torch {self.machine['torch']}, triton {self.machine['triton']}"
-        return f"{device}; {versions}; commit {self.commit}, {self.date}: `{self.machine['command']}`"
+        versions = f"torch {self.machine.get('torch', '?')}, triton {self.machine.get('triton', '?')}"
+        threads = self.machine.get("threads", "?")
+        device = self.machine.get("gpu") or f"{self.machine.get('cpu_name', 'CPU')}, {threads} thread{'s' * (threads != 1)}"
+        commit = self.machine.get("commit", "unknown")[:7]
+        return f"{device}; {versions}; commit {commit}, {self.date}: `{self.machine.get('command', '?')}`"
+
+    def best_baseline(self, group):
+        """(seconds, name) of the fastest formulation that is not ours and has the same result; None without one."""
+        others = [
+            (seconds, name)
+            for name, (seconds, info) in self.groups[group].items()
+            if name not in (OURS, FORMULAS, CUDA_CPP) and info.get("comparable", True)
+        ]
+        return min(others, default=None)
+
+    def speed_ups(self):
+        """group -> time of the best baseline over ours, the largest first."""
+        found = {}
+        for group, baselines in self.groups.items():
+            best = self.best_baseline(group)
+            if OURS in baselines and best:
+                found[group] = best[0] / baselines[OURS][0]
+        return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
 
-def table(run):
-    """Markdown: for each group our time and how many times as long others take; on CUDA the share of the target."""
-    yield run.describe() + "\n"
-    targets = any("share_of_target" in info for rivals in run.groups.values() for _, info in rivals.values())
-    yield "| what | ours | others: times as long as ours |" + " share of the target |" * targets
-    yield "| --- | --- | --- |" + " --- |" * targets
-    for group, rivals in run.groups.items():
-        if OURS not in rivals:
-            continue
-        seconds, info = rivals[OURS]
-        others = sorted((other / seconds, name) for name, (other, _) in rivals.items() if name != OURS)
-        listed = "; ".join(f"{name}: {ratio:.2f}" for ratio, name in others)
+def all_rows(run):
+    """Markdown of every measurement, the best speed-up first, then what was noted and what failed."""
+    yield f"{run.describe()}\n"
+    yield "| what | ours | speed-up over the best baseline | all others: times as long as ours | of the target | error |"
+    yield "| --- | ---: | ---: | --- | ---: | ---: |"
+    for group, ratio in run.speed_ups().items():
+        seconds, info = run.groups[group][OURS]
+        others = sorted((other / seconds, name) for name, (other, _) in run.groups[group].items() if name != OURS)
+        listed = "; ".join(f"{name}: {times:.2f}" for times, name in others)
         share = f"{info['share_of_target']:.0%}" if "share_of_target" in info else ""
-        yield f"| {group} | {in_words(seconds)} | {listed} |" + f" {share} |" * targets
+        error = f"{info['error']:.1e}" if info.get("error") is not None else ""
+        yield f"| {group} | {in_words(seconds)} | {ratio:.2f} | {listed} | {share} | {error} |"
+    for title, lines in (("Noted", run.notes), ("Not passed", run.failed)):
+        if lines:
+            yield f"\n{title}:\n"
+            yield from (f"- {line}" for line in lines)
 
 
-def write_table(readme, runs):
+def summary(run):
+    """Markdown: for each op the geometric mean of its speed-ups over all shapes, and the lowest; the best op first."""
+    parts = {}
+    for group, ratio in run.speed_ups().items():
+        name, _, rest = group.partition("; ")
+        part = "both" if rest.endswith("forward and backward") else "forward"
+        parts.setdefault(name, {"forward": [], "both": []})[part].append(ratio)
+    mean = lambda ratios: math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None  # noqa: E731
+    in_two_digits = lambda ratio: "" if ratio is None else f"{ratio:.2f}"  # noqa: E731
+    yield f"{run.describe()}\n"
+    yield "| | forward | forward and backward | lowest |"
+    yield "| --- | ---: | ---: | ---: |"
+    for name, found in sorted(parts.items(), key=lambda entry: -mean(entry[1]["forward"] + entry[1]["both"])):
+        lowest = min(found["forward"] + found["both"])
+        yield f"| {name} | {in_two_digits(mean(found['forward']))} | {in_two_digits(mean(found['both']))} | {lowest:.2f} |"
+    if run.failed:
+        yield f"\n{len(run.failed)} measurements or tests did not pass: see {run.path.with_suffix('.md').name}."
+
+
+def write_summary(readme, runs):
     text = readme.read_text()
     before, rest = text.split(START, 1)
     after = rest.split(END, 1)[1]
-    body = "\n\n".join("\n".join(table(run)) for run in runs)
+    body = "\n\n".join("\n".join(summary(run)) for run in runs)
     readme.write_text(f"{before}{START}\n{body}\n{END}{after}")
 
 
 def plot(run):
-    """Time of decoding and loss against classes and against tokens; of ops, the share of the target."""
+    """Time of decoding and loss against classes and against tokens; of ops, the speed-up and the share of the target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,35 +135,26 @@ def plot(run):
 
     figure, axes = plt.subplots(1, 3, figsize=(18, 8), constrained_layout=True)
     decoders = [
-        (info["decoder"], rival, info["classes"], info["tokens"], seconds)
-        for rivals in run.groups.values()
-        for rival, (seconds, info) in rivals.items()
+        (info["decoder"], name, info["classes"], info["tokens"], seconds)
+        for baselines in run.groups.values()
+        for name, (seconds, info) in baselines.items()
         if "decoder" in info
     ]
     usual_tokens = decoders[0][3] if decoders else None
     for axis, by, fixed, title in ((axes[0], 2, (3, usual_tokens), "classes"), (axes[1], 3, (2, 21), "tokens")):
-        for decoder, rival in dict.fromkeys(d[:2] for d in decoders):
-            points = sorted((d[by], 1e3 * d[4]) for d in decoders if d[:2] == (decoder, rival) and d[fixed[0]] == fixed[1])
-            axis.plot(*zip(*points, strict=True), marker="o", label=f"{decoder}: {rival}") if points else None
+        for decoder, name in dict.fromkeys(d[:2] for d in decoders):
+            points = sorted((d[by], 1e3 * d[4]) for d in decoders if d[:2] == (decoder, name) and d[fixed[0]] == fixed[1])
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{decoder}: {name}") if points else None
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ms", title=f"decode and loss against {title}")
         axis.legend(fontsize=7)
-    own = [(group, rivals[OURS]) for group, rivals in run.groups.items() if OURS in rivals]
-    shares = [(group, info["share_of_target"]) for group, (_, info) in own if "share_of_target" in info]
-    if shares:
-        axes[2].barh([group for group, _ in shares], [share for _, share in shares])
-        axes[2].axvline(1, color="black")
-        axes[2].set_title("share of the target, ops of cmim_kernels")
-        axes[2].tick_params(labelsize=6)
-    else:  # without a device there is no target: the best rival instead
-        ratios = [
-            (group, min(s for name, (s, _) in run.groups[group].items() if name != OURS) / seconds)
-            for group, (seconds, _) in own
-            if len(run.groups[group]) > 1
-        ]
-        axes[2].barh([group for group, _ in ratios], [ratio for _, ratio in ratios])
-        axes[2].axvline(1, color="black")
-        axes[2].set(xscale="log", title="the fastest rival's time over ours")
-        axes[2].tick_params(labelsize=6)
+    ratios = run.speed_ups()
+    axes[2].barh(list(ratios), list(ratios.values()))
+    axes[2].axvline(1, color="black")
+    axes[2].invert_yaxis()
+    axes[2].set(xscale="log", title="times faster than the best baseline; dots: share of the target")
+    shares = {group: run.groups[group][OURS][1].get("share_of_target") for group in ratios}
+    axes[2].plot([s for s in shares.values() if s], [g for g, s in shares.items() if s], "o", color="black")
+    axes[2].tick_params(labelsize=6)
     figure.suptitle(run.describe().split(":")[0], fontsize=9)
     figure.savefig(run.path.with_suffix(".png"), dpi=110)
     plt.close(figure)
@@ -103,13 +162,14 @@ def plot(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="+", help="JSON files of pytest-benchmark")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark, or lines of bench.recorder")
     parser.add_argument("--readme", type=Path, default=Path("bench/README.md"))
     options = parser.parse_args()
     runs = [Run(path) for path in options.results]
     for run in runs:
+        run.path.with_suffix(".md").write_text("\n".join(all_rows(run)) + "\n")
         plot(run)
-    write_table(options.readme, runs)
+    write_summary(options.readme, runs)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@ from bench.comparison import OURS
 
 
 def ratio_table(rows):
-    """Lines for (group, rival, seconds, extra info): a group's rivals from the fastest to the slowest."""
+    """Lines for (group, baseline, seconds, extra info): a group's formulations from the fastest to the slowest."""
     groups = {}
-    for group, rival, seconds, info in rows:
-        groups.setdefault(group, []).append((seconds, rival, info))
+    for group, name, seconds, info in rows:
+        groups.setdefault(group, []).append((seconds, name, info))
     for group, entries in groups.items():
-        own = next((seconds for seconds, rival, _ in entries if rival == OURS), None)
+        own = next((seconds for seconds, name, _ in entries if name == OURS), None)
         yield group
-        for seconds, rival, info in sorted(entries, key=lambda entry: entry[0]):
-            yield f"  {rival:28} {in_words(seconds):>10}" + _ratio(seconds, own) + _details(info)
+        for seconds, name, info in sorted(entries, key=lambda entry: entry[0]):
+            yield f"  {name:28} {in_words(seconds):>10}" + _ratio(seconds, own) + _details(info)
 
 
 def in_words(seconds):

@@ -8,9 +8,9 @@ import functools
 import pytest
 import torch
 
-from bench import rivals_pixels as pixels
-from bench import rivals_tokens as tokens
-from bench.comparison import BACKENDS, OURS, prepared
+from bench import baselines_pixels as pixels
+from bench import baselines_tokens as tokens
+from bench.comparison import BACKENDS, OURS, error_against_float64, prepared
 from bench.inputs import DEVICE, SHAPES
 
 OPS = {
@@ -19,21 +19,28 @@ OPS = {
     "scatter_class_tokens": (tokens.scattering, ["append and gather"]),
     "class_centroids": (
         tokens.centroids,
-        ["index_add", "one-hot matmul", "scatter_reduce", "segment_reduce", "torch_scatter", "class by class, compiled"],
+        [
+            "index_add", "one-hot matmul", "scatter_add", "scatter_reduce", "segment_reduce", "torch_scatter",
+            "class by class, compiled",
+        ],
     ),
     "class_attention": (
         tokens.attention,
-        ["SDPA with a mask", "flex_attention", "varlen_attn", "xformers, block-diagonal"],
+        [
+            "SDPA with a mask", "flex_attention", "varlen_attn", "varlen_attn, full window", "xformers, block-diagonal",
+        ],
     ),
-    "same_class_conv2d": (pixels.convolution, ["unfold and mask", "class by class", "tap by tap, compiled"]),
+    "same_class_conv2d": (pixels.convolution, [
+            "unfold and mask", "class by class", pixels.BLIND_CONVOLUTION, "tap by tap, compiled",
+        ]),
     "masked_patch_loss, as MAE": (pixels.mae_loss, ["patchify"]),
     "masked_patch_loss, as SimMIM": (pixels.simmim_loss, ["mask of pixels"]),
     "masked_patch_loss, by class": (pixels.class_loss, ["one-hot", "index_add, compiled"]),
     "upsample_cross_entropy": (pixels.cross_entropy, ["interpolate"]),
     "upsample_pseudo_labels": (pixels.pseudo_labels, ["interpolate"]),
     "patch_labels": (pixels.majority, ["one-hot pooling"]),
-}
-"""Name -> the function that makes the comparison of a shape, and the rivals' names; most are compiled too."""
+}  # fmt: skip
+"""Name -> the function that makes the comparison of a shape, and the baselines' names; most are compiled too."""
 ONLY_WITH_CLASSES = {"upsample_cross_entropy", "upsample_pseudo_labels", "patch_labels"}
 WITHOUT_GRADIENT = {"pack_classes", "upsample_pseudo_labels", "patch_labels"}
 
@@ -52,7 +59,7 @@ def cases():
                     yield pytest.param(op, shape, part, name, id=f"{op}; {shape.name}; {part}; {name}")
 
 
-@functools.lru_cache(maxsize=1)  # rivals of one comparison run one after the other, on the same inputs
+@functools.lru_cache(maxsize=1)  # baselines of one comparison run one after the other, on the same inputs
 def comparison_of(op, shape):
     torch._dynamo.reset()
     return OPS[op][0](shape)
@@ -61,18 +68,21 @@ def comparison_of(op, shape):
 @pytest.mark.parametrize("op, shape, part, name", list(cases()))
 def test_op(op, shape, part, name, timed):
     comparison = comparison_of(op, shape)
-    if name not in comparison.rivals:
+    if name not in comparison.baselines:
         pytest.skip("not for this device, installation or shape")
     backward = part != "forward"
     with prepared(comparison, name, backward=backward) as function:
-        timed(f"{op}; {shape.name}; {part}", name, function, comparison.inputs)
+        if name == OURS or name in BACKENDS:
+            timed.extra["error"] = error_against_float64(comparison, name, backward=backward)
+        timed.extra["comparable"] = name not in comparison.unchecked
+        timed(f"{op}; {shape.name}; {part}", name, function, comparison.arguments, capture=name not in comparison.eager)
         timed.floor(comparison, backward)
 
 
-def test_every_rival_has_a_name():
+def test_every_baseline_has_a_name():
     """Names above and those of the comparisons are the same, so that nothing is left out in silence."""
     for op in OPS:
         shape = SHAPES[0]
         comparison = comparison_of(op, shape)
         names = {case.values[3] for case in cases() if case.values[:2] == (op, shape)}
-        assert set(comparison.rivals) <= names, op
+        assert set(comparison.baselines) <= names, op

@@ -1,9 +1,9 @@
 """A whole training step: forward, backward and optimiser, on a batch that lies on the device.
 
-The `unimatch` preset against the field's usual loop (`usual_loop.py`) on the same network, batch and crop, after their
-losses have been found equal; and the `cmim` preset against `unimatch`. Ours run as the trainer runs them: channels-last,
-and on CUDA compiled in bfloat16; the usual loop in float32 (TF32 as PyTorch has it: off for products, on for cuDNN's
-convolutions). `--profile-steps FOLDER` writes a profiler trace of a step of each.
+The `unimatch` preset against the field's usual loop (`unimatch_baseline.py`) on the same network, batch and crop, after
+their losses have been found equal; and the `cmim` preset against `unimatch`. Ours run as the trainer runs them:
+channels-last, and on CUDA compiled in bfloat16; the usual loop in float32 (TF32 as PyTorch has it: off for products, on
+for cuDNN's convolutions). `--profile-steps FOLDER` writes a profiler trace of a step of each.
 """
 
 import copy
@@ -14,7 +14,9 @@ import torch
 
 from bench.comparison import OURS
 from bench.inputs import DEVICE, class_map, generator, token_mask
-from bench.usual_loop import IGNORED, UsualLoop
+from bench.unimatch_baseline import IGNORED, UsualLoop
+
+pytest.importorskip("pydantic", reason="the step is the trainer's, whose settings need pydantic")
 from cmim.config import config_from
 from cmim.engine.device import autocast, to_device
 from cmim.engine.optimizer import build_optimizer
@@ -150,13 +152,27 @@ def test_presets(labelled, unlabelled, preset, timed, request):
 
 
 def trace(step, name, request):
-    """A profiler trace, where one was asked for: shares of time by part."""
+    """A profile of a step: on CUDA its largest parts go into the recorder's line; `--profile-steps` keeps all of it."""
     folder = request.config.getoption("--profile-steps")
+    if not (folder or ON_GPU):
+        return
+    with torch.profiler.profile() as profile:
+        step()
+        if ON_GPU:
+            torch.cuda.synchronize()
+    if ON_GPU:
+        request.node.user_properties.append(("parts", largest_parts(profile)))
     if folder:
-        with torch.profiler.profile() as profile:
-            step()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(path / f"{name}.json"))
         order = "device_time_total" if ON_GPU else "self_cpu_time_total"
         (path / f"{name}.txt").write_text(profile.key_averages().table(sort_by=order, row_limit=40))
+
+
+def largest_parts(profile, most=40):
+    """[kernel, microseconds, launches] of a profile on CUDA, the longest first, and their total."""
+    kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    total = ["all kernels", sum(e.self_device_time_total for e in kernels), sum(e.count for e in kernels)]
+    return [total] + [[e.key[:100], e.self_device_time_total, e.count] for e in kernels[:most]]

@@ -1,9 +1,12 @@
 """Compiles csrc/ into the shared library of `cmim_kernels`, with nvcc.
 
+An installation does it. `python csrc/build.py [--architectures native]` does it for a checkout that is not installed.
+
 Standard library only, and PyTorch is never imported: pip builds in an environment of its own, where PyTorch cannot be
 imported but its headers lie in the site-packages that the result is installed into.
 """
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -128,3 +131,31 @@ def run(command, log):
     if result.returncode:
         said = [line for line in result.stdout.splitlines() if "error" in line] or result.stdout.splitlines()[-3:]
         raise BuildError(f"{' '.join(said[:3])} (all of it in {log.resolve()})")
+
+
+def native_architecture():
+    """Of the GPUs of this machine, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the driver names no architecture: {error}") from error
+    return ";".join(sorted(set(said)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architectures", default=None, help="like TORCH_CUDA_ARCH_LIST, or native: of this machine's GPUs")
+    options = parser.parse_args()
+    library = CSRC.parent / "kernels/cmim_kernels/libcmim_kernels.so"
+    try:
+        wanted = native_architecture() if options.architectures == "native" else options.architectures
+        outcome = build(library, CSRC.parent / "build/cuda", architectures=wanted)
+    except BuildError as error:
+        raise SystemExit(f"error: {error}") from error
+    library.with_suffix(".txt").write_text(outcome + "\n")
+    print(outcome)
+
+
+if __name__ == "__main__":
+    main()

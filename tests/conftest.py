@@ -8,5 +8,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: it cannot be switched later
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many processes as cores are at work
+
 settings.register_profile("cmim", deadline=None, max_examples=40, derandomize=True, print_blob=True)
 settings.load_profile("cmim")

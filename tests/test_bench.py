@@ -1,7 +1,8 @@
-"""The benchmarks run, refuse rivals with another result, and their JSON becomes a table."""
+"""The benchmarks run, refuse baselines with another result, and their JSON becomes a table."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -31,11 +32,13 @@ def test_from_the_command_to_the_table(tmp_path):
     run("bench.report", str(path), "--readme", str(readme))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert text.count("| patch_labels; ") == len({entry["group"] for entry in content["benchmarks"]})
+    assert re.search(r"\| patch_labels \| \d+\.\d\d \|  \| \d+\.\d\d \|", text)
+    rows = path.with_suffix(".md").read_text()
+    assert rows.count("| patch_labels; ") == len({entry["group"] for entry in content["benchmarks"]})
     assert path.with_suffix(".png").stat().st_size > 0
 
 
-def test_a_rival_with_another_result_is_refused():
+def test_a_baseline_with_another_result_is_refused():
     double = lambda x: 2 * x  # noqa: E731
     comparison = Comparison([torch.arange(3.0)], {OURS: double, "sum": lambda x: x + x, "wrong": lambda x: 2.01 * x})
     with prepared(comparison, "sum") as function:
@@ -55,6 +58,25 @@ def test_integers_and_shapes_have_to_be_equal():
             assert_equal("x", other, one, 1.0)
     with pytest.raises(AssertionError, match="returns 1 tensors, expected 2"):
         assert_equal("x", one, (one, one), 0)
+
+
+def test_lines_of_an_unfinished_run_become_a_table(tmp_path):
+    lines = [
+        {"stage": "device", "item": "v", "status": "passed", "machine": {"gpu": "A GPU", "torch": "2.11", "threads": 1}},
+        {"stage": "ops", "item": "a", "status": "started"},
+    ]
+    for name, seconds, comparable in ((OURS, 1.0, True), ("slow", 3.0, True), ("fast", 2.0, True), ("blind", 0.1, False)):
+        info = {"baseline": name, "comparable": comparable, "error": 1e-6, "share_of_target": 0.5}
+        line = {"stage": "ops", "item": name, "status": "passed", "stats": {"min": seconds}, "group": "op; VOC; forward"}
+        lines.append(line | {"extra_info": info})
+    path, readme = tmp_path / "results.jsonl", tmp_path / "README.md"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ops", "it')
+    readme.write_text(f"{START}{END}")
+    run("bench.report", str(path), "--readme", str(readme))
+    assert "| op | 2.00 |  | 2.00 |" in readme.read_text() and "A GPU; torch 2.11" in readme.read_text()
+    rows = path.with_suffix(".md").read_text()
+    assert "| op; VOC; forward | 1 s | 2.00 | blind: 0.10; fast: 2.00; slow: 3.00 | 50% | 1.0e-06 |" in rows
+    assert "- ops: a: started" in rows
 
 
 def test_table():

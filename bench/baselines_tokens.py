@@ -5,7 +5,14 @@ import torch.nn.functional as F
 
 from bench.comparison import Comparison, compiled, ours, size_of
 from bench.inputs import DEVICE, DTYPE, class_map, normal, token_mask
-from cmim_kernels import class_attention, class_centroids, gather_class_tokens, pack_classes, scatter_class_tokens
+from cmim_kernels import (
+    ClassLayout,
+    class_attention,
+    class_centroids,
+    gather_class_tokens,
+    pack_classes,
+    scatter_class_tokens,
+)
 from cmim_kernels.reference import class_centroids as centroids_reference
 
 
@@ -43,23 +50,24 @@ def gathering(shape):
     layout = pack_classes(labels, masked, shape.classes)
     tokens, mask_token = normal(shape.batch, shape.side**2, shape.channels), normal(shape.channels, seed=1)
     position = normal(shape.side**2, shape.channels, seed=2)
-    hidden = (layout.segment % 2 == 1)[..., None]
 
-    def gather(tokens, mask_token, position):
-        return gather_class_tokens(tokens, layout, mask_token=mask_token, position=position)
+    def gather(tokens, mask_token, position, *layout):
+        return gather_class_tokens(tokens, ClassLayout(*layout), mask_token=mask_token, position=position)
 
-    def index(tokens, mask_token, position):
-        order = layout.order.long()
+    def index(tokens, mask_token, position, order, inverse, segment, *_):
+        order = order.long()
         picked = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
-        return torch.where(hidden, mask_token, picked) + position[order]
+        return torch.where((segment % 2 == 1)[..., None], mask_token, picked) + position[order]
 
+    hidden = layout.segment % 2 == 1
     visible = size_of(tokens) * (~hidden).sum().item() // hidden.numel()
     forward = visible + size_of(tokens) + size_of(position, layout.inverse, layout.segment)
     backward = 2 * size_of(tokens) + size_of(position, layout.inverse, layout.segment)
     return Comparison(
         [tokens, mask_token, position],
         ours(gather, csrc=True) | {"index": index, "index, compiled": compiled(index)},
-        moved=(forward, forward + backward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
+        constants=[*layout], moved=(forward, forward + backward), launches=(1, 3),
+        tolerance=0.02 if torch.bfloat16 == DTYPE else None,
     )  # fmt: skip
 
 
@@ -70,26 +78,27 @@ def scattering(shape):
     packed, mask_token = normal(shape.batch, kept, shape.channels), normal(shape.channels, seed=1)
     position = normal(shape.side**2, shape.channels, seed=2)
 
-    def scatter(packed, mask_token, position):
-        return scatter_class_tokens(packed, layout, mask_token=mask_token, position=position)
+    def scatter(packed, mask_token, position, *layout):
+        return scatter_class_tokens(packed, ClassLayout(*layout), mask_token=mask_token, position=position)
 
-    def restore(packed, mask_token, position):
+    def restore(packed, mask_token, position, order, inverse, *_):
         """Mask tokens appended, then all rows put back, as in masked autoencoders."""
         rest = mask_token.expand(len(packed), position.shape[0] - packed.shape[1], -1)
         everything = torch.cat([packed, rest], dim=1)
-        index = layout.inverse.long()[..., None].expand(-1, -1, packed.shape[2])
-        return everything.gather(1, index) + position
+        return everything.gather(1, inverse.long()[..., None].expand(-1, -1, packed.shape[2])) + position
 
     out = shape.batch * shape.side**2 * shape.channels * packed.element_size()
     forward = size_of(packed, position, layout.inverse) + out
     return Comparison(
         [packed, mask_token, position],
         ours(scatter, csrc=True) | {"append and gather": restore, "append and gather, compiled": compiled(restore)},
-        moved=(forward, 2 * forward), launches=(1, 3), tolerance=0.02 if torch.bfloat16 == DTYPE else None,
+        constants=[*layout], moved=(forward, 2 * forward), launches=(1, 3),
+        tolerance=0.02 if torch.bfloat16 == DTYPE else None,
     )  # fmt: skip
 
 
 def centroids(shape):
+    """Rivals get what they need of the labels ready-made: the segment of each token over the whole batch, and its size."""
     labels, masked = _labels(shape)
     features, classes = normal(shape.batch, shape.side**2, shape.channels), shape.classes
     rows = 2 * classes + 1
@@ -98,44 +107,56 @@ def centroids(shape):
     lengths = torch.zeros(shape.batch * rows, device=DEVICE).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
     one_hot = F.one_hot(segment, rows)[..., :-1].to(features.dtype)
 
-    def mean_of(total):
+    def mean_of(total, lengths):
         mean = total / lengths.clamp(min=1)[:, None]
         return mean.view(shape.batch, rows, -1)[:, :-1].unflatten(1, (classes, 2))
 
-    def index_add(features):
-        wide = features.float().flatten(0, 1)
-        return mean_of(wide.new_zeros(shape.batch * rows, wide.shape[1]).index_add(0, flat, wide))
+    def zeros(wide):
+        return wide.new_zeros(shape.batch * rows, wide.shape[1])
 
-    def scatter_reduce(features):
+    def index_add(features, labels, masked, flat, lengths, one_hot):
         wide = features.float().flatten(0, 1)
-        index = flat[:, None].expand_as(wide)
-        return mean_of(wide.new_zeros(shape.batch * rows, wide.shape[1]).scatter_reduce(0, index, wide, "sum"))
+        return mean_of(zeros(wide).index_add(0, flat, wide), lengths)
 
-    def matmul(features):
+    def scatter_add(features, labels, masked, flat, lengths, one_hot):
+        wide = features.float().flatten(0, 1)
+        return mean_of(zeros(wide).scatter_add(0, flat[:, None].expand_as(wide), wide), lengths)
+
+    def scatter_reduce(features, labels, masked, flat, lengths, one_hot):
+        wide = features.float().flatten(0, 1)
+        return mean_of(zeros(wide).scatter_reduce(0, flat[:, None].expand_as(wide), wide, "sum"), lengths)
+
+    def matmul(features, labels, masked, flat, lengths, one_hot):
         total = F.pad((one_hot.mT @ features).float(), (0, 0, 0, 1))
-        return mean_of(total.flatten(0, 1))
+        return mean_of(total.flatten(0, 1), lengths)
 
-    def sort_and_reduce(features):
-        order = flat.argsort(stable=True)
-        return mean_of(torch.segment_reduce(features.float().flatten(0, 1)[order], "sum", lengths=lengths.long(), axis=0))
+    def sort_and_reduce(features, labels, masked, flat, lengths, one_hot):
+        _, order = flat.sort(stable=True)
+        rows = features.float().flatten(0, 1)[order]
+        return mean_of(torch.segment_reduce(rows, "sum", lengths=lengths.long(), axis=0, unsafe=True), lengths)
 
-    definition = lambda x: centroids_reference.class_centroids(x, labels, masked, classes)[0]  # noqa: E731
+    def definition(features, labels, masked, *_):
+        return centroids_reference.class_centroids(features, labels, masked, classes)[0]
+
+    def fused(features, labels, masked, *_):
+        return class_centroids(features, labels, masked, classes).mean
+
     moved = size_of(features, labels, masked)
-    rivals = ours(lambda x: class_centroids(x, labels, masked, classes).mean, csrc=True)
-    rivals |= {"index_add": index_add, "one-hot matmul": matmul, "scatter_reduce": scatter_reduce}
-    rivals |= {"segment_reduce": sort_and_reduce, "index_add, compiled": compiled(index_add)}
-    rivals |= {"one-hot matmul, compiled": compiled(matmul)}
+    baselines = ours(fused, csrc=True) | {"index_add": index_add, "one-hot matmul": matmul}
+    baselines |= {"scatter_add": scatter_add, "scatter_reduce": scatter_reduce, "segment_reduce": sort_and_reduce}
+    baselines |= {f"{name}, compiled": compiled(baselines[name]) for name in ("index_add", "scatter_add", "one-hot matmul")}
     try:
         from torch_scatter import scatter
 
-        rivals["torch_scatter"] = lambda x: mean_of(
-            scatter(x.float().flatten(0, 1), flat, dim=0, dim_size=shape.batch * rows, reduce="sum")
+        baselines["torch_scatter"] = lambda x, labels, masked, flat, lengths, one_hot: mean_of(
+            scatter(x.float().flatten(0, 1), flat, dim=0, dim_size=shape.batch * rows, reduce="sum"), lengths
         )
     except ImportError:
         pass
     if classes <= 21:  # one class after the other: minutes of compilation for 150
-        rivals["class by class, compiled"] = compiled(definition)
-    return Comparison([features], rivals, moved=(moved, 2 * moved), launches=(2, 3))
+        baselines["class by class, compiled"] = compiled(definition)
+    constants = [labels, masked, flat, lengths, one_hot]
+    return Comparison([features], baselines, constants=constants, moved=(moved, 2 * moved), launches=(2, 3))
 
 
 def attention(shape):
@@ -146,53 +167,65 @@ def attention(shape):
     heads = max(1, width // 64)
     tokens = shape.side**2
     q, k, v = (normal(shape.batch, heads, tokens, width // heads, seed=i) for i in range(3))
-    classes = layout.segment // 2
 
-    def attend(q, k, v):
-        return class_attention(q, k, v, layout)
+    def attend(q, k, v, *layout):
+        return class_attention(q, k, v, ClassLayout(*layout))
 
-    def dense(q, k, v):
+    def dense(q, k, v, order, inverse, segment, *_):
+        classes = segment // 2
         same = (classes[:, :, None] == classes[:, None, :])[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=same)
 
-    rivals = ours(attend)
+    baselines = ours(attend)
     if tokens <= 10_000:  # the mask of more does not fit
-        rivals |= {"SDPA with a mask": dense, "SDPA with a mask, compiled": compiled(dense)}
+        baselines |= {"SDPA with a mask": dense, "SDPA with a mask, compiled": compiled(dense)}
     if DEVICE.type == "cuda":
-        rivals |= _attention_on_cuda(layout, classes, shape, tokens, heads, width // heads)
+        baselines |= _attention_on_cuda(layout, shape, tokens, heads, width // heads)
     moved = 4 * size_of(q) + size_of(layout.segment)
-    return Comparison([q, k, v], rivals, moved=(moved, moved + 8 * size_of(q)), launches=(1, 3), tolerance=0.03)
+    starts = layout.cu_seqlens.long()
+    pairs = heads * int((starts[1:] - starts[:-1]).square().sum())
+    return Comparison(
+        [q, k, v], baselines, constants=[*layout], moved=(moved, moved + 8 * size_of(q)), launches=(1, 3), tolerance=0.03,
+        exponentials=(pairs, 2 * pairs), products=(2 * pairs * (width // heads), 7 * pairs * (width // heads)),
+    )  # fmt: skip
 
 
-def _attention_on_cuda(layout, classes, shape, tokens, heads, dim):
+def _attention_on_cuda(layout, shape, tokens, heads, dim):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    classes = layout.segment // 2
 
     def same(batch, head, i, j):
         return classes[batch, i] == classes[batch, j]
 
     block_mask = create_block_mask(same, shape.batch, None, tokens, tokens, DEVICE)
-    rivals = {"flex_attention": torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask), dynamic=False)}
+    flex = torch.compile(lambda q, k, v, *_: flex_attention(q, k, v, block_mask=block_mask), dynamic=False)
+    baselines = {"flex_attention": flex}
     flat = lambda x: x.transpose(1, 2).reshape(-1, heads, dim)  # noqa: E731
     unflat = lambda x: x.view(shape.batch, tokens, heads, dim).transpose(1, 2)  # noqa: E731
-    starts = layout.cu_seqlens
-    longest = int((starts[1:] - starts[:-1]).max())
+    lengths = (layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).tolist()
+    longest = max(lengths)
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        rivals["varlen_attn"] = lambda q, k, v: unflat(
-            varlen_attn(flat(q), flat(k), flat(v), starts, starts, longest, longest)
-        )
+        def variable(q, k, v, order, inverse, segment, offsets, starts, **options):
+            return unflat(varlen_attn(flat(q), flat(k), flat(v), starts, starts, longest, longest, **options))
+
+        def windowed(*arguments):
+            """A window that holds everything: cuDNN, which may serve the call without one, has none."""
+            return variable(*arguments, window_size=(tokens, tokens))
+
+        baselines |= {"varlen_attn": variable, "varlen_attn, full window": windowed}
     except ImportError:
         pass
     try:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-        lengths = [n for n in (starts[1:] - starts[:-1]).tolist() if n]
-        bias = BlockDiagonalMask.from_seqlens(lengths)
-        rivals["xformers, block-diagonal"] = lambda q, k, v: unflat(
+        bias = BlockDiagonalMask.from_seqlens([n for n in lengths if n])
+        baselines["xformers, block-diagonal"] = lambda q, k, v, *_: unflat(
             memory_efficient_attention(*(flat(x)[None] for x in (q, k, v)), attn_bias=bias)[0]
         )
     except ImportError:
         pass
-    return rivals
+    return baselines
