@@ -1,4 +1,6 @@
-"""The distribution `cmim`: the packages `cmim` (the trainer) and `cmim_kernels` (the ops).
+"""The build of the distribution `cmim`: the packages `cmim` (the trainer) and `cmim_kernels` (the ops), and csrc/.
+
+pyproject.toml says everything else.
 
 CMIM_BUILD_CUDA decides about the CUDA kernels of csrc/: `auto` (the default) builds them where it can and goes on without
 them, `1` builds them or fails, `0` leaves them out. What was done is in the library's .txt, and
@@ -93,29 +95,6 @@ def packages(root, name):
 
 
 setup(
-    name="cmim",
-    version="0.1.0",
-    description="Semi-supervised segmentation with class-wise masked image modelling, and its kernels",
-    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
     packages=packages("cmim", "cmim") + packages("kernels/cmim_kernels", "cmim_kernels"),
-    package_dir={"cmim": "cmim", "cmim_kernels": "kernels/cmim_kernels"},
-    install_requires=[
-        "torch>=2.11,<2.16",
-        "numpy",
-        "torchvision",
-        "timm>=1.0.20",
-        "segmentation-models-pytorch>=0.6",
-        "safetensors",
-        "Pillow",
-        "PyYAML",
-        "pydantic>=2",
-        "rich",
-        "tensorboard",
-        "matplotlib",
-    ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "transformers"]},
     cmdclass={"build_py": BuildWithConfigs, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
 )
