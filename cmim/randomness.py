@@ -8,26 +8,28 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def key(seed, position, purpose):
+def key(seed: int, position: int, purpose: str) -> int:
     """A non-negative 63-bit integer, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def numpy_generator(seed, position, purpose):
+def numpy_generator(seed: int, position: int, purpose: str) -> np.random.Generator:
     """A fresh `np.random.Generator`."""
     return np.random.Generator(np.random.PCG64(key(seed, position, purpose)))
 
 
-def torch_generator(seed, position, purpose):
+def torch_generator(seed: int, position: int, purpose: str) -> torch.Generator:
     """A fresh CPU `torch.Generator`."""
     return torch.Generator().manual_seed(key(seed, position, purpose))
 
 
-def uniform(keys, count):
-    """Uniform numbers: row b holds the first `count` numbers of the generator `keys[b]`.
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Uniform numbers on a device: row b holds the first `count` numbers of the generator `keys[b]`. Keys come from `key`,
+    with a purpose of their own for every draw.
 
     A hash of key and counter by the finaliser of SplitMix64 (Steele, Lea and Flood 2014). Integer arithmetic only: the
     same values on every device, inside and outside `torch.compile`.

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from cmim import checkpoint
 from cmim.config import config_from, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches
-from cmim.engine import checkpoint, logging
+from cmim.engine import logging
 from cmim.engine.device import choose_device
 from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Confusion, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.run import cut_metrics
 from cmim.engine.schedule import poly, ramp
-from cmim.objective import Objective
+from cmim.method.objective import Objective
 from tests.tiny_runs import read_metrics, run_tiny, tiny, write_folder
 
 
@@ -104,7 +105,7 @@ def test_accumulation_takes_the_mean_of_the_gradients(tmp_path, monkeypatch):
     losses = []
     for m in (0, 1):
         batch = {
-            k: v.contiguous(memory_format=torch.channels_last) if k.endswith("_image") and v.dim() == 4 else v
+            k: v.contiguous(memory_format=torch.channels_last) if k in ("labelled_image", "weak_image") else v
             for k, v in batches[m].items()
         }
         objective.zero_grad()

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cmim import checkpoint
 from cmim.config import load_config
-from cmim.engine import checkpoint
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 CLASSES = ["ground", "square", "triangle", "ring", "cross"]

@@ -1,21 +1,22 @@
-"""Encoders of timm, where their weights come from, and warm starts from a run."""
+"""Encoders of timm, and where their weights come from."""
 
 import difflib
 import logging
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
+from torch import Tensor, nn
 
-from cmim.engine import checkpoint
 from cmim.errors import UserError
 
 
-def create_encoder(name, weights, *, strides, channels=3):
+def create_encoder(name: str, weights: str, *, strides: Sequence[int], channels: int = 3) -> nn.Module:
     """A timm encoder that returns one map at each of `strides`.
 
     Args:
@@ -34,7 +35,7 @@ def create_encoder(name, weights, *, strides, channels=3):
     return _create(name, weights, in_chans=channels, **options)
 
 
-def create_transformer(name, weights, *, channels=3):
+def create_transformer(name: str, weights: str, *, channels: int = 3) -> nn.Module:
     """A plain timm vision transformer without classifier for images of any size.
 
     Args:
@@ -67,26 +68,26 @@ def _create(name, weights, **options):
     return encoder
 
 
-def check_name(name, key="model.encoder"):
+def check_name(name: str, key: str = "model.encoder") -> None:
     """Refuse a name that timm does not know; `key` is the setting that it comes from."""
     if name not in timm_names(name):
         nearest = difflib.get_close_matches(name, timm_names(name), 1)
         raise UserError(f"{key}: timm has no model {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
-def timm_names(name):
+def timm_names(name: str) -> list[str]:
     """timm's models; where the name has a tag, with their tags."""
     return timm.list_pretrained() if "." in name else timm.list_models()
 
 
-def fetch(name, create):
+def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """create(), which fetches the weights of a model; what prevents it becomes a UserError."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # it warns of every retry
     try:
         return create()
-    except Exception as error:  # the network, the hub, a proxy, a full disk: each raises its own kind
+    except Exception as error:  # the network, the hub, a proxy and a full disk each raise an exception of their own
         raise UserError(
             f"model.weights: could not fetch the weights of {name} ({brief(error)}); give a file as "
             "--model.weights PATH, or start from random weights with --model.weights none"
@@ -113,7 +114,7 @@ def _map_indices(name, strides, options):
     return tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
 
 
-def load_timm_file(encoder, name, path):
+def load_timm_file(encoder: nn.Module, name: str, path: Path) -> None:
     """Load a file of a timm model; every weight of the encoder must be there, and nothing that the model lacks."""
     state = read_weights(path)
     translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
@@ -131,7 +132,7 @@ def load_timm_file(encoder, name, path):
     load_weights(encoder, state, name, path, unknown)
 
 
-def load_weights(encoder, state, name, path, unknown=()):
+def load_weights(encoder: nn.Module, state: dict[str, Tensor], name: str, path: Path, unknown: Sequence[str] = ()) -> None:
     """Load a state dict, of which the encoder needs a part; `unknown` are keys of it that do not belong there."""
     given = {_model_key(key): value for key, value in state.items()}
     wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
@@ -158,36 +159,7 @@ def _adapt_channels(weight, shape):
     return weight
 
 
-def warm_start(net, path):
-    """Load the weights of a checkpoint, or of the last one in a run's folder, into a `Segmenter`: those of the teacher where
-    there is one.
-
-    Returns:
-        None, or a line that says that the head was left as it is: the run had another number of classes.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is one of another network.
-    """
-    if Path(path).is_dir():
-        path = Path(path) / "checkpoints" / "last.pt"
-    try:
-        state = checkpoint.load(path)
-        weights = state.get("net") or _evaluated(state.get("objective", {}))
-        classes, wanted = len(state["class_names"]), net.head.out_channels
-        if classes != wanted:
-            weights |= {f"head.{key}": value for key, value in net.head.state_dict().items()}
-        checkpoint.load_into(net, weights, path)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-    return f"{path} has {classes} classes, the data {wanted}: the head starts anew" if classes != wanted else None
-
-
-def _evaluated(objective):
-    prefix = "teacher." if any(key.startswith("teacher.") for key in objective) else "net."
-    return {key.removeprefix(prefix): value for key, value in objective.items() if key.startswith(prefix)}
-
-
-def read_weights(path):
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file."""
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}; give timm, none, or a .pt, .pth or .safetensors file")
@@ -205,6 +177,7 @@ def _model_key(key):
     return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)
 
 
-def brief(error):
+def brief(error: Exception) -> str:
+    """The first line of what a library said."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]

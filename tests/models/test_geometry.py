@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cmim.errors import UserError
-from cmim.models.geometry import Geometry, geometry
-from cmim.models.segmenter import build_segmenter
+from cmim.models.build import build_segmenter, geometry
+from cmim.models.geometry import Geometry
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 TU = "tu-test_resnet.r160_in1k"

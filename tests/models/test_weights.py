@@ -3,9 +3,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from cmim.checkpoint import warm_start
 from cmim.errors import UserError
-from cmim.models.segmenter import build_segmenter
-from cmim.models.weights import create_encoder, warm_start
+from cmim.models.build import build_segmenter
+from cmim.models.weights import create_encoder
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 

@@ -1,14 +1,19 @@
 """Figures without which a run cannot be judged; none waits for the device."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cmim.engine.distributed import sum_over_ranks
+from cmim.distributed import sum_over_ranks
+from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
 
 
 @torch.no_grad()
-def coverage(labels, tau, background):
+def coverage(labels: PseudoLabels, tau: float, background: int | None) -> dict[str, Tensor]:
     """Share of the valid pixels whose pseudo-label is confident; also of those not labelled `background`."""
     sure = labels.valid & (labels.confidence >= tau)
     figures = {"coverage": sure.sum() / labels.valid.sum().clamp(min=1)}
@@ -19,7 +24,7 @@ def coverage(labels, tau, background):
 
 
 @torch.no_grad()
-def mean_colour_error(images, target):
+def mean_colour_error(images: Tensor, target: dict[str, Any]) -> Tensor:
     """`masked_patch_loss` of the simplest guess: the mean colour of the visible tokens of the same (image, class).
 
     A decoder that does not beat it has learnt a colour look-up. With normalised patches the guess is each patch's
@@ -42,7 +47,7 @@ def mean_colour_error(images, target):
 
 
 @torch.no_grad()
-def separation(centroids: ClassCentroids):
+def separation(centroids: ClassCentroids) -> Tensor:
     """Between-class over within-class distance of the centroids of an image.
 
     Between: mean l2 distance of visible centroids of two classes of an image. Within: mean l2 distance of the hidden
@@ -61,7 +66,7 @@ def separation(centroids: ClassCentroids):
     return between / within.clamp(min=1e-8)
 
 
-def gradient_norms(terms, features, ranks=1):
+def gradient_norms(terms: dict[str, Tensor], features: Sequence[Tensor], ranks: int = 1) -> dict[str, Tensor]:
     """L2 norm of the gradient of each term with respect to the features of all passes, of all processes.
 
     Args:
