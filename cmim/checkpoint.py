@@ -27,11 +27,11 @@ def save(state: dict[str, Any], path: str | Path) -> None:
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint; nothing in it can run code."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of foreign files; the error below says it
+        with warnings.catch_warnings(action="ignore"):  # torch warns of foreign files; the error below names them
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+    except Exception as error:  # a damaged file raises exceptions of many types
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be damaged") from None
     if not isinstance(state, dict) or "class_names" not in state:
         raise UserError(f"{path} is not a checkpoint of cmim.train; give another run folder")

@@ -34,7 +34,7 @@ class CommandLine(argparse.ArgumentParser):
             key = word.removeprefix("--").partition("=")[0]
             if word.startswith("--") and ("." in key or key in Config.model_fields):
                 overrides.append(word)
-                # The next word is the value, even if it is a negative number; _pairs says what is missing.
+                # The next word is the value, even a negative number. `cmim.config` reports a missing one.
                 if "=" not in word and words and not words[0].startswith("--"):
                     overrides.append(words.pop(0))
             else:

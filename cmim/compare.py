@@ -68,7 +68,7 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.gpus}"]
     command = [sys.executable, *launcher, "-m", "cmim.train", str(given.config), f"--output={folder}", "--resume", *settings]
     environment = dict(os.environ)
-    if given.jobs > 1:  # a share of the cores for each; a single run chooses for itself
+    if given.jobs > 1:  # each run gets a share of the cores; a run that is alone chooses by itself
         command += ["--data.workers", "0"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
@@ -77,7 +77,7 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
         said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
-        errors = [line for line in said if line.startswith("error: ")]  # torchrun writes a report of its own below
+        errors = [line for line in said if line.startswith("error: ")]  # torchrun prints a report below them
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
     miou = json.loads(Run(folder).result.read_text())["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")

@@ -31,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _read_yaml(path)
     if not overrides:
         return config_from(values, path)
-    _validate(values, path)  # before the overrides, so that an error names the file or the command line
+    _validate(values, path)  # separately, so that an error names either the file or the command line
     for key, text in _pairs(overrides):
         section = values
         *parents, last = key.split(".")
@@ -79,7 +79,7 @@ def _read_yaml(path):
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as 'train:', got {values!r}")
-    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section: its defaults
+    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
 
 
 def _pairs(words):
@@ -103,14 +103,14 @@ def _parse(key, text):
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    # What looks like a number may be a name: a folder called 92, or 1_16.
+    # Text that looks like a number may be a name, such as a folder called 92 or 1_16.
     a_name = types and types <= {Path, str} and not isinstance(value, str | NoneType)
     return text if a_name or (isinstance(value, int | float) and "_" in text) else value
 
 
 def _explain(error):
     """The first problem of a ValidationError in one line, with the nearest key for an unknown one."""
-    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # of a whole value rather than of an entry in it
+    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # prefer the problem of a whole value to those of its entries
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(".".join(str(p) for p in problem["loc"] if p != "[key]"))
     fields = _fields(Config)
@@ -120,7 +120,7 @@ def _explain(error):
     key = ".".join(place)
     if problem["type"] in ("model_type", "dict_type"):
         return f"{key}: expected settings of its own, got {problem['input']!r}"
-    if _is_choice(fields[key].annotation):  # pydantic complains once for each type: say what they stand for
+    if _is_choice(fields[key].annotation):  # pydantic reports one problem for each type: print the description instead
         return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
     if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], int | float):
         return f"{key}: expected text, got {problem['input']!r}; write it in quotes"

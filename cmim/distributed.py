@@ -1,7 +1,7 @@
 """Processes that train together: who they are, which cores they have, what they add up, and what is said when one dies.
 
-`torchrun` starts them and names them in the environment. Everything that can be a user's mistake is checked before they
-join, so that nobody waits for a process that has gone.
+`torchrun` starts them and names them in the environment. Everything that can be a user's mistake is checked before the
+process group is made, so that no process waits for one that has ended.
 """
 
 import os
@@ -65,7 +65,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             "another process of this run has ended: its own message or torchrun's report says why (exit code -9: killed, "
             "often for want of memory); training continues from its last checkpoint with --output RUN --resume"
         ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for those that have gone
+    dist.destroy_process_group()  # not after an error, when it would wait for processes that have ended
 
 
 def rank() -> int:

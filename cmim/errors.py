@@ -27,7 +27,7 @@ class UserError(Exception):
         message = str(message).strip()
         if "DataLoader worker" in message:
             message = message.rsplit("UserError: ", 1)[-1]
-        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colours of other libraries
+        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -51,7 +51,7 @@ def run_command(main: Callable[[], object]) -> None:
     if message is not None:
         _say(message)
     if "RANK" in os.environ:
-        os._exit(code)  # a process of a group that ends in the usual way may wait for those that have gone
+        os._exit(code)  # a usual exit may wait for processes of the group that have ended already
     sys.exit(code)
 
 
@@ -62,5 +62,5 @@ def _say(message):
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:  # what torchrun says in its report
+    if report is not None:  # the file that torchrun takes the message of its report from
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

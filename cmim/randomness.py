@@ -1,6 +1,6 @@
 """Randomness keyed by (seed, global sample position, purpose).
 
-Nothing is drawn from a stream that somebody else advances, so the number of workers, a resume or another number of
+Nothing is drawn from a stream that other code advances too, so the number of workers, a resume or another number of
 ranks changes nothing. A purpose is a few words ("strong 0", "labelled mask"): draws with other purposes are independent.
 """
 
@@ -41,9 +41,9 @@ def uniform(keys: Tensor, count: int) -> Tensor:
     Returns:
         (B, count) float32 in [0, 1), multiples of 2^-24.
     """
-    # The counter is mixed, not multiplied: the compiler's C++ takes a product of indices for one that never overflows.
+    # The counter is mixed, not multiplied: compiled C++ assumes that a product of indices never overflows.
     counter = _mix(torch.arange(1, count + 1, device=keys.device))
-    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted, or key 3 and counter 5 would meet key 5 and counter 3
+    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted: else (key 3, counter 5) equals (key 5, counter 3)
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 

@@ -93,7 +93,7 @@ class Trainer:
         with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
             while self.step < self.steps:
                 evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-                # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
+                # Report before each checkpoint: a loss term that is not finite stops the run and is named.
                 report = self.due("log_every") or picture or save or evaluate
                 weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
                 weight = None if weight is None else torch.full((), weight, device=self.device)
@@ -101,7 +101,7 @@ class Trainer:
                 set_learning_rate(self.optimizer, factor)
 
                 self.objective.train()
-                torch.backends.cudnn.benchmark = True  # crops have one size; evaluation turns it off
+                torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
                 for i in range(micro):
                     batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
                     # Dropout layers, if the net has any, draw from this generator; everything else draws by sample.
@@ -164,7 +164,7 @@ class Trainer:
         if self.splits.test is not None:
             split, result = "test", self.measure(self.splits.test, "test")
             log.evaluation(self.step, result, split, self.splits.class_names)
-        else:  # evaluated, and logged, after the last step; anew if this process made none
+        else:  # the last step was evaluated, unless this process only resumed a finished run
             split, result = "val", self.val_result or self.measure(self.splits.val, "val")
         summary = {
             "miou": result.scores.miou,
@@ -237,7 +237,7 @@ def explain_single_values() -> Iterator[None]:
     """BatchNorm refuses a single value per channel, as where a network pools one image to one pixel: say it in one line."""
     try:
         yield
-    except Exception as error:  # of a class that depends on torch.compile
+    except Exception as error:  # its type depends on torch.compile
         if "Expected more than 1 value per channel" not in str(error):
             raise
         raise UserError(

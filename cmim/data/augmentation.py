@@ -39,7 +39,7 @@ def weak(
 
     pixels = np.zeros((crop, crop, image.shape[2]), np.uint8)
     classes, valid = np.full((crop, crop), IGNORED, np.uint8), np.zeros((crop, crop), bool)
-    # Resizing only the part that the crop keeps gives the pixels of resizing everything, then cropping.
+    # Resize only the part that the crop keeps: the pixels are those of resizing the whole image, then cropping.
     x, y = sides[0] / width, sides[1] / height
     box = (left * x, top * y, min((left + columns) * x, sides[0]), min((top + rows) * y, sides[1]))
     pixels[:rows, :columns] = resize(image, (rows, columns), box)
@@ -115,7 +115,7 @@ def cutmix_box(rng: np.random.Generator, size: int, p: float) -> tuple[int, int,
 
 
 def _strong_of_any(image, rng):
-    """Brightness and contrast see the channels (C, H, W) one below another, as one grey picture."""
+    """For brightness and contrast, the channels (C, H, W) are stacked below one another as one grey picture."""
     view = Image.fromarray(image.reshape(-1, image.shape[2]))
     if rng.random() < 0.8:
         factors = rng.uniform(0.5, 1.5, 2)

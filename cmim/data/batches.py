@@ -157,7 +157,7 @@ def _collate(group):
 
 
 def _options(workers):
-    # A generator of its own: a loader otherwise draws from torch's global one.
+    # Without a generator of its own, a loader would draw from torch's global one.
     pinned = torch.cuda.is_available()
     return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
 

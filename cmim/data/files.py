@@ -111,7 +111,7 @@ def open_mask(path: str | Path) -> np.ndarray:
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
-        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow spreads few bits over 0 to 255
+        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow scales 2 and 4 bits to 0 to 255: undo it
         return values.astype(np.uint8) if mask.mode == "1" else values
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None

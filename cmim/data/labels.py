@@ -54,7 +54,7 @@ def table_of(classes: dict[int, int], ignored: Iterable[int]) -> np.ndarray:
 def class_ids(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int | None]:
     """Class ids (H, W) uint8 of the integers of a mask, IGNORED where it has no class; and the smallest value that is no
     class, None if all are."""
-    if values.dtype == np.uint8:  # what most masks are: bytes are translated faster than arrays are indexed
+    if values.dtype == np.uint8:  # most masks are bytes, and translating bytes is faster than indexing
         stored = bytearray(np.ascontiguousarray(values))
         wrong = stored.translate(None, bytes(np.flatnonzero(table[:256] >= 0).tolist()))
         ids = np.frombuffer(stored.translate(table[:256].astype(np.uint8).tobytes()), np.uint8).reshape(values.shape)

@@ -16,7 +16,7 @@ from cmim.settings import DataSettings
 SIZE = 64
 CLASS_NAMES = ("ground", "square", "triangle", "ring", "cross")
 COLOURS = np.array([[47, 52, 66], [239, 131, 84], [79, 176, 198], [242, 201, 76], [190, 111, 196]], np.uint8)
-# Where the splits begin in one endless family of images: a larger split never runs into the next one.
+# The first image number of each split. They are so far apart that no split reaches the next one.
 TRAIN, VAL, TEST = 0, 1 << 32, 2 << 32
 
 

@@ -158,7 +158,7 @@ def refuse_shared_images(labelled: Sequence[Path], held_out: Sequence[Path], spl
     sizes = {}
     for path in held_out:
         sizes.setdefault(path.stat().st_size, []).append(path)
-    digests = {}  # only files of a size that occurs on both sides are read
+    digests = {}  # a file is read only if one of the same size is on the other side
     for path in labelled:
         same_size = sizes.get(path.stat().st_size, ())
         for other in same_size:

@@ -19,17 +19,17 @@ from cmim.engine.metrics import Scores
 from cmim.engine.run import Run
 from cmim.errors import UserError
 
-if TYPE_CHECKING:  # evaluation shows its progress
+if TYPE_CHECKING:  # evaluation imports this module
     from cmim.engine.evaluation import Evaluation
 
 try:
     import resource
-except ModuleNotFoundError:  # Windows has none
+except ModuleNotFoundError:  # on Windows
     resource = None
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
-# One display for all loops, drawn by the loops themselves: a thread that draws would be forked into the loader's workers.
+# One display for all loops. The loops draw it themselves: a drawing thread would be forked into the workers of the loader.
 _bars = Bars(
     TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
     console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
@@ -178,7 +178,7 @@ class RunLog:
             self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
 
     def _store(self, line):
-        # JSON has no NaN and no infinity.
+        # JSON has no NaN and no infinity: null stands for them.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():

@@ -64,7 +64,7 @@ def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
     if run.labelled.exists() and run.labelled.read_text() != names:
         raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, dump_config(config))  # first: it makes the folder one of a run
+    write_text(run.config, dump_config(config))  # first, because this file marks the folder as a run
     write_text(run.labelled, names)
 
 
@@ -130,6 +130,6 @@ def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: 
     model = config.model.model_copy(update={"weights": "none", "init_from": None})
     net = build_segmenter(model, len(state["class_names"]), *config.data.normalisation())
     checkpoint.load_into(net, weights, path)
-    if config.train.channels_last:  # as in training: another layout may round differently
+    if config.train.channels_last:  # as in training, because another layout may round differently
         net.to(memory_format=torch.channels_last)
     return Trained(net, config, state["class_names"], state["colours"], state["step"])

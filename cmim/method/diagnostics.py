@@ -1,4 +1,4 @@
-"""Figures without which a run cannot be judged; none waits for the device."""
+"""Figures that tell whether a run works; computing them never waits for the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +59,7 @@ def separation(centroids: ClassCentroids) -> Tensor:
     within = ((visible - hidden).norm(dim=-1) * both).sum() / both.sum().clamp(min=1)
     pairs = has[:, :, None, 0] & has[:, None, :, 0]
     pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
-    # |a - b|^2 from products: (B, K, K, C) would be large for many classes.
+    # |a - b|^2 is computed from products: a difference (B, K, K, C) would be large for many classes.
     square = (visible**2).sum(-1)
     distance = (square[:, :, None] + square[:, None, :] - 2 * visible @ visible.transpose(1, 2)).clamp(min=0).sqrt()
     between = (distance * pairs).sum() / pairs.sum().clamp(min=1)
@@ -74,7 +74,7 @@ def gradient_norms(terms: dict[str, Tensor], features: Sequence[Tensor], ranks: 
         features: tensors of the graph, one for each pass.
         ranks: number of processes.
     """
-    norms, features = {}, [f for f in features if f.requires_grad]  # not those of a frozen encoder
+    norms, features = {}, [f for f in features if f.requires_grad]  # a frozen encoder's do not
     for name, term in terms.items():
         known = features and term.requires_grad
         gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True) if known else ()

@@ -127,7 +127,7 @@ class Objective(nn.Module):
         self.mean, self.std = config.data.normalisation()
         self.stride = token_stride(config)
         model = config.model
-        if model.init_from is not None:  # nothing is fetched that would be overwritten
+        if model.init_from is not None:  # the warm start overwrites them: do not fetch any
             model = model.model_copy(update={"weights": "none"})
         self.net = build_segmenter(model, num_classes, self.mean, self.std)
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
@@ -231,8 +231,8 @@ class Objective(nn.Module):
         if self.config.method.ohem is not None:
             settings = self.config.method.ohem
             probability = torch.where(counted, torch.exp(-error.detach()), 1).flatten()
-            everyones = probability if self.ranks == 1 else all_gather(probability, self.ranks)
-            least = everyones.kthvalue(min(settings.min_kept, everyones.numel())).values
+            everywhere = probability if self.ranks == 1 else all_gather(probability, self.ranks)
+            least = everywhere.kthvalue(min(settings.min_kept, everywhere.numel())).values
             counted = counted & (probability <= least.clamp(min=settings.threshold)).view_as(counted)
         return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
 

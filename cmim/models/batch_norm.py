@@ -31,7 +31,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def _over_all_processes(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Sums in float64: those of squares cancel in float32 where the mean is large.
+        # Sums are in float64: in float32, squares cancel where the mean is large.
         variance, mean = (s.double() for s in torch.var_mean(wide, (0, 2, 3), correction=0))
         origin = torch.zeros_like(mean) if self.running_mean is None else _snapshot([self.running_mean])[0].to(mean.dtype)
         offset, count = mean - origin, x.numel() / x.shape[1]

@@ -89,7 +89,7 @@ class AtrousPyramid(nn.Module):
         """(B, in_channels, h, w) -> (B, width, h, w)."""
         maps = [branch(x) for branch in self.branches]
         mean = self.pool(x.mean(dim=(2, 3), keepdim=True))
-        # An expanded mean would turn the concatenation of channels-last maps into a contiguous one.
+        # Concatenating channels-last maps with an expanded mean would give a contiguous result; with this sum it does not.
         maps.append(mean + torch.zeros_like(maps[0]))
         return self.project(torch.cat(maps, dim=1))
 

@@ -108,13 +108,13 @@ class ClassConvDecoder(_ClassDecoder):
 class _ConvBlock(nn.Module):
     def __init__(self, width, kernel_size):
         super().__init__()
-        depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # for its initialisation
+        depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # gives the usual initialisation
         self.weight = nn.Parameter(depthwise.weight.detach()[:, 0].clone())
         self.bias = nn.Parameter(depthwise.bias.detach())
         self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
 
     def forward(self, tokens, labels, num_classes):
-        x = tokens.permute(0, 3, 1, 2)  # channels-last as it is
+        x = tokens.permute(0, 3, 1, 2)  # a channels-last view, without a copy
         x = same_class_conv2d(x, labels, self.weight, self.bias, num_classes=num_classes)
         return tokens + self.mlp(x.permute(0, 2, 3, 1))
 
@@ -200,7 +200,7 @@ def decode_per_class(decoder: nn.Module, features: Tensor, labels: Tensor, maske
     embedded = decoder.embed(features, _valid(labels, decoder.num_classes), masked)
     batch, height, width, _ = embedded.shape
     pixels = embedded.new_zeros(batch, height, width, decoder.predict.out_features)
-    if labels.numel() == 0:  # ordinary convolutions refuse an empty grid
+    if labels.numel() == 0:  # F.conv2d refuses an empty grid
         return pixels.flatten(1, 2)
     for k in range(decoder.num_classes):
         own = labels.long() == k

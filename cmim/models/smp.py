@@ -58,7 +58,9 @@ class SmpSegmenter(Segmenter):
             encoder_channels=layout.maps[-1].channels,
         )
         self.maps = layout.maps
-        self.align_corners = getattr(upsampling, "align_corners", True)  # of a head that upsamples; at stride 1 all the same
+        self.align_corners = getattr(
+            upsampling, "align_corners", True
+        )  # where the head does not upsample, it makes no difference
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = super().encode(images)
@@ -86,7 +88,7 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
     _, encoder = _parse(settings.arch)
     options = dict(in_channels=len(mean), classes=num_classes)
     if settings.weights == "timm":
-        # Any value but None makes smp fetch the weights that a timm model's name stands for.
+        # For a model of timm, any value but None makes smp fetch the weights that its name stands for.
         weights = True if encoder.startswith("tu-") else "imagenet"
         model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
     else:
@@ -114,11 +116,11 @@ def measure(arch: str) -> Layout:
     with torch.random.fork_rng(devices=[]):
         try:
             return _measure(arch, "meta")
-        except Exception:  # some constructors compute with numbers, others refuse the pair: the CPU tells which
+        except Exception:  # meta tensors have no numbers to compute with, or smp refuses the pair: the CPU tells
             pass
         try:
             return _measure(arch, "cpu")
-        except Exception as error:  # smp raises whatever its constructors raise
+        except Exception as error:  # constructors raise exceptions of many types
             raise UserError(
                 f"model.arch: segmentation_models_pytorch cannot build {arch} ({brief(error)}); choose another encoder"
             ) from error
@@ -128,7 +130,7 @@ def _measure(arch: str, device: str) -> Layout:
     with torch.device(device):
         model = _create(arch, None, in_channels=3, classes=2).eval()
         multiple = model.encoder.output_stride
-        side = 8 * multiple  # room for decoders that pool the deepest map
+        side = 8 * multiple  # large enough for decoders that pool the deepest map
         images = torch.zeros(1, 3, side, side)
         features = model.encoder(images)
         maps = [EncoderMap(m.shape[1], side // m.shape[-1], m is not images and m.shape[1] > 0) for m in features]
@@ -142,7 +144,7 @@ def _measure(arch: str, device: str) -> Layout:
 def _create(arch: str, weights: str | bool | None, **options) -> nn.Module:
     name, encoder = _parse(arch)
     if encoder.startswith(("tu-swin_", "tu-swinv2_")):
-        options["strict_img_size"] = False  # else timm's Swin takes images of one size only
+        options["strict_img_size"] = False  # otherwise timm's Swin accepts a single image size
     return _library().create_model(name, encoder, encoder_weights=weights, **options)
 
 

@@ -51,7 +51,7 @@ def create_transformer(name: str, weights: str, *, channels: int = 3) -> nn.Modu
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **options)
-    except Exception as error:  # a model without this option raises whatever its constructor raises
+    except Exception as error:  # constructors without this option raise exceptions of many types
         raise UserError(f"model.encoder: {name} cannot serve dpt ({brief(error)}); {remedy}") from error
     strides = {stage["reduction"] for stage in model.feature_info}
     if len(strides) > 1 or len(model.feature_info) < 4 or not hasattr(model, "prune_intermediate_layers"):
@@ -84,7 +84,7 @@ def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """create(), which fetches the weights of a model; what prevents it becomes a UserError."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.ERROR)  # it warns of every retry
+    hub.setLevel(logging.ERROR)  # silence its warnings about each retry
     try:
         return create()
     except Exception as error:  # the network, the hub, a proxy and a full disk each raise an exception of their own
@@ -99,9 +99,9 @@ def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
 def _map_indices(name, strides, options):
     """Which of timm's feature maps has which stride: the last one where there are several."""
     try:
-        with torch.device("meta"):  # the layout is asked for, so no memory and no initialisation
+        with torch.device("meta"):  # only the layout is needed, so spend no memory and no initialisation
             reductions = timm.create_model(name, pretrained=False, **options).feature_info.reduction()
-    except Exception as error:  # a model without this option raises whatever its constructor raises
+    except Exception as error:  # constructors without this option raise exceptions of many types
         raise UserError(
             f"model.encoder: {name} cannot return feature maps at output stride {strides[-1]} ({brief(error)}); "
             "choose a ResNet, ConvNeXt or EfficientNet, for example"
@@ -118,15 +118,15 @@ def load_timm_file(encoder: nn.Module, name: str, path: Path) -> None:
     """Load a file of a timm model; every weight of the encoder must be there, and nothing that the model lacks."""
     state = read_weights(path)
     translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:  # of a transformer; feature nets are of a module of their own
-        # Names of the authors become timm's, and positions of another image size are interpolated.
+    if translate is not None:  # transformers have one; feature nets come from a module without it
+        # This renames weights from the authors' names to timm's and interpolates positions of another image size.
         try:
             state = translate(state, encoder)
-        except Exception as error:  # it trusts what it reads
+        except Exception as error:  # it does not validate what it reads
             raise UserError(f"model.weights: {path} does not fit {name} ({brief(error)})") from error
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
-    # The encoder ends at its last map; a file may hold the rest, above all a classifier, whose size is anyone's.
+    # The encoder ends at its last map. A file may hold the rest of the model too, such as a classifier of any size.
     known = {_model_key(key) for key in whole.state_dict()}
     unknown = [key for key in state if _model_key(key) not in known]
     load_weights(encoder, state, name, path, unknown)
@@ -165,7 +165,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"model.weights: there is no file {path}; give timm, none, or a .pt, .pth or .safetensors file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and unzipping garbage raises many kinds
+    except Exception as error:  # unpickling and unzipping garbage raises exceptions of many types
         raise UserError(f"model.weights: cannot read {path} ({brief(error)}); expected a state dict") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"model.weights: {path} is not a state dict (names and tensors)")
