@@ -242,6 +242,7 @@ def test_a_wrong_option_is_one_line(arguments, said):
             "multiple of 4 x reconstruction.num_heads",
         ),
         (["--mim.views", "[]"], "mim.views is empty"),
+        (["--method.preset", "semantic", "--mim.views", "[]"], "mim.views is empty"),
         (["--mim.views", "[weak, weak]"], "mim.views names a view twice"),
         (["--data.scale", "[2, 1]"], "data.scale: the lower bound 2.0 is above the upper bound 1.0"),
         (["--data.format", "folder"], "data.root is missing"),
@@ -270,6 +271,7 @@ def test_settings_that_contradict_the_network(overrides, said):
     [
         ["--method.preset", "unimatch", "--data.crop", "72", "--mask.ratio", "0.01"],
         ["--method.preset", "supervised", "--train.unlabelled_batch", "3"],
+        ["--method.preset", "semantic", "--reconstruction.kernel_size", "4"],
         ["--method.cutmix", "0", "--train.unlabelled_batch", "3"],
         ["--reconstruction.decoder", "attention", "--reconstruction.width", "64"],
         ["--mask.ratio", "0.04"],

@@ -42,7 +42,7 @@ def drawn(tmp_path, monkeypatch, channels, guess, **settings):
     torch.manual_seed(0)
     objective = Objective(config, 3)
     images = torch.from_numpy(image_set.images).permute(0, 3, 1, 2)
-    monkeypatch.setattr(objective, "reconstruction", torch.nn.Identity())
+    monkeypatch.setattr(objective, "reconstruction", torch.nn.Identity(), raising=False)
     monkeypatch.setattr(objective.reconstruction, "forward", lambda *_: guess(objective.net.normalise(images)))
     monkeypatch.setattr(pictures, "grid", lambda tiles, *_: columns.update(tiles) or Image.new("RGB", (1, 1)))
     colours = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
@@ -85,6 +85,11 @@ def test_a_decoder_that_knows_the_image_gives_it_back(channels, tmp_path, monkey
     restored = (tiles["reconstruction"] == expected).all(-1)
     assert restored[~hidden].all() and restored[hidden].any()
     assert (tiles["reconstruction"] == tiles["masked"]).all(-1)[~restored].all()
+
+
+def test_without_a_decoder_there_is_no_reconstruction(tmp_path, monkeypatch):
+    tiles, _, _ = drawn(tmp_path, monkeypatch, 3, lambda _: pytest.fail("decoded"), method__preset="semantic")
+    assert "masked" in tiles and "reconstruction" not in tiles
 
 
 def test_normalised_patches_get_their_mean_and_spread_back(tmp_path, monkeypatch):

@@ -7,7 +7,10 @@ from cmim.data.batches import TrainBatches, evaluation_loader, train_loader
 from cmim.data.datasets import Splits
 from cmim.distributed import available_cores, loader_workers
 from cmim.errors import UserError
+from cmim.method.masking import expand
+from cmim.randomness import torch_generator
 from cmim.settings import Config
+from cmim_kernels import random_mask
 
 
 class Numbered:
@@ -101,6 +104,16 @@ def test_contents(splits, preset, names, views):
     assert {name: (tuple(x.shape), x.dtype) for name, x in batch.items()} == {name: expected[name] for name in names}
     for name in names & {"labelled_mask", "weak_mask", "strong_mask"}:
         assert (batch[name].sum((1, 2)) == 10).all()  # round(0.6 x 16)
+
+
+def test_masks_of_blocks_are_masks_of_tokens_at_a_lower_resolution(splits):
+    """The draw is one number for each block: at any resolution the generator of a sample draws the same blocks."""
+    batch = TrainBatches(splits, settings("cmim"))[3]
+    for view, batch_size in zip(VIEWS, (2, 4, 4), strict=True):
+        for i, mask in enumerate(batch[f"{view}_mask"]):
+            generator = torch_generator(0, 3 * batch_size + i, f"{view} mask")
+            tokens = random_mask(1, 8, 8, 0.6, block=2, generator=generator)
+            assert torch.equal(expand(mask[None], 2), tokens)
 
 
 def test_presets_share_their_draws(splits):

@@ -1,4 +1,4 @@
-"""Strides without a network, and what is said of networks that do not exist; the zoo's names and files."""
+"""Strides without a network, and what is said of networks that do not exist; names and files of smp."""
 
 import builtins
 import subprocess
@@ -108,7 +108,7 @@ def test_weights_of_an_encoder_of_smp_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", TU])
-def test_weights_of_the_zoo_that_cannot_be_fetched(monkeypatch, tmp_path, encoder):
+def test_weights_of_smp_that_cannot_be_fetched(monkeypatch, tmp_path, encoder):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
