@@ -1,12 +1,15 @@
 import pickle
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmim.data import FORMATS
 from cmim.data.benchmark_classes import ADE20K_NAMES, CITYSCAPES_NAMES, COCO_NAMES, VOC_NAMES
 from cmim.data.benchmarks import INSPECTED
+from cmim.settings import DataSettings
 from tests.data.small_benchmarks import (
     HEIGHT,
     WIDTH,
@@ -32,6 +35,10 @@ def voc(tmp_path):
 @pytest.fixture
 def cityscapes(tmp_path):
     return write_cityscapes(tmp_path)
+
+
+def test_every_format_of_the_settings_has_its_loader():
+    assert tuple(FORMATS) == get_args(DataSettings.model_fields["format"].annotation)
 
 
 def test_classes():
