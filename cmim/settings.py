@@ -1,15 +1,16 @@
 """Every setting of a run: its type, its default and what it does.
 
 The defaults are those of DeepLabV3+ on photographs; a file in configs/ states only what differs. Where a default
-comes from is in the README's table.
+comes from is in the README's table. `check` of a section holds the rules that concern this section alone; rules between
+sections are in `cmim.config`.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmim.models.geometry import geometry
+from cmim.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of red, green and blue in [0, 1]."""
@@ -22,6 +23,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def check(self) -> None:
+        """Raise a UserError where settings of this section contradict each other."""
 
 
 class ShapesSettings(Section):
@@ -75,6 +79,28 @@ class DataSettings(Section):
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
 
+    def check(self) -> None:
+        if self.format != "shapes" and self.root is None:
+            raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        if self.format == "shapes" and self.split is not None:
+            raise UserError("data.split is given, but data.format shapes has no files; leave it away")
+        if self.format == "shapes" and self.channels != 3:
+            raise UserError(f"data.channels is {self.channels}, but data.format shapes has 3")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise UserError(
+                    f"data.{key} has {len(values)} numbers, but data.channels is {self.channels}; give one for each"
+                )
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"data.scale: the lower bound {self.scale[0]} is above the upper bound {self.scale[1]}")
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of values in [0, 1]."""
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if self.channels != 3:
+            mean, std = ((sum(values) / 3,) * self.channels for values in (mean, std))
+        return self.mean or mean, self.std or std
+
 
 class ModelSettings(Section):
     arch: str = "deeplabv3plus"
@@ -103,8 +129,57 @@ class OhemSettings(Section):
     """Pixels of the labelled batch (of all processes) that count at least."""
 
 
+class Preset(NamedTuple):
+    """What a preset trains on: the views that it has, its terms and their weights. The terms are defined in
+    `cmim.method.objective`."""
+
+    sup: float
+    """Weight of the supervised term."""
+    strong: float = 0
+    """Weight of the term of each strong view."""
+    strong_views: int = 0
+    """Strong views of each unlabelled image; without one, no unlabelled image is used."""
+    fp: float = 0
+    """Weight of the feature perturbation: the weak view with channels of its features dropped. Without it there is no
+    such view."""
+    weak_pass: bool = True
+    """Whether the student's training pass contains the weak views even where a teacher labels them."""
+    complementary: bool = False
+    """Whether the two strong views may lose complementary halves of the channels."""
+    masked: tuple[Literal["pix", "feat", "sem"], ...] = ()
+    """Terms of the masked views; their weights are settings, `mim.w_*`."""
+    class_wise: bool = False
+    """Whether the terms of the masked views keep classes apart."""
+    base: str | None = None
+    """The preset whose views and weights a preset with masked terms takes over."""
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        return self.strong_views > 0
+
+
+PRESETS: dict[str, Preset] = {
+    "supervised": Preset(sup=1),
+    "fixmatch": Preset(sup=1 / 2, strong=1 / 2, strong_views=1),
+    "fixmatch_fp": Preset(sup=1 / 2, strong=1 / 4, strong_views=1, fp=1 / 4),
+    "unimatch": Preset(sup=1 / 2, strong=1 / 8, strong_views=2, fp=1 / 4),
+    "unimatch_v2": Preset(sup=1 / 2, strong=1 / 4, strong_views=2, weak_pass=False, complementary=True),
+}
+"""Everything that depends on the preset reads its row. Masked terms can stand on any row above: add a row below."""
+
+
+def standing_on(base: str, *masked: str, class_wise: bool = False) -> Preset:
+    """The row of a preset that adds the terms `masked` to those of the preset `base`."""
+    return PRESETS[base]._replace(masked=masked, class_wise=class_wise, base=base)
+
+
+PRESETS["semantic"] = standing_on("fixmatch_fp", "sem")
+PRESETS["mim"] = standing_on("fixmatch_fp", "pix", "feat", "sem")
+PRESETS["cmim"] = standing_on("fixmatch_fp", "pix", "feat", "sem", class_wise=True)
+
+
 class MethodSettings(Section):
-    preset: Literal["supervised", "fixmatch", "unimatch", "unimatch_v2", "mim", "cmim"] = "cmim"
+    preset: Literal[*PRESETS] = "cmim"
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
@@ -131,6 +206,12 @@ class MimSettings(Section):
     """`input`: before the encoder, hide every class but one drawn for each image."""
     batch_norm: Literal["batch", "shared", "running"] = "batch"
     """Masked pass: batch statistics without updating the running ones; with updating; or running statistics."""
+
+    def check(self) -> None:
+        if not self.views:
+            raise UserError("mim.views is empty: name at least one of labelled, weak, strong")
+        if len(set(self.views)) < len(self.views):
+            raise UserError(f"mim.views names a view twice: {', '.join(self.views)}")
 
 
 class MaskSettings(Section):
@@ -162,6 +243,12 @@ class ReconstructionSettings(Section):
     """Mean over tokens, or mean over the classes of their means."""
     min_share: Fraction = 0.5
     """Share of a patch's pixels that its class must hold; a patch below it is ignored."""
+
+    def check(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise UserError(f"reconstruction.kernel_size is {self.kernel_size}, expected an odd number")
+        if self.decoder == "attention" and self.width % (4 * self.num_heads):
+            raise UserError("reconstruction.width must be a multiple of 4 x reconstruction.num_heads")
 
 
 class CentroidSettings(Section):
@@ -211,6 +298,12 @@ class TrainSettings(Section):
     checkpoint_every: Positive = 500
     picture_every: Positive = 1000
 
+    def check(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                "train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null"
+            )
+
 
 class EvaluationSettings(Section):
     weights: Literal["teacher", "student"] = "teacher"
@@ -228,6 +321,10 @@ class EvaluationSettings(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """Average the predictions of the image at these scales."""
 
+    def check(self) -> None:
+        if not self.scales:
+            raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+
 
 class Config(Section):
     seed: int = 0
@@ -243,25 +340,16 @@ class Config(Section):
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @property
+    def preset(self) -> Preset:
+        """The row of `PRESETS`."""
+        return PRESETS[self.method.preset]
 
-def normalisation(data):
-    """Mean and standard deviation of each channel, of values in [0, 1], of a `DataSettings`."""
-    if data.channels == 3:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        mean, std = ((sum(v) / 3,) * data.channels for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return data.mean or mean, data.std or std
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher.kind == "ema"
 
-
-def token_stride(config):
-    """Pixels per side of a token, which is also the patch that is reconstructed from it."""
-    form = geometry(config.model)
-    return form.feature_stride if config.reconstruction.tokens == "decoder" else form.encoder_stride
-
-
-def uses_unlabelled(config):
-    return config.method.preset != "supervised"
-
-
-def uses_masking(config):
-    return config.method.preset in ("mim", "cmim")
+    @property
+    def evaluated_weights(self) -> Literal["teacher", "student"]:
+        """Which weights are evaluated, and kept as the best."""
+        return "teacher" if self.has_teacher and self.evaluation.weights == "teacher" else "student"

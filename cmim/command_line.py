@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+from collections.abc import Sequence
+from typing import NoReturn
 
 from cmim.config import unknown_key
 from cmim.errors import UserError
@@ -14,7 +16,7 @@ class CommandLine(argparse.ArgumentParser):
     `parse(arguments)` returns (namespace, overrides), the overrides as `cmim.config.load_config` takes them.
     """
 
-    def __init__(self, module, doc):
+    def __init__(self, module: str, doc: str):
         super().__init__(
             prog=f"python -m {module}",
             description=doc,
@@ -22,17 +24,17 @@ class CommandLine(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def parse(self, arguments=None):
-        own, overrides, words = [], [], list(arguments or [])
+    def parse(self, arguments: Sequence[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+        own, overrides, words = [], [], list(arguments)
         while words:
             word = words.pop(0)
             key = word.removeprefix("--").partition("=")[0]
             if word.startswith("--") and ("." in key or key in Config.model_fields):
                 overrides.append(word)
-                # The next word is the value, even if it is a negative number; _pairs says what is missing.
+                # The next word is the value, even a negative number. `cmim.config` reports a missing one.
                 if "=" not in word and words and not words[0].startswith("--"):
                     overrides.append(words.pop(0))
             else:
