@@ -10,6 +10,11 @@ in N processes, one per GPU. The table is written to OUTPUT/table.md: mIoU in pe
 then mean and sample standard deviation over the seeds, of the last step and of the best evaluation on data.val.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("compare", __doc__)
+
 import json
 import os
 import statistics
@@ -21,26 +26,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cmim.command_line import CommandLine
-from cmim.config import default_config_path, load_config
+from cmim.command_line import parser_of
+from cmim.config import load_config
 from cmim.distributed import available_cores
 from cmim.engine.logging import console
 from cmim.engine.run import Run, changed_setting, write_text
 from cmim.engine.schedule import total_steps
 from cmim.errors import UserError, run_command
 from cmim.models.build import check_sizes
-from cmim.settings import PRESETS, Config
+from cmim.settings import Config
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = CommandLine("cmim.compare", __doc__)
-    parser.add_argument("config", nargs="?", default=default_config_path())
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=tuple(PRESETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of each run")
-    given, overrides = parser.parse(arguments)
+    given, overrides = parser_of("compare", __doc__).parse(arguments)
     for key in ("seed", "method.preset"):
         if any(word.partition("=")[0] == f"--{key}" for word in overrides):
             raise UserError(f"--{key} is set for each run; give --seeds and --presets")

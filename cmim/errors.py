@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +42,9 @@ def run_command(main: Callable[[], object]) -> None:
         return
     except UserError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:  # who read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, message = 128 + signal.SIGPIPE, None
     except OSError as error:
         if error.errno not in _OF_THE_PLACE:
             raise

@@ -9,11 +9,16 @@
 Prints the IoU of every class, their mean, and mean and pixel accuracy, at the original resolution.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("evaluate", __doc__)
+
 import sys
 from collections.abc import Sequence
 
 from cmim import distributed
-from cmim.command_line import CommandLine
+from cmim.command_line import parser_of
 from cmim.data import load_splits
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
@@ -23,11 +28,7 @@ from cmim.errors import UserError, run_command
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = CommandLine("cmim.evaluate", __doc__)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    parser.add_argument("--split", choices=("val", "test"), help="by default test, or val where there is no test")
-    given, overrides = parser.parse(arguments)
+    given, overrides = parser_of("evaluate", __doc__).parse(arguments)
     console.quiet = distributed.world().rank > 0
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config

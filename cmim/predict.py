@@ -7,6 +7,11 @@ each image, at its original resolution; OUT/overlays gets the classes laid over 
 (windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("predict", __doc__)
+
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cmim.command_line import CommandLine
+from cmim.command_line import parser_of
 from cmim.data.augmentation import resize
 from cmim.data.files import IMAGE_SUFFIXES, open_image
 from cmim.engine.device import autocast, choose_device, choose_precision
@@ -30,12 +35,7 @@ from cmim.settings import Config
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = CommandLine("cmim.predict", __doc__)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("images", type=Path, help="an image or a folder of images")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    given, overrides = parser.parse(arguments)
+    given, overrides = parser_of("predict", __doc__).parse(arguments)
     paths = find_images(given.images)
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config

@@ -30,9 +30,13 @@ class Section(BaseModel):
 
 class ShapesSettings(Section):
     labelled: Positive = 48
+    """Images with labels."""
     unlabelled: Positive = 400
+    """Images without."""
     val: Positive = 100
+    """Images that choose best.pt."""
     test: Positive = 200
+    """Images of the result."""
 
 
 class DataSettings(Section):
@@ -40,6 +44,7 @@ class DataSettings(Section):
     """`shapes`: drawn on the fly. `folder`: train/, val/, test/ with images/ and masks/, optionally unlabeled/. The others:
     benchmarks as they are distributed."""
     root: Path | None = None
+    """Folder of the data; needed for every format but shapes."""
     split: Path | None = None
     """Folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK` under `root` (UniMatch's split files; the mask of an
     unlabelled image may be missing or None). val.txt and test.txt may lie beside them or one folder up. Without it,
@@ -118,13 +123,16 @@ class ModelSettings(Section):
     output_stride: Literal[8, 16] = 16
     """Of deeplabv3plus, like the next two."""
     atrous_rates: tuple[Positive, ...] = (6, 12, 18)
+    """Dilations of the pyramid's 3 x 3 branches."""
     low_level_width: Positive = 48
+    """Channels to which the map at stride 4 is reduced."""
     decoder_width: Positive | None = None
     """By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384, by the width of the encoder, as in UniMatch V2."""
 
 
 class OhemSettings(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Pixels whose true class has at most this probability count."""
     min_kept: Positive = 800_000
     """Pixels of the labelled batch (of all processes) that count at least."""
 
@@ -180,6 +188,7 @@ PRESETS["cmim"] = standing_on("fixmatch_fp", "pix", "feat", "sem", class_wise=Tr
 
 class MethodSettings(Section):
     preset: Literal[*PRESETS] = "cmim"
+    """Which views and terms are trained: a row of PRESETS; docs/method.md has the formulas."""
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
@@ -194,14 +203,19 @@ class MethodSettings(Section):
 
 class MimSettings(Section):
     views: list[Literal["labelled", "weak", "strong"]] = ["labelled", "weak", "strong"]
+    """Which views are masked, of labelled, weak and strong."""
     tau: Fraction = 0.95
     """Confidence from which a pixel of an unlabelled view has a class in the masked terms."""
     start: Fraction = 0.0
+    """Fraction of the training after which the masked terms begin."""
     ramp: Fraction = 0.05
-    """The masked terms begin at `start` and grow linearly over `ramp`, both fractions of the training."""
+    """Fraction of the training over which they then grow linearly to their full weight."""
     w_pix: NonNegative = 0.5
+    """Weight of the reconstruction of pixels."""
     w_feat: NonNegative = 0.1
+    """Weight of the distance between centroids of hidden and visible tokens."""
     w_sem: NonNegative = 1.0
+    """Weight of the cross-entropy on masked views."""
     isolate: Literal["none", "input"] = "none"
     """`input`: before the encoder, hide every class but one drawn for each image."""
     batch_norm: Literal["batch", "shared", "running"] = "batch"
@@ -216,6 +230,7 @@ class MimSettings(Section):
 
 class MaskSettings(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the blocks that is hidden."""
     block: Positive = 32
     """Side of a mask block in pixels."""
     fill: Literal["mean", "black", "learned"] = "mean"
@@ -228,8 +243,11 @@ class ReconstructionSettings(Section):
     tokens: Literal["decoder", "encoder"] = "decoder"
     """Feature map that is decoded and whose centroids are compared: the segmenter's decoder or its encoder."""
     decoder: Literal["conv", "attention"] = "conv"
+    """`conv`: ConvNeXt blocks whose convolutions see one class at a time; `attention`: blocks that attend within a class."""
     width: Positive = 128
+    """Channels of the decoder."""
     depth: Positive = 4
+    """Blocks of the decoder."""
     kernel_size: Positive = 7
     """Of the conv decoder; odd."""
     num_heads: Positive = 8
@@ -237,6 +255,7 @@ class ReconstructionSettings(Section):
     mask_token: bool = True
     """Replace the features of hidden tokens by a learned token before decoding."""
     distance: Literal["l1", "mse", "smooth_l1"] = "l1"
+    """Between predicted and true pixels; smooth_l1 turns from square to linear at 1."""
     normalize: bool = False
     """Compare with patches normalised by their own mean and variance."""
     balance: Literal["token", "class"] = "token"
@@ -253,18 +272,23 @@ class ReconstructionSettings(Section):
 
 class CentroidSettings(Section):
     distance: Literal["cosine", "l2"] = "cosine"
+    """Between centroids: 1 - cosine, or the mean of squared differences."""
     detach: Literal["visible", "masked", "none"] = "visible"
+    """Side that gets no gradient."""
     min_tokens: Positive = 4
+    """Tokens of each kind that a class needs in an image."""
 
 
 class TeacherSettings(Section):
     kind: Literal["student", "ema"] = "student"
     """`student`: pseudo-labels of the training pass itself; `ema`: of a moving average of the weights, in eval mode."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """Of the moving average, reached step by step: min(1 - 1 / (step + 1), decay)."""
 
 
 class OptimizerSettings(Section):
     name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0)] = 0.001
     """Of the encoder."""
     lr_batch: Positive = 8
@@ -272,8 +296,11 @@ class OptimizerSettings(Section):
     head_lr_factor: Annotated[float, Field(gt=0)] = 10.0
     """Everything but the encoder learns at lr x this."""
     momentum: Fraction = 0.9
+    """Of SGD."""
     weight_decay: NonNegative = 1e-4
+    """L2 penalty of SGD, decoupled in AdamW."""
     poly_power: NonNegative = 0.9
+    """Learning rate times (1 - step / steps) to this power."""
 
 
 class TrainSettings(Section):
@@ -285,18 +312,25 @@ class TrainSettings(Section):
     labelled_batch: Positive = 8
     """Labelled images of a step over all processes; each takes its part."""
     unlabelled_batch: Positive = 8
+    """Unlabelled images of a step, likewise."""
     accumulate: Positive = 1
     """Micro-batches of the above sizes per optimiser step; every micro-batch has its own denominators."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     compile: bool | None = None
     """torch.compile; by default on CUDA only."""
     channels_last: bool = True
+    """Memory layout of images and features."""
     log_every: Positive = 20
+    """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 1000
+    """Steps between evaluations on data.val."""
     checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
     picture_every: Positive = 1000
+    """Steps between pictures."""
 
     def check(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -328,6 +362,7 @@ class EvaluationSettings(Section):
 
 class Config(Section):
     seed: int = 0
+    """Of everything that is drawn at random, but for the choice of labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     method: MethodSettings = MethodSettings()

@@ -15,6 +15,11 @@ setting of cmim/settings.py is an override: --section.key VALUE. The run folder 
 metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("train", __doc__)
+
 import json
 import sys
 import time
@@ -27,7 +32,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
-from cmim.command_line import CommandLine
+from cmim.command_line import parser_of
 from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
@@ -247,11 +252,7 @@ def explain_single_values() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = CommandLine("cmim.train", __doc__)
-    parser.add_argument("config", nargs="?", help="a file of configs/; without one, configs/shapes.yaml")
-    parser.add_argument("--output", help="run folder; by default runs/<config>-<time>")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output, or start it")
-    given, overrides = parser.parse(arguments)
+    given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
     console.quiet = distributed.world().rank > 0

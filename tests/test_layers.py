@@ -10,7 +10,7 @@ import cmim_kernels
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"cmim": ROOT / "cmim", "cmim_kernels": ROOT / "kernels" / "cmim_kernels"}
 GROUND = ("cmim.errors", "cmim.randomness", "cmim.distributed", "cmim.checkpoint")
-SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line")
+SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line", "cmim.early")
 COMMANDS = ("cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare")
 PUBLIC = {"cmim", "cmim.__version__", "cmim_kernels", *(f"cmim_kernels.{name}" for name in cmim_kernels.__all__)}
 KERNELS = ("cmim_kernels.reference", "cmim_kernels.triton_kernels", "cmim_kernels.cuda_kernels")
