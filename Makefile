@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
 BIN := .venv/bin
 SEEDS ?= 0 1 2
+HIDDEN := ops reference triton_kernels cuda_kernels info cuda backends checks numerics
 OUT ?= bench/results/gpu
 BUDGET ?= 3600
 JOBS ?= 1
@@ -11,7 +12,7 @@ TRITONS := 3.6.0 3.9.0
 # The oldest PyTorch that the project supports.
 TORCHES := 2.11.0
 
-.PHONY: train test test-slow test-triton-versions test-torch-versions cross-compile cuda memcheck racecheck bench bench-compare gpu check \
+.PHONY: train test test-slow test-triton-versions test-torch-versions cross-compile cuda memcheck racecheck bench bench-compare gpu docs check \
   shapes-table camvid-table clean
 
 train: .venv/installed
@@ -70,11 +71,29 @@ cuda: .venv/installed
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
-memcheck: .venv/installed-test
+mem# The reference of the public functions and of every setting: build/docs/index.html.
+docs: .venv/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
+	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
+	  cmim.settings cmim.models.reconstruction cmim.method.objective
+
+check: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
 
-racecheck: .venv/installed-test
+race# The reference of the public functions and of every setting: build/docs/index.html.
+docs: .venv/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
+	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
+	  cmim.settings cmim.models.reconstruction cmim.method.objective
+
+check: .venv/installed-test
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
+
+# The reference of the public functions and of every setting: build/docs/index.html.
+docs: .venv/installed-test
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
+	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
+	  cmim.settings cmim.models.reconstruction cmim.method.objective
 
 check: .venv/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,8 +20,8 @@ pytest.importorskip("pydantic", reason="the step is the trainer's, whose setting
 from cmim.config import config_from
 from cmim.engine.device import autocast, to_device
 from cmim.engine.optimizer import build_optimizer
-from cmim.objective import Objective
-from cmim.pseudo_labels import drop_channels
+from cmim.method.objective import Objective
+from cmim.method.perturbations import drop_channels
 
 ON_GPU = DEVICE.type == "cuda"
 CLASSES = 21
@@ -42,7 +42,7 @@ def config_of(preset):
     return config_from(values, "the benchmark")
 
 
-def batch_of(labelled, unlabelled, stride=4):
+def batch_of(labelled, unlabelled):
     """Random images with maps of blobs, as `cmim.data.batches.TrainBatches` gives them."""
     g = generator()
     pixels = lambda *shape: torch.randint(256, (*shape, CROP, CROP), generator=g, device=DEVICE, dtype=torch.uint8)  # noqa: E731
@@ -51,15 +51,14 @@ def batch_of(labelled, unlabelled, stride=4):
     batch = {
         "labelled_image": pixels(labelled, 3),
         "label": torch.where(label < 0, IGNORED, label).to(torch.uint8),
-        "labelled_key": torch.arange(labelled, device=DEVICE),
         "weak_image": pixels(unlabelled, 3),
         "valid": torch.ones(unlabelled, CROP, CROP, dtype=torch.bool, device=DEVICE),
         "strong_image": pixels(2, unlabelled, 3),
-        "key": torch.arange(unlabelled, device=DEVICE) + 100,
+        "channel_key": torch.arange(unlabelled, device=DEVICE) + 100,
         "box": torch.cat([corner, corner + CROP // 3], dim=2),
     }
     for i, (view, count) in enumerate((("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled))):
-        batch[f"{view}_mask"] = token_mask(count, CROP // stride, seed=i)
+        batch[f"{view}_mask"] = token_mask(count, CROP // config_of("cmim").mask.block, seed=i)
     return to_device(batch, DEVICE, channels_last=True)
 
 
@@ -117,7 +116,7 @@ def host_waits(step):
 @pytest.mark.parametrize("labelled, unlabelled", BATCHES)
 def test_losses_are_equal(labelled, unlabelled):
     batch = batch_of(labelled, unlabelled)
-    loop, theirs = usual(batch, dropout=lambda maps: drop_channels(maps, batch["key"], 0.5))
+    loop, theirs = usual(batch, dropout=lambda maps: drop_channels(maps, batch["channel_key"], 0.5))
     ours = Ours("unimatch", dtype=None, compile=False)
     with torch.no_grad():
         torch.testing.assert_close(loop.loss(theirs), ours.loss(batch), rtol=1e-2 if ON_GPU else 1e-4, atol=1e-4)

@@ -10,44 +10,42 @@ in N processes, one per GPU. The table is written to OUTPUT/table.md: mIoU in pe
 then mean and sample standard deviation over the seeds, of the last step and of the best evaluation on data.val.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("compare", __doc__)
+
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
 
-from cmim.config import default_config_path, load_config
-from cmim.data.batches import available_cores
-from cmim.engine.command import CommandLine
+from cmim.command_line import parser_of
+from cmim.config import load_config
+from cmim.distributed import available_cores
 from cmim.engine.logging import console
 from cmim.engine.run import Run, changed_setting, write_text
 from cmim.engine.schedule import total_steps
 from cmim.errors import UserError, run_command
-from cmim.settings import MethodSettings
+from cmim.models.build import check_sizes
+from cmim.settings import Config
 
-PRESETS = get_args(MethodSettings.model_fields["preset"].annotation)
 
-
-def main(arguments):
-    parser = CommandLine("cmim.compare", __doc__)
-    parser.add_argument("config", nargs="?", default=default_config_path())
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of each run")
-    given, overrides = parser.parse(arguments)
+def main(arguments: Sequence[str]) -> None:
+    given, overrides = parser_of("compare", __doc__).parse(arguments)
     for key in ("seed", "method.preset"):
         if any(word.partition("=")[0] == f"--{key}" for word in overrides):
             raise UserError(f"--{key} is set for each run; give --seeds and --presets")
     for option, number in (("--jobs", given.jobs), ("--gpus", given.gpus)):
         if number < 1:
             raise UserError(f"{option} is {number}, expected at least 1")
-    load_config(given.config, overrides)
+    check_sizes(load_config(given.config, overrides))
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -57,7 +55,7 @@ def main(arguments):
     console.print(table)
 
 
-def train(given, overrides, preset, seed):
+def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) -> None:
     """One run in processes of its own; its output goes to OUTPUT/<preset>-<seed>.log."""
     folder = given.output / f"{preset}-{seed}"
     settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
@@ -68,7 +66,7 @@ def train(given, overrides, preset, seed):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.gpus}"]
     command = [sys.executable, *launcher, "-m", "cmim.train", str(given.config), f"--output={folder}", "--resume", *settings]
     environment = dict(os.environ)
-    if given.jobs > 1:  # a share of the cores for each; a single run chooses for itself
+    if given.jobs > 1:  # each run gets a share of the cores; a run that is alone chooses by itself
         command += ["--data.workers", "0"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
@@ -77,14 +75,14 @@ def train(given, overrides, preset, seed):
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
         said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
-        errors = [line for line in said if line.startswith("error: ")]  # torchrun writes a report of its own below
+        errors = [line for line in said if line.startswith("error: ")]  # torchrun prints a report below them
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
     miou = json.loads(Run(folder).result.read_text())["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
 
 
-def finished(run, config):
-    """Whether the folder holds the result of these settings; what it holds of others, cmim.train refuses or continues."""
+def finished(run: Run, config: Config) -> bool:
+    """Whether the folder holds the result of these settings. cmim.train refuses or continues what else it holds."""
     if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
     result = json.loads(run.result.read_text())
@@ -93,7 +91,8 @@ def finished(run, config):
     return result["step"] == total_steps(config.train, unlabelled=0)
 
 
-def make_table(given):
+def make_table(given: Namespace) -> str:
+    """The results of all runs as a table in Markdown."""
     results = {
         preset: [json.loads(Run(given.output / f"{preset}-{seed}").result.read_text()) for seed in given.seeds]
         for preset in given.presets
@@ -109,7 +108,8 @@ def make_table(given):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def mean_and_spread(values):
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 

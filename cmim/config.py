@@ -5,6 +5,7 @@ line. What the settings are is in `cmim.settings`.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
@@ -13,11 +14,10 @@ import yaml
 from pydantic import ValidationError
 
 from cmim.errors import UserError
-from cmim.models.geometry import geometry
-from cmim.settings import Config, Section, token_stride, uses_masking, uses_unlabelled
+from cmim.settings import Config, Section
 
 
-def load_config(path, overrides=()):
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a YAML file with overrides.
 
     Args:
@@ -31,7 +31,7 @@ def load_config(path, overrides=()):
     values = _read_yaml(path)
     if not overrides:
         return config_from(values, path)
-    _validate(values, path)  # before the overrides, so that an error names the file or the command line
+    _validate(values, path)  # separately, so that an error names either the file or the command line
     for key, text in _pairs(overrides):
         section = values
         *parents, last = key.split(".")
@@ -45,7 +45,7 @@ def load_config(path, overrides=()):
     return config_from(values, "command line")
 
 
-def config_from(values, source):
+def config_from(values: dict, source: str | Path) -> Config:
     """Validated settings from nested dictionaries; `source` names them in errors."""
     config = _validate(values, source)
     _check(config)
@@ -59,12 +59,12 @@ def _validate(values, source):
         raise UserError(f"{source}: {_explain(error)}") from None
 
 
-def dump_config(config):
+def dump_config(config: Config) -> str:
     """The resolved settings as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def default_config_path():
+def default_config_path() -> Path:
     """configs/shapes.yaml: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "configs" / "shapes.yaml"
     return inside if inside.exists() else Path(__file__).parent.parent / "configs" / "shapes.yaml"
@@ -79,7 +79,7 @@ def _read_yaml(path):
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as 'train:', got {values!r}")
-    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section: its defaults
+    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
 
 
 def _pairs(words):
@@ -98,19 +98,19 @@ def _pairs(words):
 
 def _parse(key, text):
     field = _fields(Config).get(key)
-    kinds = set(get_args(field.annotation) or [field.annotation]) - {NoneType} if field else set()
+    types = set(get_args(field.annotation) or [field.annotation]) - {NoneType} if field else set()
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    # What looks like a number may be a name: a folder called 92, or 1_16.
-    a_name = kinds and kinds <= {Path, str} and not isinstance(value, str | NoneType)
+    # Text that looks like a number may be a name, such as a folder called 92 or 1_16.
+    a_name = types and types <= {Path, str} and not isinstance(value, str | NoneType)
     return text if a_name or (isinstance(value, int | float) and "_" in text) else value
 
 
 def _explain(error):
     """The first problem of a ValidationError in one line, with the nearest key for an unknown one."""
-    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # of a whole value rather than of an entry in it
+    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # prefer the problem of a whole value to those of its entries
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(".".join(str(p) for p in problem["loc"] if p != "[key]"))
     fields = _fields(Config)
@@ -120,14 +120,14 @@ def _explain(error):
     key = ".".join(place)
     if problem["type"] in ("model_type", "dict_type"):
         return f"{key}: expected settings of its own, got {problem['input']!r}"
-    if _is_choice(fields[key].annotation):  # pydantic complains once for each type: say what they stand for
+    if _is_choice(fields[key].annotation):  # pydantic reports one problem for each type: print the description instead
         return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
     if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], int | float):
         return f"{key}: expected text, got {problem['input']!r}; write it in quotes"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
 
 
-def unknown_key(key):
+def unknown_key(key: str) -> str:
     """What to say of a key that is not a setting, with the nearest one that is."""
     fields = _fields(Config)
     name, names = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(fields)}
@@ -148,55 +148,37 @@ def _fields(section, prefix=""):
     fields = {}
     for name, field in section.model_fields.items():
         fields[prefix + name] = field
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                fields |= _fields(kind, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                fields |= _fields(part, f"{prefix}{name}.")
     return fields
 
 
-def _check(config):
-    """Settings that contradict each other."""
-    data, mask, stride = config.data, config.mask, token_stride(config)
-    if data.format != "shapes" and data.root is None:
-        raise UserError("data.root is missing: give the data folder as --data.root PATH")
-    if data.format == "shapes" and data.split is not None:
-        raise UserError("data.split is given, but data.format shapes has no files; leave it away")
-    if data.format == "shapes" and data.channels != 3:
-        raise UserError(f"data.channels is {data.channels}, but data.format shapes has 3")
-    for key, values in (("mean", data.mean), ("std", data.std)):
-        if values is not None and len(values) != data.channels:
-            raise UserError(f"data.{key} has {len(values)} numbers, but data.channels is {data.channels}; give one for each")
-    if config.train.steps is not None and config.train.epochs is not None:
-        raise UserError(
-            "train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null"
-        )
-    form = geometry(config.model)
-    if data.crop % form.multiple:
-        raise UserError(
-            f"data.crop is {data.crop}, but model.arch {config.model.arch} takes multiples of {form.multiple}; try "
-            f"{max(form.multiple, data.crop // form.multiple * form.multiple)}"
-        )
-    if not config.evaluation.scales:
-        raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+def _check(config: Config) -> None:
+    """Refuse settings that contradict each other, of one section or of several; what no masked term reads is not checked.
+    What depends on the network is checked by `cmim.models.build.check_sizes`, what depends on the images by
+    `check_counts`."""
+    preset = config.preset
+    unused = set() if preset.masked else {"mim", "mask"}
+    if "pix" not in preset.masked:
+        unused.add("reconstruction")
+    for name, section in config:
+        if isinstance(section, Section) and name not in unused:
+            section.check()
+
+    data, mask = config.data, config.mask
     window, step = config.evaluation.window or data.crop, config.evaluation.stride
     if step is not None and step > window:
         raise UserError(f"evaluation.stride is {step}, more than the window of {window} pixels: pixels would be left out")
-    if data.scale[0] > data.scale[1]:
-        raise UserError(f"data.scale: the lower bound {data.scale[0]} is above the upper bound {data.scale[1]}")
-    if uses_unlabelled(config) and config.method.cutmix > 0 and config.train.unlabelled_batch % 2:
+    if preset.uses_unlabelled and config.method.cutmix > 0 and config.train.unlabelled_batch % 2:
         raise UserError(
             f"train.unlabelled_batch is {config.train.unlabelled_batch}: CutMix pairs images, so it must be even "
             "(or set method.cutmix to 0)"
         )
-    if not uses_masking(config):
+    if not preset.masked:
         return
-    if stride != int(stride):
-        raise UserError(
-            f"reconstruction.tokens is decoder, but cells of that map are {stride:g} pixels wide, no whole number; "
-            "use --reconstruction.tokens encoder"
-        )
-    if mask.block % stride:
-        raise UserError(f"mask.block is {mask.block}, which is not a multiple of the token stride {stride}")
+    if not preset.uses_unlabelled and config.mim.views != ["labelled"]:
+        raise UserError(f"mim.views is {config.mim.views}, but {config.method.preset} has labelled views only")
     if data.crop % mask.block:
         lower = max(mask.block, data.crop // mask.block * mask.block)
         raise UserError(f"data.crop is {data.crop}, which is not a multiple of mask.block {mask.block}; try {lower}")
@@ -204,11 +186,32 @@ def _check(config):
     if not 0 < round(mask.ratio * blocks) < blocks:
         hidden = "nothing" if round(mask.ratio * blocks) == 0 else "everything"
         raise UserError(f"mask.ratio {mask.ratio} of {blocks} blocks hides {hidden}; change it, mask.block or data.crop")
-    if not config.mim.views:
-        raise UserError("mim.views is empty: name at least one of labelled, weak, strong")
-    if len(set(config.mim.views)) < len(config.mim.views):
-        raise UserError(f"mim.views names a view twice: {', '.join(config.mim.views)}")
-    if config.reconstruction.kernel_size % 2 == 0:
-        raise UserError(f"reconstruction.kernel_size is {config.reconstruction.kernel_size}, expected an odd number")
-    if config.reconstruction.decoder == "attention" and config.reconstruction.width % (4 * config.reconstruction.num_heads):
-        raise UserError("reconstruction.width must be a multiple of 4 x reconstruction.num_heads")
+
+
+def check_counts(config: Config, labelled: int, unlabelled: int, processes: int) -> None:
+    """Raise a UserError where there are too few images, or where the processes cannot share a batch equally."""
+    train = config.train
+    if labelled < train.labelled_batch:
+        raise UserError(
+            f"{labelled} labelled images are fewer than train.labelled_batch {train.labelled_batch}; "
+            "lower it, or raise data.labelled"
+        )
+    if config.preset.uses_unlabelled and unlabelled < train.unlabelled_batch:
+        raise UserError(
+            f"{unlabelled} unlabelled images are fewer than train.unlabelled_batch "
+            f"{train.unlabelled_batch}; lower it, add images to unlabeled/, or lower data.labelled"
+        )
+    if train.epochs is not None and unlabelled < train.unlabelled_batch * train.accumulate:
+        raise UserError(
+            f"train.epochs counts passes over the unlabelled images, but {unlabelled} are fewer than the "
+            f"{train.unlabelled_batch * train.accumulate} of a step; give train.steps, or lower train.unlabelled_batch"
+        )
+    pairs = 2 if config.method.cutmix > 0 else 1
+    for name, size, multiple in (
+        ("labelled_batch", train.labelled_batch, 1),
+        ("unlabelled_batch", train.unlabelled_batch if config.preset.uses_unlabelled else 0, pairs),
+    ):
+        if size % (processes * multiple):
+            each = "pairs of images (method.cutmix)" if multiple == 2 else "images"
+            more = -(-size // (processes * multiple)) * processes * multiple
+            raise UserError(f"train.{name} is {size}, but {processes} processes share {each} equally; try {more}")

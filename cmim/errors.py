@@ -4,31 +4,34 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-# What the system says of a place that cannot be written: full, closed to us, or a file where a folder is needed.
+# Errors of a place that cannot be written: it is full, it is protected, or a file stands where a folder is needed.
 _OF_THE_PLACE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
-FIRST_SPEAKS = 10
-"""Seconds that the other processes of a run give process 0, which meets most mistakes too, to speak for all."""
+RANK0_HEAD_START = 10
+"""Seconds that the other processes of a run wait with a message: process 0 meets most mistakes too, and then its message is
+the only one."""
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
 
-    def __init__(self, message):
-        # A DataLoader worker re-raises with a whole traceback as the message: keep the line that speaks.
+    def __init__(self, message: object):
+        # A DataLoader worker re-raises with a whole traceback as the message: keep the line of the mistake.
         message = str(message).strip()
         if "DataLoader worker" in message:
             message = message.rsplit("UserError: ", 1)[-1]
-        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colours of other libraries
+        super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
-def run_command(main):
+def run_command(main: Callable[[], object]) -> None:
     """Call main() and turn a user's mistake into one line on stderr and exit code 2.
 
     Under `torchrun` a mistake that all processes meet is told once, by the first; one that only another process meets (a
@@ -39,6 +42,9 @@ def run_command(main):
         return
     except UserError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:  # who read our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code, message = 128 + signal.SIGPIPE, None
     except OSError as error:
         if error.errno not in _OF_THE_PLACE:
             raise
@@ -49,16 +55,16 @@ def run_command(main):
     if message is not None:
         _say(message)
     if "RANK" in os.environ:
-        os._exit(code)  # a process of a group that ends in the usual way may wait for those that have gone
+        os._exit(code)  # a usual exit may wait for processes of the group that have ended already
     sys.exit(code)
 
 
 def _say(message):
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(FIRST_SPEAKS)  # when the first process has spoken and gone, torchrun ends this one
+        time.sleep(RANK0_HEAD_START)  # when process 0 has ended with its message, torchrun ends this one
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:  # what torchrun says in its report
+    if report is not None:  # the file that torchrun takes the message of its report from
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -9,11 +9,17 @@
 Prints the IoU of every class, their mean, and mean and pixel accuracy, at the original resolution.
 """
 
-import sys
+from cmim import early
 
+if __name__ == "__main__":
+    early.begin("evaluate", __doc__)
+
+import sys
+from collections.abc import Sequence
+
+from cmim import distributed
+from cmim.command_line import parser_of
 from cmim.data import load_splits
-from cmim.engine import distributed
-from cmim.engine.command import CommandLine
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import console, print_table
@@ -21,12 +27,8 @@ from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
 
 
-def main(arguments):
-    parser = CommandLine("cmim.evaluate", __doc__)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    parser.add_argument("--split", choices=("val", "test"), help="by default test, or val where there is no test")
-    given, overrides = parser.parse(arguments)
+def main(arguments: Sequence[str]) -> None:
+    given, overrides = parser_of("evaluate", __doc__).parse(arguments)
     console.quiet = distributed.world().rank > 0
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config
@@ -39,7 +41,7 @@ def main(arguments):
         raise UserError("there are no test images; use --split val")
     device = choose_device(config.train.device)
     dtype = choose_precision(config.train.precision, device)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
     print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
 

@@ -7,38 +7,41 @@ each image, at its original resolution; OUT/overlays gets the classes laid over 
 (windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("predict", __doc__)
+
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cmim.command_line import parser_of
 from cmim.data.augmentation import resize
 from cmim.data.files import IMAGE_SUFFIXES, open_image
-from cmim.engine.command import CommandLine
 from cmim.engine.device import autocast, choose_device, choose_precision
 from cmim.engine.inference import probabilities
 from cmim.engine.logging import Progress, console
 from cmim.engine.pictures import overlay
 from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
+from cmim.models.segmenter import Segmenter
+from cmim.settings import Config
 
 
-def main(arguments):
-    parser = CommandLine("cmim.predict", __doc__)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("images", type=Path, help="an image or a folder of images")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
-    given, overrides = parser.parse(arguments)
+def main(arguments: Sequence[str]) -> None:
+    given, overrides = parser_of("predict", __doc__).parse(arguments)
     paths = find_images(given.images)
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config
     device = choose_device(config.train.device)
     dtype = choose_precision(config.train.precision, device)
-    torch.backends.cudnn.benchmark = False  # it would tune for every image size anew
+    torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
     root = given.images if given.images.is_dir() else given.images.parent
@@ -59,7 +62,9 @@ def main(arguments):
 
 
 @torch.inference_mode()
-def predict(net, image, config, device, dtype):
+def predict(
+    net: Segmenter, image: np.ndarray, config: Config, device: torch.device, dtype: torch.dtype | None
+) -> np.ndarray:
     """Class ids (H, W) uint8 of an image (H, W, channels) uint8 at its own resolution."""
     shown = resize(image, config.data.size) if config.data.size else image
     shown = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
@@ -68,14 +73,16 @@ def predict(net, image, config, device, dtype):
     return prediction.argmax(0).to(torch.uint8).cpu().numpy()
 
 
-def write_mask(path, classes, colours):
+def write_mask(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
+    """A palette PNG."""
     mask = Image.fromarray(classes, mode="P")
     mask.putpalette(colours.flatten().tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
     mask.save(path)
 
 
-def find_images(path):
+def find_images(path: Path) -> list[Path]:
+    """The image of that path, or those of the folder at any depth."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give an image or a folder of images")
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p))

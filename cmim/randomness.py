@@ -1,6 +1,6 @@
 """Randomness keyed by (seed, global sample position, purpose).
 
-Nothing is drawn from a stream that somebody else advances, so the number of workers, a resume or another number of
+Nothing is drawn from a stream that other code advances too, so the number of workers, a resume or another number of
 ranks changes nothing. A purpose is a few words ("strong 0", "labelled mask"): draws with other purposes are independent.
 """
 
@@ -8,26 +8,28 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def key(seed, position, purpose):
+def key(seed: int, position: int, purpose: str) -> int:
     """A non-negative 63-bit integer, the same in every process and on every machine."""
     digest = hashlib.blake2b(f"{seed}/{position}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def numpy_generator(seed, position, purpose):
+def numpy_generator(seed: int, position: int, purpose: str) -> np.random.Generator:
     """A fresh `np.random.Generator`."""
     return np.random.Generator(np.random.PCG64(key(seed, position, purpose)))
 
 
-def torch_generator(seed, position, purpose):
+def torch_generator(seed: int, position: int, purpose: str) -> torch.Generator:
     """A fresh CPU `torch.Generator`."""
     return torch.Generator().manual_seed(key(seed, position, purpose))
 
 
-def uniform(keys, count):
-    """Uniform numbers: row b holds the first `count` numbers of the generator `keys[b]`.
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Uniform numbers on a device: row b holds the first `count` numbers of the generator `keys[b]`. Keys come from `key`,
+    with a purpose of their own for every draw.
 
     A hash of key and counter by the finaliser of SplitMix64 (Steele, Lea and Flood 2014). Integer arithmetic only: the
     same values on every device, inside and outside `torch.compile`.
@@ -39,9 +41,9 @@ def uniform(keys, count):
     Returns:
         (B, count) float32 in [0, 1), multiples of 2^-24.
     """
-    # The counter is mixed, not multiplied: the compiler's C++ takes a product of indices for one that never overflows.
+    # The counter is mixed, not multiplied: compiled C++ assumes that a product of indices never overflows.
     counter = _mix(torch.arange(1, count + 1, device=keys.device))
-    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted, or key 3 and counter 5 would meet key 5 and counter 3
+    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted: else (key 3, counter 5) equals (key 5, counter 3)
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 

@@ -1,15 +1,16 @@
 """Every setting of a run: its type, its default and what it does.
 
 The defaults are those of DeepLabV3+ on photographs; a file in configs/ states only what differs. Where a default
-comes from is in the README's table.
+comes from is in the README's table. `check` of a section holds the rules that concern this section alone; rules between
+sections are in `cmim.config`.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cmim.models.geometry import geometry
+from cmim.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of red, green and blue in [0, 1]."""
@@ -23,12 +24,19 @@ NonNegative = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def check(self) -> None:
+        """Raise a UserError where settings of this section contradict each other."""
+
 
 class ShapesSettings(Section):
     labelled: Positive = 48
+    """Images with labels."""
     unlabelled: Positive = 400
+    """Images without."""
     val: Positive = 100
+    """Images that choose best.pt."""
     test: Positive = 200
+    """Images of the result."""
 
 
 class DataSettings(Section):
@@ -36,6 +44,7 @@ class DataSettings(Section):
     """`shapes`: drawn on the fly. `folder`: train/, val/, test/ with images/ and masks/, optionally unlabeled/. The others:
     benchmarks as they are distributed."""
     root: Path | None = None
+    """Folder of the data; needed for every format but shapes."""
     split: Path | None = None
     """Folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK` under `root` (UniMatch's split files; the mask of an
     unlabelled image may be missing or None). val.txt and test.txt may lie beside them or one folder up. Without it,
@@ -75,6 +84,28 @@ class DataSettings(Section):
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
 
+    def check(self) -> None:
+        if self.format != "shapes" and self.root is None:
+            raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        if self.format == "shapes" and self.split is not None:
+            raise UserError("data.split is given, but data.format shapes has no files; leave it away")
+        if self.format == "shapes" and self.channels != 3:
+            raise UserError(f"data.channels is {self.channels}, but data.format shapes has 3")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise UserError(
+                    f"data.{key} has {len(values)} numbers, but data.channels is {self.channels}; give one for each"
+                )
+        if self.scale[0] > self.scale[1]:
+            raise UserError(f"data.scale: the lower bound {self.scale[0]} is above the upper bound {self.scale[1]}")
+
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of values in [0, 1]."""
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if self.channels != 3:
+            mean, std = ((sum(values) / 3,) * self.channels for values in (mean, std))
+        return self.mean or mean, self.std or std
+
 
 class ModelSettings(Section):
     arch: str = "deeplabv3plus"
@@ -92,19 +123,72 @@ class ModelSettings(Section):
     output_stride: Literal[8, 16] = 16
     """Of deeplabv3plus, like the next two."""
     atrous_rates: tuple[Positive, ...] = (6, 12, 18)
+    """Dilations of the pyramid's 3 x 3 branches."""
     low_level_width: Positive = 48
+    """Channels to which the map at stride 4 is reduced."""
     decoder_width: Positive | None = None
     """By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384, by the width of the encoder, as in UniMatch V2."""
 
 
 class OhemSettings(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Pixels whose true class has at most this probability count."""
     min_kept: Positive = 800_000
     """Pixels of the labelled batch (of all processes) that count at least."""
 
 
+class Preset(NamedTuple):
+    """What a preset trains on: the views that it has, its terms and their weights. The terms are defined in
+    `cmim.method.objective`."""
+
+    sup: float
+    """Weight of the supervised term."""
+    strong: float = 0
+    """Weight of the term of each strong view."""
+    strong_views: int = 0
+    """Strong views of each unlabelled image; without one, no unlabelled image is used."""
+    fp: float = 0
+    """Weight of the feature perturbation: the weak view with channels of its features dropped. Without it there is no
+    such view."""
+    weak_pass: bool = True
+    """Whether the student's training pass contains the weak views even where a teacher labels them."""
+    complementary: bool = False
+    """Whether the two strong views may lose complementary halves of the channels."""
+    masked: tuple[Literal["pix", "feat", "sem"], ...] = ()
+    """Terms of the masked views; their weights are settings, `mim.w_*`."""
+    class_wise: bool = False
+    """Whether the terms of the masked views keep classes apart."""
+    base: str | None = None
+    """The preset whose views and weights a preset with masked terms takes over."""
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        return self.strong_views > 0
+
+
+PRESETS: dict[str, Preset] = {
+    "supervised": Preset(sup=1),
+    "fixmatch": Preset(sup=1 / 2, strong=1 / 2, strong_views=1),
+    "fixmatch_fp": Preset(sup=1 / 2, strong=1 / 4, strong_views=1, fp=1 / 4),
+    "unimatch": Preset(sup=1 / 2, strong=1 / 8, strong_views=2, fp=1 / 4),
+    "unimatch_v2": Preset(sup=1 / 2, strong=1 / 4, strong_views=2, weak_pass=False, complementary=True),
+}
+"""Everything that depends on the preset reads its row. Masked terms can stand on any row above: add a row below."""
+
+
+def standing_on(base: str, *masked: str, class_wise: bool = False) -> Preset:
+    """The row of a preset that adds the terms `masked` to those of the preset `base`."""
+    return PRESETS[base]._replace(masked=masked, class_wise=class_wise, base=base)
+
+
+PRESETS["semantic"] = standing_on("fixmatch_fp", "sem")
+PRESETS["mim"] = standing_on("fixmatch_fp", "pix", "feat", "sem")
+PRESETS["cmim"] = standing_on("fixmatch_fp", "pix", "feat", "sem", class_wise=True)
+
+
 class MethodSettings(Section):
-    preset: Literal["supervised", "fixmatch", "unimatch", "unimatch_v2", "mim", "cmim"] = "cmim"
+    preset: Literal[*PRESETS] = "cmim"
+    """Which views and terms are trained: a row of PRESETS; docs/method.md has the formulas."""
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
@@ -119,22 +203,34 @@ class MethodSettings(Section):
 
 class MimSettings(Section):
     views: list[Literal["labelled", "weak", "strong"]] = ["labelled", "weak", "strong"]
+    """Which views are masked, of labelled, weak and strong."""
     tau: Fraction = 0.95
     """Confidence from which a pixel of an unlabelled view has a class in the masked terms."""
     start: Fraction = 0.0
+    """Fraction of the training after which the masked terms begin."""
     ramp: Fraction = 0.05
-    """The masked terms begin at `start` and grow linearly over `ramp`, both fractions of the training."""
+    """Fraction of the training over which they then grow linearly to their full weight."""
     w_pix: NonNegative = 0.5
+    """Weight of the reconstruction of pixels."""
     w_feat: NonNegative = 0.1
+    """Weight of the distance between centroids of hidden and visible tokens."""
     w_sem: NonNegative = 1.0
+    """Weight of the cross-entropy on masked views."""
     isolate: Literal["none", "input"] = "none"
     """`input`: before the encoder, hide every class but one drawn for each image."""
     batch_norm: Literal["batch", "shared", "running"] = "batch"
     """Masked pass: batch statistics without updating the running ones; with updating; or running statistics."""
 
+    def check(self) -> None:
+        if not self.views:
+            raise UserError("mim.views is empty: name at least one of labelled, weak, strong")
+        if len(set(self.views)) < len(self.views):
+            raise UserError(f"mim.views names a view twice: {', '.join(self.views)}")
+
 
 class MaskSettings(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the blocks that is hidden."""
     block: Positive = 32
     """Side of a mask block in pixels."""
     fill: Literal["mean", "black", "learned"] = "mean"
@@ -147,8 +243,11 @@ class ReconstructionSettings(Section):
     tokens: Literal["decoder", "encoder"] = "decoder"
     """Feature map that is decoded and whose centroids are compared: the segmenter's decoder or its encoder."""
     decoder: Literal["conv", "attention"] = "conv"
+    """`conv`: ConvNeXt blocks whose convolutions see one class at a time; `attention`: blocks that attend within a class."""
     width: Positive = 128
+    """Channels of the decoder."""
     depth: Positive = 4
+    """Blocks of the decoder."""
     kernel_size: Positive = 7
     """Of the conv decoder; odd."""
     num_heads: Positive = 8
@@ -156,6 +255,7 @@ class ReconstructionSettings(Section):
     mask_token: bool = True
     """Replace the features of hidden tokens by a learned token before decoding."""
     distance: Literal["l1", "mse", "smooth_l1"] = "l1"
+    """Between predicted and true pixels; smooth_l1 turns from square to linear at 1."""
     normalize: bool = False
     """Compare with patches normalised by their own mean and variance."""
     balance: Literal["token", "class"] = "token"
@@ -163,21 +263,32 @@ class ReconstructionSettings(Section):
     min_share: Fraction = 0.5
     """Share of a patch's pixels that its class must hold; a patch below it is ignored."""
 
+    def check(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise UserError(f"reconstruction.kernel_size is {self.kernel_size}, expected an odd number")
+        if self.decoder == "attention" and self.width % (4 * self.num_heads):
+            raise UserError("reconstruction.width must be a multiple of 4 x reconstruction.num_heads")
+
 
 class CentroidSettings(Section):
     distance: Literal["cosine", "l2"] = "cosine"
+    """Between centroids: 1 - cosine, or the mean of squared differences."""
     detach: Literal["visible", "masked", "none"] = "visible"
+    """Side that gets no gradient."""
     min_tokens: Positive = 4
+    """Tokens of each kind that a class needs in an image."""
 
 
 class TeacherSettings(Section):
     kind: Literal["student", "ema"] = "student"
     """`student`: pseudo-labels of the training pass itself; `ema`: of a moving average of the weights, in eval mode."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    """Of the moving average, reached step by step: min(1 - 1 / (step + 1), decay)."""
 
 
 class OptimizerSettings(Section):
     name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0)] = 0.001
     """Of the encoder."""
     lr_batch: Positive = 8
@@ -185,8 +296,11 @@ class OptimizerSettings(Section):
     head_lr_factor: Annotated[float, Field(gt=0)] = 10.0
     """Everything but the encoder learns at lr x this."""
     momentum: Fraction = 0.9
+    """Of SGD."""
     weight_decay: NonNegative = 1e-4
+    """L2 penalty of SGD, decoupled in AdamW."""
     poly_power: NonNegative = 0.9
+    """Learning rate times (1 - step / steps) to this power."""
 
 
 class TrainSettings(Section):
@@ -198,18 +312,31 @@ class TrainSettings(Section):
     labelled_batch: Positive = 8
     """Labelled images of a step over all processes; each takes its part."""
     unlabelled_batch: Positive = 8
+    """Unlabelled images of a step, likewise."""
     accumulate: Positive = 1
     """Micro-batches of the above sizes per optimiser step; every micro-batch has its own denominators."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     compile: bool | None = None
     """torch.compile; by default on CUDA only."""
     channels_last: bool = True
+    """Memory layout of images and features."""
     log_every: Positive = 20
+    """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 1000
+    """Steps between evaluations on data.val."""
     checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
     picture_every: Positive = 1000
+    """Steps between pictures."""
+
+    def check(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                "train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null"
+            )
 
 
 class EvaluationSettings(Section):
@@ -228,9 +355,14 @@ class EvaluationSettings(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
     """Average the predictions of the image at these scales."""
 
+    def check(self) -> None:
+        if not self.scales:
+            raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+
 
 class Config(Section):
     seed: int = 0
+    """Of everything that is drawn at random, but for the choice of labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     method: MethodSettings = MethodSettings()
@@ -243,25 +375,16 @@ class Config(Section):
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @property
+    def preset(self) -> Preset:
+        """The row of `PRESETS`."""
+        return PRESETS[self.method.preset]
 
-def normalisation(data):
-    """Mean and standard deviation of each channel, of values in [0, 1], of a `DataSettings`."""
-    if data.channels == 3:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
-        mean, std = ((sum(v) / 3,) * data.channels for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return data.mean or mean, data.std or std
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher.kind == "ema"
 
-
-def token_stride(config):
-    """Pixels per side of a token, which is also the patch that is reconstructed from it."""
-    form = geometry(config.model)
-    return form.feature_stride if config.reconstruction.tokens == "decoder" else form.encoder_stride
-
-
-def uses_unlabelled(config):
-    return config.method.preset != "supervised"
-
-
-def uses_masking(config):
-    return config.method.preset in ("mim", "cmim")
+    @property
+    def evaluated_weights(self) -> Literal["teacher", "student"]:
+        """Which weights are evaluated, and kept as the best."""
+        return "teacher" if self.has_teacher and self.evaluation.weights == "teacher" else "student"

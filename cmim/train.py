@@ -15,39 +15,48 @@ setting of cmim/settings.py is an override: --section.key VALUE. The run folder 
 metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("train", __doc__)
+
 import json
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from cmim.config import default_config_path, load_config
+from cmim import checkpoint, distributed
+from cmim.command_line import parser_of
+from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
-from cmim.data.batches import TrainBatches, default_workers, train_loader
-from cmim.engine import checkpoint, distributed
-from cmim.engine.command import CommandLine
+from cmim.data.batches import TrainBatches, train_loader
+from cmim.data.datasets import ImageSet, Splits
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
-from cmim.engine.evaluation import evaluate
+from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.errors import UserError, run_command
+from cmim.method.objective import Objective
 from cmim.models.batch_norm import synchronise_batch_norm
+from cmim.models.build import check_sizes, token_stride
 from cmim.models.reconstruction import receptive_warning
-from cmim.objective import Objective
 from cmim.randomness import key
-from cmim.settings import token_stride, uses_masking, uses_unlabelled
+from cmim.settings import Config
 
 
 class Trainer:
     """Everything a run needs; `train` is the loop."""
 
-    def __init__(self, config, splits, run, objective, device):
+    def __init__(self, config: Config, splits: Splits, run: Run, objective: Objective, device: torch.device):
         self.config, self.splits, self.run, self.device = config, splits, run, device
         self.rank, self.ranks = distributed.rank(), distributed.size()
         self.steps = total_steps(config.train, len(splits.unlabelled))
@@ -65,9 +74,10 @@ class Trainer:
             self.compute = DistributedDataParallel(
                 self.compute,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # alike on all processes, as they see the same statistics
+                broadcast_buffers=False,  # synchronised BatchNorm keeps buffers identical across ranks
                 gradient_as_bucket_view=True,
-                find_unused_parameters=uses_masking(config) and config.mim.start > 0,  # the decoder's, before the start
+                # Before mim.start no gradient reaches the reconstruction decoder and a learned fill colour.
+                find_unused_parameters=bool(config.preset.masked) and config.mim.start > 0,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -79,15 +89,16 @@ class Trainer:
         if self.rank == 0:
             cut_metrics(run.metrics, self.step)
 
-    def train(self):
+    def train(self) -> None:
         config, settings = self.config, self.config.train
         batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
-        loader = iter(train_loader(batches, self.step * micro, self.steps * micro, self.workers()))
-        images = settings.labelled_batch + settings.unlabelled_batch * uses_unlabelled(config)
+        workers = distributed.loader_workers(config.data.workers)
+        loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
+        images = settings.labelled_batch + settings.unlabelled_batch * config.preset.uses_unlabelled
         with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
             while self.step < self.steps:
                 evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-                # Reported before each checkpoint, so that a loss that is not finite stops the run by its name.
+                # Report before each checkpoint: a loss term that is not finite stops the run and is named.
                 report = self.due("log_every") or picture or save or evaluate
                 weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
                 weight = None if weight is None else torch.full((), weight, device=self.device)
@@ -95,20 +106,20 @@ class Trainer:
                 set_learning_rate(self.optimizer, factor)
 
                 self.objective.train()
-                torch.backends.cudnn.benchmark = True  # crops have one size; evaluation turns it off
+                torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
                 for i in range(micro):
                     batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                    # Dropout layers, if the net has any, draw from here; all else draws by sample.
+                    # Dropout layers, if the net has any, draw from this generator; everything else draws by sample.
                     torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-                    with self.gradients_stay(i + 1 < micro), eager(picture):
-                        with autocast(self.device, self.dtype), explained():
+                    with self.no_sync_if(i + 1 < micro), eager_if(picture):
+                        with autocast(self.device, self.dtype), explain_single_values():
                             output = self.compute(batch, weight, diagnostics=report, gradients=picture)
                         self.scaler.scale(output.loss / micro).backward()
                     log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 self.optimizer.zero_grad(set_to_none=True)
-                if config.teacher.kind == "ema":
+                if config.has_teacher:
                     self.objective.update_teacher(self.step)
                 self.step += 1
 
@@ -122,26 +133,24 @@ class Trainer:
                     self.picture()
                 if save and self.rank == 0:
                     self.save()
-            self.finish(log)
+            self.report_result(log)
 
-    def gradients_stay(self, stay):
-        """While micro-batches follow, gradients are added up in each process before they are averaged over all."""
-        return self.compute.no_sync() if stay and self.ranks > 1 else nullcontext()
+    def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
+        """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
+        return self.compute.no_sync() if more_follow and self.ranks > 1 else nullcontext()
 
-    def due(self, every):
+    def due(self, every: str) -> bool:
         """Whether the coming step ends an interval of this setting; the last step ends all."""
         return (self.step + 1) % getattr(self.config.train, every) == 0 or self.step + 1 == self.steps
 
-    def workers(self):
-        return default_workers() if self.config.data.workers is None else self.config.data.workers
-
-    def wait(self, loader, log):
+    def wait(self, loader: Iterator[dict[str, torch.Tensor]], log: RunLog) -> dict[str, torch.Tensor]:
+        """The next batch; the seconds until it is there are logged."""
         start = time.perf_counter()
         batch = next(loader)
         log.data_wait += time.perf_counter() - start
         return batch
 
-    def evaluate(self, log):
+    def evaluate(self, log: RunLog) -> None:
         """On data.val; keeps the best weights."""
         self.val_result = result = self.measure(self.splits.val, "val")
         log.evaluation(self.step, result, "val", self.splits.class_names)
@@ -151,16 +160,16 @@ class Trainer:
             if self.rank == 0:
                 checkpoint.save({"net": self.objective.evaluated().state_dict(), **self.about()}, self.run.best)
 
-    def measure(self, image_set, name):
+    def measure(self, image_set: ImageSet, name: str) -> Evaluation:
         net = self.objective.evaluated()
         return evaluate(net, image_set, self.config, len(self.splits.class_names), self.device, self.dtype, name)
 
-    def finish(self, log):
+    def report_result(self, log: RunLog) -> None:
         """The last step's weights on data.test (data.val where there is none) are the result."""
         if self.splits.test is not None:
             split, result = "test", self.measure(self.splits.test, "test")
             log.evaluation(self.step, result, split, self.splits.class_names)
-        else:  # evaluated, and logged, after the last step; anew if this process made none
+        else:  # the last step was evaluated, unless this process only resumed a finished run
             split, result = "val", self.val_result or self.measure(self.splits.val, "val")
         summary = {
             "miou": result.scores.miou,
@@ -178,12 +187,12 @@ class Trainer:
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
 
-    def picture(self):
+    def picture(self) -> None:
         path = self.run.pictures / f"step_{self.step:06d}.png"
         names, colours = self.splits.class_names, self.splits.colours
         save_picture(path, self.objective, self.splits.val, self.config, names, colours, self.device)
 
-    def refuse_broken_weights(self):
+    def refuse_broken_weights(self) -> None:
         """The last update may have broken weights whose loss was finite: no checkpoint is written of them."""
         values = [v for v in self.objective.state_dict().values() if v.is_floating_point()]
         if not torch.stack([v.isfinite().all() for v in values]).all():
@@ -192,10 +201,15 @@ class Trainer:
                 "the last checkpoint is from before"
             )
 
-    def about(self):
-        return {"step": self.step, "class_names": list(self.splits.class_names), "colours": self.splits.colours.tolist()}
+    def about(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "class_names": list(self.splits.class_names),
+            "colours": self.splits.colours.tolist(),
+            "evaluated": self.config.evaluated_weights,
+        }
 
-    def save(self):
+    def save(self) -> None:
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -205,7 +219,7 @@ class Trainer:
         }
         checkpoint.save(state, self.run.last)
 
-    def load(self):
+    def load(self) -> None:
         state = checkpoint.load(self.run.last, self.device)
         if state["class_names"] != list(self.splits.class_names):
             raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
@@ -218,17 +232,17 @@ class Trainer:
         console.print(f"continuing {self.run.folder} at step {self.step}")
 
 
-def eager(wanted):
-    """Leaves `torch.compile` aside inside the `with` block where `wanted`."""
+def eager_if(wanted: bool) -> AbstractContextManager:
+    """Where `wanted`, code inside the `with` block runs eagerly, whatever was compiled."""
     return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
 
 
 @contextmanager
-def explained():
-    """One line about batch norm that gets a single value a channel, as where a network pools one image to a pixel."""
+def explain_single_values() -> Iterator[None]:
+    """BatchNorm refuses a single value per channel, as where a network pools one image to one pixel: say it in one line."""
     try:
         yield
-    except Exception as error:  # of a class that depends on torch.compile
+    except Exception as error:  # its type depends on torch.compile
         if "Expected more than 1 value per channel" not in str(error):
             raise
         raise UserError(
@@ -237,12 +251,8 @@ def explained():
         ) from error
 
 
-def main(arguments):
-    parser = CommandLine("cmim.train", __doc__)
-    parser.add_argument("config", nargs="?", help="a file of configs/; without one, configs/shapes.yaml")
-    parser.add_argument("--output", help="run folder; by default runs/<config>-<time>")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output, or start it")
-    given, overrides = parser.parse(arguments)
+def main(arguments: Sequence[str]) -> None:
+    given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
     console.quiet = distributed.world().rank > 0
@@ -250,21 +260,22 @@ def main(arguments):
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
+    check_sizes(config)
     splits = load_splits(config.data)
-    check_counts(config, splits, distributed.world().size)
+    check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     run = open_run(given.output or default_folder(config_path), config, given.resume)
     describe(config, splits, run)
     objective = build_objective(config, len(splits.class_names), run)
-    with distributed.joined(device):  # only now, when nothing is left that a user can have got wrong
-        run = Run(distributed.from_first(str(run.folder)))
+    with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
+        run = Run(distributed.from_rank0(str(run.folder)))
         trainer = Trainer(config, splits, run, objective, device)
         if distributed.rank() == 0:
             start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
         trainer.train()
 
 
-def build_objective(config, num_classes, run):
+def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     """With the weights that a run starts from; those of a continued run come from its checkpoint."""
     torch.manual_seed(config.seed)
     if run.last.exists():
@@ -276,36 +287,8 @@ def build_objective(config, num_classes, run):
     return objective
 
 
-def check_counts(config, splits, processes):
-    """That there are images enough, and that the processes can share a batch."""
-    train = config.train
-    if len(splits.labelled) < train.labelled_batch:
-        raise UserError(
-            f"{len(splits.labelled)} labelled images are fewer than train.labelled_batch {train.labelled_batch}; "
-            "lower it, or raise data.labelled"
-        )
-    if uses_unlabelled(config) and len(splits.unlabelled) < train.unlabelled_batch:
-        raise UserError(
-            f"{len(splits.unlabelled)} unlabelled images are fewer than train.unlabelled_batch "
-            f"{train.unlabelled_batch}; lower it, add images to unlabeled/, or lower data.labelled"
-        )
-    if train.epochs is not None and len(splits.unlabelled) < train.unlabelled_batch * train.accumulate:
-        raise UserError(
-            f"train.epochs counts passes over the unlabelled images, but {len(splits.unlabelled)} are fewer than the "
-            f"{train.unlabelled_batch * train.accumulate} of a step; give train.steps, or lower train.unlabelled_batch"
-        )
-    pairs = 2 if config.method.cutmix > 0 else 1
-    for name, size, multiple in (
-        ("labelled_batch", train.labelled_batch, 1),
-        ("unlabelled_batch", train.unlabelled_batch if uses_unlabelled(config) else 0, pairs),
-    ):
-        if size % (processes * multiple):
-            each = "pairs of images (method.cutmix)" if multiple == 2 else "images"
-            more = -(-size // (processes * multiple)) * processes * multiple
-            raise UserError(f"train.{name} is {size}, but {processes} processes share {each} equally; try {more}")
-
-
-def describe(config, splits, run):
+def describe(config: Config, splits: Splits, run: Run) -> None:
+    """Print what will be trained on what, and what the user should know of it."""
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
     processes = distributed.world().size
     console.print(
@@ -326,7 +309,7 @@ def describe(config, splits, run):
             f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
         )
     reconstruction = config.reconstruction
-    if uses_masking(config) and reconstruction.decoder == "conv":
+    if "pix" in config.preset.masked and reconstruction.decoder == "conv":
         stride = token_stride(config)
         note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
         if note:
@@ -335,6 +318,6 @@ def describe(config, splits, run):
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    # Of PyTorch to its users: renamed from 2.14 on; and needed only before mim.start.
+    # Silence PyTorch: the first argument is renamed in 2.14, the second is needed before mim.start only.
     warnings.filterwarnings("ignore", message=".*(broadcast_buffers|find_unused_parameters).*")
     run_command(lambda: main(sys.argv[1:]))

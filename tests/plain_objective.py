@@ -5,16 +5,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmim import objective as objective_module
 from cmim.config import config_from
-from cmim.masking import isolate_class, per_class_mask
+from cmim.method import objective as objective_module
+from cmim.method.masking import isolate_class, per_class_mask
+from cmim.method.perturbations import drop_channels, drop_complementary
+from cmim.models.build import token_stride
+from cmim.models.geometry import Geometry
 from cmim.models.reconstruction import decode_per_class
 from cmim.models.segmenter import Segmenter
-from cmim.pseudo_labels import drop_channels, drop_complementary
-from cmim.settings import token_stride, uses_masking
 from cmim_kernels import random_mask
 
 CLASSES, CROP, BLOCK = 3, 32, 8
+BASES = {
+    "supervised": {"sup": 1},
+    "fixmatch": {"sup": 1 / 2, "strong": 1 / 2},
+    "fixmatch_fp": {"sup": 1 / 2, "strong": 1 / 4, "fp": 1 / 4},
+    "unimatch": {"sup": 1 / 2, "strong1": 1 / 8, "strong2": 1 / 8, "fp": 1 / 4},
+    "unimatch_v2": {"sup": 1 / 2, "strong1": 1 / 4, "strong2": 1 / 4},
+}
+"""The weight of each term without masks."""
 BASE_TERMS = {"sup", "strong", "fp"}
 UNLABELLED_SEM = {"sem_weak", "sem_strong"}
 OHEM = {"threshold": 0.05, "min_kept": 300}
@@ -49,7 +58,7 @@ def tiny_segmenter(settings, num_classes, mean, std):
     torch.manual_seed(0)
     net = Segmenter(
         TinyEncoder(), TinyDecoder(), num_classes, mean=mean, std=std,
-        feature_channels=8, feature_stride=4, encoder_channels=10, encoder_stride=8,
+        geometry=Geometry(4, 8, 1), feature_channels=8, encoder_channels=10,
     )  # fmt: skip
     net.head.weight.data *= 4  # confidences of many sizes
     return net
@@ -94,29 +103,36 @@ def make_batch(config, seed=0, labelled=2, unlabelled=2):
     batch = {
         "labelled_image": images(labelled),
         "label": torch.where(label == CLASSES, 255, label).to(torch.uint8),
-        "labelled_key": keys(labelled),
     }
-    if config.method.preset == "supervised":
-        return batch
-    views = 2 if config.method.preset in ("unimatch", "unimatch_v2") else 1
+    base = base_of(config)
+    if base != "supervised":
+        batch |= unlabelled_batch(2 if "strong2" in BASES[base] else 1, unlabelled, images, keys)
+    if config.method.preset in ("semantic", "mim", "cmim"):
+        for name, count in (("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled)):
+            side = CROP // config.mask.block
+            batch[f"{name}_mask"] = random_mask(count, side, side, config.mask.ratio, generator=g)
+            batch[f"{name}_mask_key"], batch[f"{name}_class_key"] = keys(count), keys(count)
+    return batch
+
+
+def base_of(config):
+    """The preset on which the masked terms stand, or the preset itself."""
+    return config.preset.base or config.method.preset
+
+
+def unlabelled_batch(views, unlabelled, images, keys):
     valid = torch.ones(unlabelled, CROP, CROP, dtype=torch.bool)
     valid[0, 25:] = False
     box = torch.zeros(views, unlabelled, 4, dtype=torch.int64)
     box[0, 0] = torch.tensor([3, 6, 29, 27])
     box[-1, 1] = torch.tensor([10, 0, 32, 9])
-    batch |= {
+    return {
         "weak_image": images(unlabelled),
         "valid": valid,
-        "key": keys(unlabelled),
+        "channel_key": keys(unlabelled),
         "strong_image": torch.stack([images(unlabelled) for _ in range(views)]),
         "box": box,
     }
-    if uses_masking(config):
-        stride = token_stride(config)
-        for name, count in (("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled)):
-            side, block = CROP // stride, config.mask.block // stride
-            batch[f"{name}_mask"] = random_mask(count, side, side, config.mask.ratio, block=block, generator=g)
-    return batch
 
 
 def ramp():
@@ -125,18 +141,28 @@ def ramp():
 
 def plain_terms(objective, batch, ramp):
     """{name: weighted term} of an `Objective`'s network, reconstruction decoder, fill colour and teacher."""
+    config = objective.config
+    terms, weak, strong = base_terms(objective, batch)
+    terms = {name: weight * terms[name] for name, weight in BASES[base_of(config)].items()}
+    if config.method.preset not in ("semantic", "mim", "cmim") or ramp is None:
+        return terms
+    return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong).items()}
+
+
+def base_terms(objective, batch):
+    """Unweighted; and the weak view's labels and the first strong view with its labels."""
     config, net = objective.config, objective.net
-    preset, tau = config.method.preset, config.method.tau
+    base, tau = base_of(config), config.method.tau
     x, y = batch["labelled_image"], batch["label"]
-    if preset == "supervised":
-        return {"sup": supervised(net(normalise(x)), y, config.method.ohem)}
+    if base == "supervised":
+        return {"sup": supervised(net(normalise(x)), y, config.method.ohem)}, None, None
 
     u_w = batch["weak_image"]
     taught = config.teacher.kind == "ema"
-    clean = net.encode(normalise(x if taught and preset == "unimatch_v2" else torch.cat([x, u_w])))
+    clean = net.encode(normalise(x if taught and base == "unimatch_v2" else torch.cat([x, u_w])))
     both = clean
-    if preset not in ("fixmatch", "unimatch_v2"):
-        dropped = drop_channels([m[len(x) :] for m in clean], batch["key"], config.method.dropout)
+    if "fp" in BASES[base]:
+        dropped = drop_channels([m[len(x) :] for m in clean], batch["channel_key"], config.method.dropout)
         both = [torch.cat(pair) for pair in zip(clean, dropped, strict=True)]
     logits = net.classify(net.decode(both))
     logits_x, logits_w, logits_fp = logits[: len(x)], logits[len(x) : len(x) + len(u_w)], logits[len(x) + len(u_w) :]
@@ -154,42 +180,37 @@ def plain_terms(objective, batch, ramp):
                 new[i][..., top:bottom, left:right] = old[i ^ 1][..., top:bottom, left:right]
         strong.append(after)
     maps = net.encode(normalise(torch.cat([view[0] for view in strong])))
-    if preset == "unimatch_v2" and config.method.complementary:
-        maps = drop_complementary(maps, batch["key"])
+    if base == "unimatch_v2" and config.method.complementary:
+        maps = drop_complementary(maps, batch["channel_key"])
     logits_s = net.classify(net.decode(maps)).split(len(u_w))
 
-    l_sup = supervised(logits_x, y, config.method.ohem)
-    l_strong = [consistency(z, view[1:], tau) for z, view in zip(logits_s, strong, strict=True)]
-    if preset == "fixmatch":
-        return {"sup": l_sup / 2, "strong": l_strong[0] / 2}
-    if preset == "unimatch_v2":
-        return {"sup": l_sup / 2, "strong1": l_strong[0] / 4, "strong2": l_strong[1] / 4}
-    l_fp = consistency(logits_fp, weak, tau)
-    if preset == "unimatch":
-        return {"sup": l_sup / 2, "strong1": l_strong[0] / 8, "strong2": l_strong[1] / 8, "fp": l_fp / 4}
-    base = {"sup": l_sup / 2, "strong": l_strong[0] / 4, "fp": l_fp / 4}
-    if ramp is None:
-        return base
-    return base | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong[0]).items()}
+    terms = {"sup": supervised(logits_x, y, config.method.ohem)}
+    for i, (z, view) in enumerate(zip(logits_s, strong, strict=True)):
+        terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z, view[1:], tau)
+    if "fp" in BASES[base]:
+        terms["fp"] = consistency(logits_fp, weak, tau)
+    return terms, weak, strong[0]
 
 
 def masked_terms(objective, batch, weak, strong):
     config, net = objective.config, objective.net
     stride, settings = token_stride(config), config.reconstruction
     y = batch["label"].long()
-    views = {
-        "labelled": (batch["labelled_image"], y, y != 255, batch["labelled_mask"], batch["labelled_key"]),
-        "weak": (batch["weak_image"], sure(weak, config.mim.tau), weak[2], batch["weak_mask"], batch["key"] + 1),
-        "strong": (strong[0], sure(strong[1:], config.mim.tau), strong[3], batch["strong_mask"], batch["key"] + 2),
-    }
+    views = {"labelled": (batch["labelled_image"], y, y != 255)}
+    if weak is not None:
+        views["weak"] = (batch["weak_image"], sure(weak, config.mim.tau), weak[2])
+        views["strong"] = (strong[0], sure(strong[1:], config.mim.tau), strong[3])
     chosen = [views[name] for name in config.mim.views]
-    image, classes, valid, masked, key = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    image, classes, valid = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    entry = lambda name: torch.cat([batch[f"{view}_{name}"] for view in config.mim.views])  # noqa: E731
+    block = config.mask.block // stride
+    masked = entry("mask").repeat_interleave(block, 1).repeat_interleave(block, 2)
     isolate = config.mim.isolate == "input"
     if isolate:
-        classes = isolate_class(classes, key, CLASSES)
+        classes = isolate_class(classes, entry("class_key"), CLASSES)
     token_classes = vote(classes, stride, settings.min_share)
     if config.mask.per_class:
-        masked = per_class_mask(token_classes, key + 2, CLASSES, config.mask.ratio, config.mask.block // stride)
+        masked = per_class_mask(token_classes, entry("mask_key"), CLASSES, config.mask.ratio, block)
 
     colour = {"mean": torch.zeros(3, 1, 1), "black": -MEAN / STD}.get(config.mask.fill)
     if colour is None:
@@ -215,12 +236,13 @@ def masked_terms(objective, batch, weak, strong):
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
 
     tokens = maps[-1] if settings.tokens == "encoder" else feature
-    groups = token_classes if config.method.preset == "cmim" else token_classes.clamp(max=0)
-    reconstructed = decode_per_class(objective.reconstruction, tokens, groups, masked)
-    terms = {
-        "pix": config.mim.w_pix * pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings),
-        "feat": config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids),
-    }
+    terms = {}
+    if config.method.preset != "semantic":
+        groups = token_classes if config.method.preset == "cmim" else token_classes.clamp(max=0)
+        reconstructed = decode_per_class(objective.reconstruction, tokens, groups, masked)
+        pixels = pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings)
+        terms["pix"] = config.mim.w_pix * pixels
+        terms["feat"] = config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids)
     first = 0
     for name in config.mim.views:
         part = slice(first, first + len(views[name][0]))

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cmim import evaluate, predict
+from cmim import checkpoint, evaluate, predict
 from cmim.data.labels import colour_map
-from cmim.engine import checkpoint
 from cmim.engine.run import Run, load_trained
 from cmim.errors import UserError
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder

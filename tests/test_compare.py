@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cmim import compare, train
+from cmim import checkpoint, compare, train
 from cmim.config import config_from, dump_config
-from cmim.engine import checkpoint
 from cmim.engine.run import Run
 from cmim.errors import UserError, run_command
 from tests.tiny_runs import TINY, words

@@ -7,10 +7,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmim.command_line import CommandLine
 from cmim.config import _fields, _is_choice, config_from, default_config_path, dump_config, load_config
-from cmim.engine.command import CommandLine
 from cmim.errors import UserError
-from cmim.settings import Config, token_stride
+from cmim.models.build import check_sizes, token_stride
+from cmim.settings import Config
 
 SHAPES = default_config_path()
 CONFIGS = sorted(SHAPES.parent.glob("*.yaml"))
@@ -232,8 +233,6 @@ def test_a_wrong_option_is_one_line(arguments, said):
     [
         (["--data.crop", "72"], "data.crop is 72, which is not a multiple of mask.block 16; try 64"),
         (["--data.crop", "8"], "data.crop is 8, which is not a multiple of mask.block 16; try 16"),
-        (["--mask.block", "18"], "mask.block is 18, which is not a multiple of the token stride 4"),
-        (["--mask.block", "8", "--reconstruction.tokens", "encoder"], "not a multiple of the token stride 16"),
         (["--mask.ratio", "0.01"], "mask.ratio 0.01 of 16 blocks hides nothing"),
         (["--mask.ratio", "0.99"], "mask.ratio 0.99 of 16 blocks hides everything"),
         (["--train.unlabelled_batch", "3"], "train.unlabelled_batch is 3: CutMix pairs images, so it must be even"),
@@ -243,6 +242,7 @@ def test_a_wrong_option_is_one_line(arguments, said):
             "multiple of 4 x reconstruction.num_heads",
         ),
         (["--mim.views", "[]"], "mim.views is empty"),
+        (["--method.preset", "semantic", "--mim.views", "[]"], "mim.views is empty"),
         (["--mim.views", "[weak, weak]"], "mim.views names a view twice"),
         (["--data.scale", "[2, 1]"], "data.scale: the lower bound 2.0 is above the upper bound 1.0"),
         (["--data.format", "folder"], "data.root is missing"),
@@ -253,10 +253,25 @@ def test_settings_that_contradict_each_other(overrides, said):
 
 
 @pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["--mask.block", "2"], "mask.block is 2, which is not a multiple of the token stride 4"),
+        (["--mask.block", "8", "--reconstruction.tokens", "encoder"], "not a multiple of the token stride 16"),
+        (["--model.arch", "dpt", "--model.encoder", "test_vit", "--data.crop", "72"], "takes multiples of 16; try 64"),
+    ],
+)
+def test_settings_that_contradict_the_network(overrides, said):
+    config = load_config(SHAPES, [*overrides, "--mask.ratio", "0.5"] + (["--mask.block", "8"] if "dpt" in overrides else []))
+    with pytest.raises(UserError, match=said):
+        check_sizes(config)
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["--method.preset", "unimatch", "--data.crop", "72", "--mask.ratio", "0.01"],
         ["--method.preset", "supervised", "--train.unlabelled_batch", "3"],
+        ["--method.preset", "semantic", "--reconstruction.kernel_size", "4"],
         ["--method.cutmix", "0", "--train.unlabelled_batch", "3"],
         ["--reconstruction.decoder", "attention", "--reconstruction.width", "64"],
         ["--mask.ratio", "0.04"],

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from cmim.config import default_config_path, load_config
+from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.engine.optimizer import scaled_lr
 from cmim.engine.schedule import total_steps
 from cmim.errors import UserError
-from cmim.settings import OptimizerSettings, TrainSettings
-from cmim.train import check_counts
+from cmim.models.build import check_sizes
+from cmim.settings import PRESETS, OptimizerSettings, TrainSettings
 from tests.tiny_runs import tiny
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("preset", ["cmim", "unimatch", "unimatch_v2", "supervised"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_config_is_valid_with_every_method(path, preset):
     config = load_config(path, ["--data.root", "x", "--method.preset", preset])
+    check_sizes(config)
     assert scaled_lr(config.optimizer, config.train) == config.optimizer.lr  # what the file says is what is used
 
 
@@ -50,8 +51,9 @@ def test_the_steps_that_a_config_names_for_each_split(name, folder):
 def test_an_epoch_holds_at_least_one_step(tmp_path):
     words = tiny("x", train__epochs=3, train__steps=None, data__shapes__unlabelled=5, train__unlabelled_batch=6)[2:]
     config = load_config(default_config_path(), [*words, "--method.preset", "supervised"])
+    splits = load_splits(config.data)
     with pytest.raises(UserError, match=r"5 are fewer than the 6 of a step; give train.steps"):
-        check_counts(config, load_splits(config.data), 1)
+        check_counts(config, len(splits.labelled), len(splits.unlabelled), 1)
 
 
 @pytest.mark.parametrize(

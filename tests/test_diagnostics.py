@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from cmim.diagnostics import coverage, gradient_norms, mean_colour_error, separation
-from cmim.pseudo_labels import PseudoLabels
+from cmim.method.diagnostics import coverage, gradient_norms, mean_colour_error, separation
+from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import class_centroids
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

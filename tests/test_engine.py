@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from cmim import checkpoint
 from cmim.config import config_from, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches
-from cmim.engine import checkpoint, logging
-from cmim.engine.device import choose_device
+from cmim.engine import logging
+from cmim.engine.device import choose_device, to_device
 from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Confusion, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.run import cut_metrics
 from cmim.engine.schedule import poly, ramp
-from cmim.objective import Objective
+from cmim.method.objective import Objective
 from tests.tiny_runs import read_metrics, run_tiny, tiny, write_folder
 
 
@@ -104,7 +105,7 @@ def test_accumulation_takes_the_mean_of_the_gradients(tmp_path, monkeypatch):
     losses = []
     for m in (0, 1):
         batch = {
-            k: v.contiguous(memory_format=torch.channels_last) if k.endswith("_image") and v.dim() == 4 else v
+            k: v.contiguous(memory_format=torch.channels_last) if k in ("labelled_image", "weak_image") else v
             for k, v in batches[m].items()
         }
         objective.zero_grad()
@@ -174,6 +175,20 @@ def test_cut_metrics(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "los')
     cut_metrics(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_become_channels_last_and_nothing_else(channels_last):
+    config = tiny_config(method__preset="unimatch")
+    batch = TrainBatches(load_splits(config.data), config)[0]
+    moved = to_device(batch, torch.device("cpu"), channels_last)
+    assert moved.keys() == batch.keys() and all(torch.equal(moved[name], batch[name]) for name in batch)
+    images = [moved["labelled_image"], moved["weak_image"], *moved["strong_image"]]
+    assert len(images) == 4
+    for image in images:
+        assert image.is_contiguous(memory_format=torch.channels_last) == channels_last
+    others = moved.keys() - {"labelled_image", "weak_image", "strong_image"}
+    assert all(moved[name].is_contiguous() for name in others)
 
 
 def test_workers_change_nothing(tmp_path):

@@ -14,8 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmim import compare, evaluate, predict, train
-from cmim.engine import checkpoint
+from cmim import checkpoint, compare, evaluate, predict, train
 from cmim.engine.run import Run
 from cmim.errors import UserError, run_command
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder

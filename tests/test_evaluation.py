@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from cmim import distributed
 from cmim.config import config_from
-from cmim.engine import distributed, evaluation, logging
+from cmim.engine import evaluation, logging
 from cmim.engine.evaluation import evaluate
 from cmim.engine.inference import probabilities
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cmim.engine import distributed, logging
+from cmim import distributed
+from cmim.engine import logging
 from cmim.engine.metrics import Scores, scores
 from cmim.engine.run import Run
 from cmim.errors import UserError

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmim.masking import Fill, isolate_class, per_class_mask, to_pixels
+from cmim.method.masking import Fill, expand, isolate_class, per_class_mask
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -15,7 +15,7 @@ def random_labels(seed, batch, height, width, classes):
     """Token classes in patches of two, so that classes have unlike sizes; -1 and `classes` are ignored."""
     g = torch.Generator().manual_seed(seed)
     coarse = torch.randint(-1, classes + 1, (batch, -(-height // 2), -(-width // 2)), generator=g, dtype=torch.int32)
-    return to_pixels(coarse, 2)[:, :height, :width]
+    return expand(coarse, 2)[:, :height, :width]
 
 
 @given(
@@ -81,9 +81,9 @@ def test_isolate_class_draws_evenly_among_the_present():
     assert torch.equal(isolate_class(image.expand(2, -1, -1), drawn[some], 5), kept[some])
 
 
-def test_to_pixels():
+def test_expand():
     mask = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    pixels = to_pixels(mask, 3)
+    pixels = expand(mask, 3)
     assert pixels.shape == (2, 9, 12) and pixels.dtype == torch.bool
     for b in range(2):
         for row in range(9):

@@ -5,12 +5,14 @@ from copy import deepcopy
 import pytest
 import torch
 
-from cmim import masking, pseudo_labels
-from cmim import objective as objective_module
-from cmim.diagnostics import gradient_norms
-from cmim.objective import Objective
+from cmim.method import masking, perturbations
+from cmim.method import objective as objective_module
+from cmim.method.diagnostics import gradient_norms
+from cmim.method.objective import Objective
+from cmim.settings import PRESETS, standing_on
 from tests.plain_objective import (
     BASE_TERMS,
+    BASES,
     CLASSES,
     OHEM,
     UNLABELLED_SEM,
@@ -28,10 +30,14 @@ CASES = [
     ("supervised", {"method__ohem": {"threshold": 0.1, "min_kept": 5000}}),
     ("fixmatch", {}),
     ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
+    ("fixmatch_fp", {}),
+    ("fixmatch_fp", {"teacher__kind": "ema"}),
     ("unimatch", {}),
     ("unimatch", {"teacher__kind": "ema", "method__dropout": 0.2}),
     ("unimatch_v2", {"teacher__kind": "ema"}),
     ("unimatch_v2", {"method__complementary": False}),
+    ("semantic", {}),
+    ("semantic", {"mim__views": ["strong"], "mask__per_class": True, "mim__isolate": "input"}),
     ("mim", {}),
     ("mim", {"reconstruction__balance": "class", "centroids__distance": "l2", "mask__per_class": True}),
     ("mim", {"reconstruction__tokens": "encoder", "reconstruction__decoder": "attention"}),
@@ -87,6 +93,15 @@ def test_equals_the_plain_rendering(monkeypatch, preset, options):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("preset", ["semantic", "cmim"])
+def test_masked_terms_stand_on_any_base(monkeypatch, base, preset):
+    row = PRESETS[preset]
+    monkeypatch.setitem(PRESETS, preset, standing_on(base, *row.masked, class_wise=row.class_wise))
+    views = {"mim__views": ["labelled"]} if base == "supervised" else {}
+    test_equals_the_plain_rendering(monkeypatch, preset, views)
+
+
 def test_the_box_reaches_the_strong_view_alone(monkeypatch):
     config = make_config("cmim")
     batch = make_batch(config)
@@ -110,6 +125,7 @@ class Recorder(dict):
 
 LABELLED = {"labelled_image", "label"}
 UNLABELLED = {"weak_image", "strong_image", "box", "valid"}
+MASKS = {"labelled_mask", "weak_mask", "strong_mask"}
 
 
 @pytest.mark.parametrize(
@@ -117,9 +133,11 @@ UNLABELLED = {"weak_image", "strong_image", "box", "valid"}
     [
         ("supervised", LABELLED),
         ("fixmatch", LABELLED | UNLABELLED),
-        ("unimatch", LABELLED | UNLABELLED | {"key"}),
-        ("unimatch_v2", LABELLED | UNLABELLED | {"key"}),
-        ("mim", LABELLED | UNLABELLED | {"key", "labelled_key", "labelled_mask", "weak_mask", "strong_mask"}),
+        ("unimatch", LABELLED | UNLABELLED | {"channel_key"}),
+        ("unimatch_v2", LABELLED | UNLABELLED | {"channel_key"}),
+        ("fixmatch_fp", LABELLED | UNLABELLED | {"channel_key"}),
+        ("semantic", LABELLED | UNLABELLED | {"channel_key"} | MASKS),
+        ("mim", LABELLED | UNLABELLED | {"channel_key"} | MASKS),
     ],
 )
 def test_what_is_read(monkeypatch, preset, expected):
@@ -138,7 +156,7 @@ def test_every_draw_has_its_own_keys(monkeypatch):
 
     original = masking.uniform
     monkeypatch.setattr(masking, "uniform", record)
-    monkeypatch.setattr(pseudo_labels, "uniform", record)
+    monkeypatch.setattr(perturbations, "uniform", record)
     config = make_config("cmim", mim__isolate="input", mask__per_class=True)
     make_objective(monkeypatch, config)(make_batch(config), ramp())
     assert len(drawn) == 2 + 6 + 6 and len(set(drawn)) == len(drawn)
@@ -190,7 +208,7 @@ def test_without_ramp_there_is_no_masked_pass(monkeypatch):
     objective, batch = make_objective(monkeypatch, config), make_batch(config)
     before = deepcopy(objective)
     whole = objective(batch, ramp())
-    monkeypatch.setattr(Objective, "masked", lambda *_: pytest.fail("masked pass"))
+    monkeypatch.setattr(Objective, "masked_terms", lambda *_: pytest.fail("masked pass"))
     output = before(batch, None)
     assert output.terms == {name: whole.terms[name] for name in ("sup", "strong", "fp")}
     output.loss.backward()
@@ -222,7 +240,7 @@ def see_graph(monkeypatch):
     return terms, features
 
 
-@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "cmim"])
+@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "semantic", "cmim"])
 def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     config = make_config(preset, data__background=0)
     objective, batch = make_objective(monkeypatch, config), make_batch(config)
@@ -237,7 +255,7 @@ def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     norms = {name: full.figures.pop(name) for name in set(full.figures) - set(some.figures)}
     assert set(norms) == {f"gradient_{name}" for name in full.terms}
     assert not any(figure.requires_grad or figure.dim() for figure in full.figures.values())
-    assert len(features) == {"supervised": 1, "fixmatch": 2, "unimatch": 2, "cmim": 3}[preset]
+    assert len(features) == {"supervised": 1, "fixmatch": 2, "unimatch": 2, "semantic": 3, "cmim": 3}[preset]
 
     torch.testing.assert_close(sum(terms.values()), full.loss)
     together = [torch.zeros_like(f) for f in features]

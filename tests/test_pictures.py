@@ -5,12 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cmim import masking
 from cmim.config import default_config_path, load_config
 from cmim.engine import pictures
-from cmim.objective import Objective
+from cmim.method import masking
+from cmim.method.objective import Objective
 from cmim.randomness import torch_generator
-from cmim.settings import normalisation
 from cmim_kernels import random_mask
 from tests.tiny_runs import tiny
 
@@ -43,7 +42,7 @@ def drawn(tmp_path, monkeypatch, channels, guess, **settings):
     torch.manual_seed(0)
     objective = Objective(config, 3)
     images = torch.from_numpy(image_set.images).permute(0, 3, 1, 2)
-    monkeypatch.setattr(objective, "reconstruction", torch.nn.Identity())
+    monkeypatch.setattr(objective, "reconstruction", torch.nn.Identity(), raising=False)
     monkeypatch.setattr(objective.reconstruction, "forward", lambda *_: guess(objective.net.normalise(images)))
     monkeypatch.setattr(pictures, "grid", lambda tiles, *_: columns.update(tiles) or Image.new("RGB", (1, 1)))
     colours = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
@@ -71,7 +70,7 @@ def hidden_pixels(config):
         random_mask(1, grid, grid, config.mask.ratio, block=BLOCK // STRIDE, generator=torch_generator(0, i, "picture"))
         for i in (0, 1)
     ]
-    return masking.to_pixels(torch.cat(masks), STRIDE).numpy()
+    return masking.expand(torch.cat(masks), STRIDE).numpy()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -81,11 +80,16 @@ def test_a_decoder_that_knows_the_image_gives_it_back(channels, tmp_path, monkey
     assert list(tiles) == names and (tmp_path / "p" / "a.png").exists()
     expected, hidden = as_shown(image_set.images), hidden_pixels(config)
     assert np.array_equal(tiles["image"], expected)
-    mean = as_shown(np.array(normalisation(config.data)[0])[None, None, None] * 255).round()
+    mean = as_shown(np.array(config.data.normalisation()[0])[None, None, None] * 255).round()
     assert np.array_equal(tiles["masked"], np.where(hidden[..., None], mean, expected))
     restored = (tiles["reconstruction"] == expected).all(-1)
     assert restored[~hidden].all() and restored[hidden].any()
     assert (tiles["reconstruction"] == tiles["masked"]).all(-1)[~restored].all()
+
+
+def test_without_a_decoder_there_is_no_reconstruction(tmp_path, monkeypatch):
+    tiles, _, _ = drawn(tmp_path, monkeypatch, 3, lambda _: pytest.fail("decoded"), method__preset="semantic")
+    assert "masked" in tiles and "reconstruction" not in tiles
 
 
 def test_normalised_patches_get_their_mean_and_spread_back(tmp_path, monkeypatch):

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmim.pseudo_labels import PseudoLabels, cutmix, drop_channels, drop_complementary, pseudo_labels
+from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
+from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
 
 
 def keys(count, seed=0):

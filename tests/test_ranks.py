@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cmim import objective as objective_module
-from cmim.engine import distributed
+from cmim import distributed
+from cmim.method import objective as objective_module
 from cmim.models.batch_norm import synchronise_batch_norm
 from tests.plain_objective import CLASSES, OHEM, make_batch, make_config, make_objective, ramp, tiny_segmenter
 from tests.ranks import run_on_ranks

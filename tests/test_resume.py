@@ -11,8 +11,7 @@ import time
 import pytest
 import torch
 
-from cmim import train
-from cmim.engine import checkpoint
+from cmim import checkpoint, train
 from cmim.engine.run import Run
 from cmim.errors import UserError
 from tests.tiny_runs import read_metrics, run_tiny, tiny

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmim import errors, train
-from cmim.engine import checkpoint
+from cmim import checkpoint, errors, train
 from cmim.engine.run import Run
 from tests.ranks import run_on_ranks
 from tests.tiny_runs import read_metrics, run_tiny, tiny
@@ -123,7 +122,7 @@ def test_a_mistake_is_told_once_and_reported(rank, expected, tmp_path, monkeypat
     monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit(code))
     with pytest.raises(SystemExit):
         errors.run_command(fail)
-    assert ended == [2] and waited == [errors.FIRST_SPEAKS] * rank
+    assert ended == [2] and waited == [errors.RANK0_HEAD_START] * rank
     assert capfd.readouterr().err == expected
     assert '"mind the gap"' in (tmp_path / "error.json").read_text() or rank == 1
 
@@ -140,8 +139,9 @@ def test_a_mistake_is_told_once_and_reported(rank, expected, tmp_path, monkeypat
 def test_processes_share_the_batches(processes, options, message, tmp_path):
     config = train.load_config(train.default_config_path(), tiny("x", **BATCH | options)[2:])
     splits = train.load_splits(config.data)
+    counts = len(splits.labelled), len(splits.unlabelled)
     if message is None:
-        return train.check_counts(config, splits, processes)
+        return train.check_counts(config, *counts, processes)
     with pytest.raises(errors.UserError) as caught:
-        train.check_counts(config, splits, processes)
+        train.check_counts(config, *counts, processes)
     assert str(caught.value) == message

@@ -7,15 +7,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cmim import checkpoint
 from cmim.config import load_config
-from cmim.engine import checkpoint
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 CLASSES = ["ground", "square", "triangle", "ring", "cross"]
 TERMS = {
     "supervised": {"sup"},
     "fixmatch": {"sup", "strong"},
+    "fixmatch_fp": {"sup", "strong", "fp"},
     "unimatch": {"sup", "strong1", "strong2", "fp"},
+    "semantic": {"sup", "strong", "fp", "sem_strong"},
     "mim": {"sup", "strong", "fp", "pix", "feat", "sem_strong"},
     "cmim": {"sup", "strong", "fp", "pix", "feat", "sem_labelled", "sem_weak", "sem_strong"},
 }
@@ -104,12 +106,13 @@ def test_tensorboard(run):
     assert len(scalars["coverage"]) == 4
 
 
-@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "mim"])
+@pytest.mark.parametrize("preset", ["supervised", "fixmatch", "fixmatch_fp", "unimatch", "semantic", "mim"])
 def test_the_other_presets(preset, tmp_path, capsys):
     run = run_tiny(tmp_path / "run", train__steps=1, method__preset=preset, teacher__kind="student")
     line = read_metrics(run)[0]
     assert terms_of(line) == TERMS[preset]
-    assert MASKED.isdisjoint(line) == (preset != "mim") and COVERAGE.isdisjoint(line) == (preset == "supervised")
+    masked = {"semantic": {"valid_tokens"}, "mim": MASKED}.get(preset, set())
+    assert MASKED & line.keys() == masked and COVERAGE.isdisjoint(line) == (preset == "supervised")
     assert not any(name.startswith("teacher.") for name in checkpoint.load(run.last)["objective"])
     printed = capsys.readouterr().out
     assert f"{preset}: 6 labelled and 8 unlabelled images, 3 val, 4 test, 5 classes" in printed

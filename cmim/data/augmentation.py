@@ -7,11 +7,14 @@ Images may have any number of channels. Three are red, green and blue; the steps
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
+from torch import Tensor
 
 from cmim.data.datasets import IGNORED
 
 
-def weak(image, label, rng, crop, scale):
+def weak(
+    image: np.ndarray, label: np.ndarray | None, rng: np.random.Generator, crop: int, scale: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Random resize, crop and horizontal flip. Where the resized image is smaller than the crop, it is padded at the right
     and at the bottom (then flipped with the rest).
 
@@ -36,7 +39,7 @@ def weak(image, label, rng, crop, scale):
 
     pixels = np.zeros((crop, crop, image.shape[2]), np.uint8)
     classes, valid = np.full((crop, crop), IGNORED, np.uint8), np.zeros((crop, crop), bool)
-    # Resizing only the part that the crop keeps gives the pixels of resizing everything, then cropping.
+    # Resize only the part that the crop keeps: the pixels are those of resizing the whole image, then cropping.
     x, y = sides[0] / width, sides[1] / height
     box = (left * x, top * y, min((left + columns) * x, sides[0]), min((top + rows) * y, sides[1]))
     pixels[:rows, :columns] = resize(image, (rows, columns), box)
@@ -47,7 +50,7 @@ def weak(image, label, rng, crop, scale):
     return _to_tensor(pixels[:, flip]), torch.from_numpy(classes[:, flip].copy()), torch.from_numpy(valid[:, flip].copy())
 
 
-def strong(image, rng):
+def strong(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Colour jitter (brightness, contrast and saturation 0.5, hue 0.25; probability 0.8) in random order, grey (0.2) and
     Gaussian blur of radius 0.1 to 2 (0.5). For other than three channels: brightness, contrast and blur, the same for all.
 
@@ -78,7 +81,7 @@ def strong(image, rng):
     return _to_tensor(np.asarray(view))
 
 
-def resize(image, size, box=None):
+def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
     """Bilinear resize, antialiased where it shrinks.
 
     Args:
@@ -95,7 +98,7 @@ def resize(image, size, box=None):
     return np.stack([to(np.ascontiguousarray(channel)) for channel in image.transpose(2, 0, 1)], axis=2)
 
 
-def cutmix_box(rng, size, p):
+def cutmix_box(rng: np.random.Generator, size: int, p: float) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of a CutMix box in a size x size crop, zeros with probability 1 - p.
 
     Its area is 2 to 40 % of the crop, its height 0.3 to 1 / 0.3 times its width; it is drawn until it lies inside.
@@ -112,7 +115,7 @@ def cutmix_box(rng, size, p):
 
 
 def _strong_of_any(image, rng):
-    """Brightness and contrast see the channels (C, H, W) one below another, as one grey picture."""
+    """For brightness and contrast, the channels (C, H, W) are stacked below one another as one grey picture."""
     view = Image.fromarray(image.reshape(-1, image.shape[2]))
     if rng.random() < 0.8:
         factors = rng.uniform(0.5, 1.5, 2)

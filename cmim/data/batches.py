@@ -5,48 +5,55 @@ m x batch + r x (batch / ranks) + i; everything about it is drawn from generator
 purpose. So no batch depends on the number of workers, on where a run was resumed or on the number of ranks.
 """
 
-import os
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cmim.data.augmentation import cutmix_box, resize, strong, weak
+from cmim.data.datasets import ImageSet, Splits
 from cmim.randomness import key, numpy_generator, torch_generator
-from cmim.settings import token_stride, uses_masking, uses_unlabelled
+from cmim.settings import Config, DataSettings
 from cmim_kernels import random_mask
+
+IMAGES = ("labelled_image", "weak_image", "strong_image")
+"""The entries of a batch that are images, (..., C, S, S)."""
 
 
 class TrainBatches(Dataset):
     """Item m is the part of one rank in micro-batch m, a dict of tensors. L and U are the labelled and the unlabelled batch
-    size divided by the number of ranks, C the channels, S the crop, (h, w) the token grid, V the number of strong views (2
-    for unimatch and unimatch_v2, else 1).
+    size divided by the number of ranks, C the channels, S the crop, b the mask blocks along a side of the crop, V the number
+    of strong views of the preset.
 
-        labelled_image (L, C, S, S) uint8   label (L, S, S) uint8, 255 without a class   labelled_key (L,) int64
+        labelled_image (L, C, S, S) uint8   label (L, S, S) uint8, 255 without a class
 
-    unless the preset is supervised:
+    for presets with unlabelled images:
 
-        weak_image (U, C, S, S) uint8       valid (U, S, S) bool, False where padded      key (U,) int64
+        weak_image (U, C, S, S) uint8       valid (U, S, S) bool, False where padded
         strong_image (V, U, C, S, S) uint8, views of the weak image before CutMix
         box (V, U, 4) int64: top, left, bottom, right; zeros where a view has no CutMix
+        channel_key (U,) int64, of the channels that are dropped
 
-    for presets with masked views, True where hidden:
+    for presets with masked terms, of each view that there is (labelled, weak, strong), with n images:
 
-        labelled_mask (L, h, w) bool        weak_mask (U, h, w) bool                      strong_mask (U, h, w) bool
+        *_mask (n, b, b) bool, True where a block is hidden
+        *_mask_key (n,) int64, of the mask inside each class        *_class_key (n,) int64, of the class that is isolated
 
-    Keys are for `cmim.randomness.uniform`: randomness on the device.
+    Keys are for `cmim.randomness.uniform`, randomness on the device: each stands for a draw of its own.
     """
 
-    def __init__(self, splits, config, rank=0, world_size=1):
+    def __init__(self, splits: Splits, config: Config, rank: int = 0, world_size: int = 1):
         self.labelled, self.unlabelled, self.config = splits.labelled, splits.unlabelled, config
         self.rank, self.world_size = rank, world_size
 
-    def __getitem__(self, step):
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
         train = self.config.train
         samples = [self._labelled(p) for p in self._positions(step, train.labelled_batch)]
         batch = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
-        if uses_unlabelled(self.config):
+        if self.config.preset.uses_unlabelled:
             samples = [self._unlabelled(p) for p in self._positions(step, train.unlabelled_batch)]
             for name in samples[0]:
                 batch[name] = torch.stack([s[name] for s in samples], dim=1 if name in ("strong_image", "box") else 0)
@@ -61,34 +68,24 @@ class TrainBatches(Dataset):
         i = self._index(position, len(self.labelled), "labelled order")
         label = self.labelled.label(i)
         image, label, _ = self._weak(self.labelled.image(i), label, position, "labelled weak")
-        sample = {
-            "labelled_image": image,
-            "label": label,
-            "labelled_key": torch.tensor(key(self.config.seed, position, "labelled")),
-        }
-        if uses_masking(self.config):
-            sample["labelled_mask"] = self._mask(position, "labelled mask")
-        return sample
+        return {"labelled_image": image, "label": label} | self._masks(position, "labelled")
 
     def _unlabelled(self, position):
         config, seed = self.config, self.config.seed
         i = self._index(position, len(self.unlabelled), "unlabelled order")
         image, _, valid = self._weak(self.unlabelled.image(i), None, position, "unlabelled weak")
-        views = range(2 if config.method.preset.startswith("unimatch") else 1)
+        views = range(config.preset.strong_views)
         boxes = [
             cutmix_box(numpy_generator(seed, position, f"box {v}"), config.data.crop, config.method.cutmix) for v in views
         ]
         sample = {
             "weak_image": image,
             "valid": valid,
-            "key": torch.tensor(key(seed, position, "unlabelled")),
+            "channel_key": torch.tensor(key(seed, position, "dropped channels")),
             "strong_image": torch.stack([strong(image, numpy_generator(seed, position, f"strong {v}")) for v in views]),
             "box": torch.tensor(boxes),
         }
-        if uses_masking(config):
-            sample["weak_mask"] = self._mask(position, "weak mask")
-            sample["strong_mask"] = self._mask(position, "strong mask")
-        return sample
+        return sample | self._masks(position, "weak") | self._masks(position, "strong")
 
     def _index(self, position, count, purpose):
         """Every epoch is its own permutation of the images."""
@@ -100,19 +97,28 @@ class TrainBatches(Dataset):
         rng = numpy_generator(self.config.seed, position, purpose)
         return weak(_shown(image, data.size), label, rng, data.crop, data.scale)
 
-    def _mask(self, position, purpose):
-        mask, stride = self.config.mask, token_stride(self.config)
-        side = self.config.data.crop // stride
-        generator = torch_generator(self.config.seed, position, purpose)
-        return random_mask(1, side, side, mask.ratio, block=mask.block // stride, generator=generator)[0]
+    def _masks(self, position, view):
+        """What the masked pass draws for a view of a sample: its mask, and keys for what is drawn on the device."""
+        if not self.config.preset.masked:
+            return {}
+        seed, mask = self.config.seed, self.config.mask
+        side = self.config.data.crop // mask.block
+        generator = torch_generator(seed, position, f"{view} mask")
+        return {
+            f"{view}_mask": random_mask(1, side, side, mask.ratio, generator=generator)[0],
+            f"{view}_mask_key": torch.tensor(key(seed, position, f"{view} mask inside classes")),
+            f"{view}_class_key": torch.tensor(key(seed, position, f"{view} isolated class")),
+        }
 
 
-def train_loader(batches, start, stop, workers):
+def train_loader(batches: TrainBatches, start: int, stop: int, workers: int) -> DataLoader:
     """The micro-batches `start` to `stop` - 1 in order; in pinned memory where there is a CUDA device."""
     return DataLoader(batches, sampler=range(start, stop), **_options(workers))
 
 
-def evaluation_loader(image_set, settings, batch, workers, rank=0, world_size=1):
+def evaluation_loader(
+    image_set: ImageSet, settings: DataSettings, batch: int, workers: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, list[Tensor], list[int]]]:
     """Consecutive images of equal size, at most `batch` at a time; of several ranks, every one gets images of its own.
 
     Args:
@@ -130,15 +136,6 @@ def evaluation_loader(image_set, settings, batch, workers, rank=0, world_size=1)
         group.append((image, label, index))
     if group:
         yield _collate(group)
-
-
-def default_workers():
-    """The cores of this process, shared with the other ones that torchrun started here, but one; at most 8."""
-    return max(0, min(available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 8))
-
-
-def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Evaluation(Dataset):
@@ -160,7 +157,7 @@ def _collate(group):
 
 
 def _options(workers):
-    # A generator of its own: a loader otherwise draws from torch's global one.
+    # Without a generator of its own, a loader would draw from torch's global one.
     pinned = torch.cuda.is_available()
     return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
 

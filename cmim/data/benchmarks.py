@@ -5,6 +5,8 @@ split folders. `val` is the official validation set; none has public labels for 
 those that UniMatch prepared, which SemiVL's authors keep as a release on GitHub.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from cmim.data.benchmark_classes import (
@@ -18,25 +20,19 @@ from cmim.data.benchmark_classes import (
 from cmim.data.datasets import IGNORED
 from cmim.data.files import open_mask
 from cmim.data.labels import Encoding, colour_map, table_of
-from cmim.data.lists import read_lines
-from cmim.data.splits import load_files
+from cmim.data.lists import Listing, read_lines
 from cmim.errors import UserError
+from cmim.settings import DataSettings
 
 PREPARED = "https://github.com/google-research/semivl/releases/download/checkpoints/ground_truth_{}.zip"
-LOOK = 32
-"""Masks of each split that `Ade20k.look` opens."""
-
-
-def load_benchmark(settings):
-    """The splits of `settings.format` under `settings.root`."""
-    source = {"voc": Voc, "cityscapes": Cityscapes, "coco": Coco, "ade20k": Ade20k}[settings.format](settings)
-    return load_files(settings, source)
+INSPECTED = 32
+"""Masks of each split that `Ade20k.inspect_masks` opens."""
 
 
 class Benchmark:
     """What the four share; a `Source`."""
 
-    def __init__(self, settings):
+    def __init__(self, settings: DataSettings):
         self.root = settings.root
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
@@ -48,22 +44,22 @@ class Benchmark:
 
     held_out_remedy = "it is `val`, or a text file of ids or of lines `IMAGE MASK`, two paths under data.root"
 
-    def unlabelled(self):
+    def unlabelled(self) -> list[Path]:
         return []
 
-    def held_out(self, name):
+    def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
         return self.validation() if name == "val" else None
 
-    def known(self):
+    def known(self) -> list[tuple[Path, Path]]:
         return self.training() + self.validation()
 
-    def find_mask(self, mask, listing):
+    def find_mask(self, mask: Path, listing: Listing) -> Path:
         return mask
 
-    def encoding(self, mask):
+    def encoding(self, mask: Path) -> Encoding:
         return self._encoding
 
-    def look(self, masks):
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
         return []
 
     def _images(self, pattern):
@@ -86,20 +82,20 @@ class Voc(Benchmark):
         f"VOC's hold 0 to 20 and 255; take the file from {PREPARED.format('voc')}",
     )
 
-    def training(self):
+    def training(self) -> list[tuple[Path, Path | None]]:
         """trainaug.txt (or train_aug.txt) where SBD's list is there, else train.txt."""
         lists = self.root / "ImageSets" / "Segmentation"
         names = [name for name in ("trainaug.txt", "train_aug.txt") if (lists / name).is_file()] or ["train.txt"]
         return self._listed(lists / names[0])
 
-    def validation(self):
+    def validation(self) -> list[tuple[Path, Path]]:
         return self._listed(self.root / "ImageSets" / "Segmentation" / "val.txt")
 
-    def find_mask(self, mask, listing):
+    def find_mask(self, mask: Path, listing: Listing) -> Path:
         merged = mask.parent.parent / "SegmentationClassAug" / mask.name
         return merged if mask not in listing and merged in listing else mask
 
-    def look(self, masks):
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
         counts = {name: sum(mask.parent.name == "SegmentationClassAug" for mask in masks[name]) for name in masks}
         return [f"{count} {name} masks are from SegmentationClassAug/" for name, count in counts.items() if count]
 
@@ -128,25 +124,25 @@ class Cityscapes(Benchmark):
         "label ids are 0 to 33 and 255; take the file from gtFine_trainvaltest.zip again",
     )
 
-    def training(self):
+    def training(self) -> list[tuple[Path, Path | None]]:
         return self._city("train")
 
-    def validation(self):
+    def validation(self) -> list[tuple[Path, Path]]:
         return self._city("val")
 
-    def unlabelled(self):
+    def unlabelled(self) -> list[Path]:
         """The images of train_extra/, which have coarse masks only."""
         there = (self.root / "leftImg8bit" / "train_extra").is_dir()
         return self._images("leftImg8bit/train_extra/*/*_leftImg8bit.png") if there else []
 
-    def find_mask(self, mask, listing):
+    def find_mask(self, mask: Path, listing: Listing) -> Path:
         raw = mask.with_name(mask.name.replace("_labelTrainIds.png", "_labelIds.png"))
         return raw if mask not in listing and raw in listing else mask
 
-    def encoding(self, mask):
+    def encoding(self, mask: Path) -> Encoding:
         return self._label_ids if mask.name.endswith("_labelIds.png") else self._train_ids
 
-    def look(self, masks):
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
         raw = sum(self.encoding(mask) is self._label_ids for paths in masks.values() for mask in paths)
         return [f"{raw} masks hold label ids, which are mapped to train ids"] if raw else []
 
@@ -169,10 +165,10 @@ class Coco(Benchmark):
         f"0 is the background, 1 to 80 are the things in order (no category ids), 255 is none: {PREPARED.format('coco')}",
     )
 
-    def training(self):
+    def training(self) -> list[tuple[Path, Path | None]]:
         return self._year("train2017")
 
-    def validation(self):
+    def validation(self) -> list[tuple[Path, Path]]:
         return self._year("val2017")
 
     def _year(self, folder):
@@ -182,7 +178,7 @@ class Coco(Benchmark):
 
 class Ade20k(Benchmark):
     """ADE20K's scene parsing benchmark (Zhou et al. 2017), 150 classes. Its masks hold 0 for no class and k for class k - 1;
-    UniMatch V2's hold classes from 0 and 255 for none. `look` tells them apart."""
+    UniMatch V2's hold classes from 0 and 255 for none. `inspect_masks` tells them apart."""
 
     class_names = ADE20K_NAMES
     colours = colour_map(len(ADE20K_NAMES))
@@ -190,41 +186,43 @@ class Ade20k(Benchmark):
     mask_remedy = "annotations/ of http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip has all of them"
     split_example = "git clone https://github.com/LiheYoung/UniMatch-V2, then --data.split UniMatch-V2/splits/ade20k/1_64"
     _original = Encoding(
-        table_of({k + 1: k for k in range(150)}, [0]), "others hold 0 to 150, as ADE20K distributes them; take one kind"
+        table_of({k + 1: k for k in range(150)}, [0]),
+        "others hold 0 to 150, as ADE20K distributes them; take masks of one encoding",
     )
     _prepared = Encoding(
-        table_of({k: k for k in range(150)}, [IGNORED]), "others hold 0 to 149 and 255, as UniMatch V2's; take one kind"
+        table_of({k: k for k in range(150)}, [IGNORED]),
+        "others hold 0 to 149 and 255, as UniMatch V2's; take masks of one encoding",
     )
 
-    def training(self):
+    def training(self) -> list[tuple[Path, Path | None]]:
         return self._half("training")
 
-    def validation(self):
+    def validation(self) -> list[tuple[Path, Path]]:
         return self._half("validation")
 
-    def look(self, masks):
-        """Only prepared masks hold 255, most of them do; only original ones hold 150. Absence from `LOOK` masks of a split
-        counts too: one half of a data set may have been prepared and the other one forgotten."""
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
+        """Only prepared masks hold 255, most of them do; only original ones hold 150. That `INSPECTED` masks of a split hold
+        no 255 counts too: one half of a data set may have been prepared and the other one forgotten."""
         prepared, original = [], []  # (a mask, what shows it)
         for split, paths in masks.items():
-            chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(LOOK, len(paths))).astype(int)]
+            chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(INSPECTED, len(paths))).astype(int)]
             values = [np.unique(open_mask(path)) for path in chosen]
             has_255 = [path for path, v in zip(chosen, values, strict=True) if IGNORED in v]
             has_150 = [path for path, v in zip(chosen, values, strict=True) if 150 in v]
             prepared += [(path, "holds 255") for path in has_255[:1]]
             original += [(path, "holds 150") for path in has_150[:1]]
-            if not has_255 and not has_150 and len(chosen) == LOOK:
-                original.append((chosen[0], f"and {LOOK - 1} others of {split} hold no 255"))
+            if not has_255 and not has_150 and len(chosen) == INSPECTED:
+                original.append((chosen[0], f"and {INSPECTED - 1} others of {split} hold no 255"))
         if prepared and original:
             (a, why_a), (b, why_b) = prepared[0], original[0]
             raise UserError(
                 f"{a} {why_a}, so its classes count from 0; {b} {why_b}, so its classes count from 1, as ADE20K "
-                "distributes them: take all masks of one kind"
+                "distributes them: take all masks of one encoding"
             )
         self._encoding = self._prepared if prepared else self._original
         if prepared:
             return [f"masks hold classes from 0, as UniMatch V2 prepares them: {prepared[0][0].name} holds 255"]
-        why = f"{original[0][0].name} {original[0][1]}" if original else "none that was looked at holds 255"
+        why = f"{original[0][0].name} {original[0][1]}" if original else "none of those that were opened holds 255"
         return [f"masks hold classes from 1 and 0 for none, as ADE20K distributes them: {why}"]
 
     def _half(self, name):

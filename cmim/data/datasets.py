@@ -14,13 +14,13 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, i) -> str:
+    def name(self, i: int) -> str:
         """A name for people and for files."""
 
-    def image(self, i) -> np.ndarray:
+    def image(self, i: int) -> np.ndarray:
         """Image i at its original resolution: (H, W, channels) uint8."""
 
-    def label(self, i) -> np.ndarray:
+    def label(self, i: int) -> np.ndarray:
         """(H, W) uint8 at the image's original resolution: class ids in [0, K) or IGNORED."""
 
 

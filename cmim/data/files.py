@@ -3,13 +3,14 @@
 Images are taken as they are stored (an EXIF orientation is not applied), because masks are drawn over stored pixels.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
 from PIL import Image
 
-from cmim.data.labels import class_ids
+from cmim.data.labels import Encoding, class_ids
 from cmim.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
@@ -28,19 +29,25 @@ class FileSet:
         channels: of the images.
     """
 
-    def __init__(self, images, masks, encoding, channels):
+    def __init__(
+        self,
+        images: Sequence[Path],
+        masks: Sequence[Path | None],
+        encoding: Callable[[Path], Encoding],
+        channels: int,
+    ):
         self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return self.images[i].stem
 
-    def image(self, i):
+    def image(self, i: int) -> np.ndarray:
         return open_image(self.images[i], self.channels)
 
-    def label(self, i):
+    def label(self, i: int) -> np.ndarray:
         mask = self.masks[i]
         values = open_mask(mask)
         height, width = _size(self.images[i])
@@ -56,7 +63,7 @@ class FileSet:
         return ids
 
 
-def open_image(path, channels):
+def open_image(path: str | Path, channels: int) -> np.ndarray:
     """An image file as (H, W, channels) uint8.
 
     Three channels are RGB and one is grey, whatever the colours of the file. Four are the bands of a file that stores four
@@ -85,7 +92,7 @@ def open_image(path, channels):
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def open_mask(path):
+def open_mask(path: str | Path) -> np.ndarray:
     """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
     mask = _open(path)
     stored = _stored(mask)
@@ -104,7 +111,7 @@ def open_mask(path):
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
-        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow spreads few bits over 0 to 255
+        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow scales 2 and 4 bits to 0 to 255: undo it
         return values.astype(np.uint8) if mask.mode == "1" else values
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None

@@ -3,20 +3,18 @@
 A mask has the name of its image with another suffix. In train/ an image without a mask is unlabelled.
 """
 
+from pathlib import Path
+
 from cmim.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES
 from cmim.data.labels import Encoding, class_names, colour_map, label_table
-from cmim.data.splits import load_files
+from cmim.data.lists import Listing
 from cmim.errors import UserError
-
-
-def load_folder(settings):
-    """The splits of `settings.root`. The unlabelled images are the rest of train/ and those of unlabeled/ (or unlabelled/,
-    each with or without images/ inside)."""
-    return load_files(settings, Folder(settings))
+from cmim.settings import DataSettings
 
 
 class Folder:
-    """A `Source`. Its held-out images lie in the folder of that name."""
+    """A `Source`. The unlabelled images are the rest of train/ and those of unlabeled/ (or unlabelled/, each with or without
+    images/ inside); its held-out images lie in the folder of that name."""
 
     layout = "data.split names paths under data.root"
     mask_remedy = "add it, or take its line away"
@@ -26,7 +24,7 @@ class Folder:
     known = None
     split_example = "data.split is a folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK`, two paths under data.root"
 
-    def __init__(self, settings):
+    def __init__(self, settings: DataSettings):
         self.root = settings.root
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
@@ -37,14 +35,14 @@ class Folder:
             "map it with data.label_map, leave it out with data.ignore, or name more classes in data.classes or classes.txt",
         )
 
-    def training(self):
+    def training(self) -> list[tuple[Path, Path | None]]:
         return _pairs(self.root / "train")
 
-    def unlabelled(self):
+    def unlabelled(self) -> list[Path]:
         folders = [self.root / name for name in ("unlabeled", "unlabelled") if (self.root / name).is_dir()]
         return [path for folder in folders for path in _images(folder)]
 
-    def held_out(self, name):
+    def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
         folder = self.root / name
         if not folder.is_dir():
             return None
@@ -54,14 +52,14 @@ class Folder:
                 raise UserError(f"{image} has no mask: put {image.stem}.png into {folder / 'masks'}, or take the image away")
         return pairs
 
-    def find_mask(self, mask, listing):
+    def find_mask(self, mask: Path, listing: Listing) -> Path:
         return mask
 
-    def encoding(self, mask):
+    def encoding(self, mask: Path) -> Encoding:
         return self._encoding
 
-    def look(self, masks):
-        return ()
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
+        return []
 
 
 def _pairs(folder):

@@ -1,11 +1,14 @@
 """What the numbers in a mask stand for, and what classes are called and coloured."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from cmim.data.datasets import IGNORED
 from cmim.errors import UserError
+from cmim.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,9 @@ class Encoding:
     """What to do about a value that is no class."""
 
 
-def label_table(settings, num_classes):
-    """The table of an `Encoding` from the settings: `label_map` speaks first, then `ignore`, of the mapped value; IGNORED as
-    a target always means no class."""
+def label_table(settings: DataSettings, num_classes: int) -> np.ndarray:
+    """The table of an `Encoding` from the settings: `label_map` is applied first, `ignore` to the mapped
+    value; IGNORED as a target always means no class."""
     targets = np.arange(1 << 16)
     for value, target in settings.label_map.items():
         if not 0 <= value < len(targets):
@@ -40,7 +43,7 @@ def label_table(settings, num_classes):
     return np.append(table, -1).astype(np.int16)
 
 
-def table_of(classes, ignored):
+def table_of(classes: dict[int, int], ignored: Iterable[int]) -> np.ndarray:
     """The table of an `Encoding` in which `classes` maps mask values to class ids and the others of `ignored` have none."""
     table = np.full((1 << 16) + 1, -1, np.int16)
     table[list(ignored)] = IGNORED
@@ -48,10 +51,10 @@ def table_of(classes, ignored):
     return table
 
 
-def class_ids(values, table):
+def class_ids(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int | None]:
     """Class ids (H, W) uint8 of the integers of a mask, IGNORED where it has no class; and the smallest value that is no
     class, None if all are."""
-    if values.dtype == np.uint8:  # what most masks are: bytes are translated faster than arrays are indexed
+    if values.dtype == np.uint8:  # most masks are bytes, and translating bytes is faster than indexing
         stored = bytearray(np.ascontiguousarray(values))
         wrong = stored.translate(None, bytes(np.flatnonzero(table[:256] >= 0).tolist()))
         ids = np.frombuffer(stored.translate(table[:256].astype(np.uint8).tobytes()), np.uint8).reshape(values.shape)
@@ -63,7 +66,7 @@ def class_ids(values, table):
     return ids, int(min(wrong)) if len(wrong) else None
 
 
-def class_names(settings, root):
+def class_names(settings: DataSettings, root: Path) -> tuple[str, ...]:
     """The names from `data.classes`, or ROOT/classes.txt: one a line, blank lines skipped."""
     names, source = settings.classes, "data.classes"
     if isinstance(names, int):
@@ -88,7 +91,7 @@ def class_names(settings, root):
     return names
 
 
-def colour_map(count):
+def colour_map(count: int) -> np.ndarray:
     """(count, 3) uint8, the colours of PASCAL VOC: the bits of a class id, three at a time, from the highest bit down."""
     colours = np.zeros((count, 3), np.uint8)
     for bit in range(8):

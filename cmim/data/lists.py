@@ -2,12 +2,13 @@
 
 import difflib
 import os
-from pathlib import PurePath
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePath
 
 from cmim.errors import UserError
 
 
-def read_lines(path, key, content):
+def read_lines(path: Path, key: str, content: str) -> list[str]:
     """The lines of a text file without blank ones; `key` is the setting that names it, `content` what it should hold."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -17,7 +18,9 @@ def read_lines(path, key, content):
     return [line for line in lines if line]
 
 
-def read_pairs(path, key, root, known=None):
+def read_pairs(
+    path: Path, key: str, root: Path, known: Callable[[], list[tuple[Path, Path]]] | None = None
+) -> list[tuple[Path, Path | None]]:
     """The lines `IMAGE MASK` of a split file as pairs of paths under `root`; the mask is None where the line has no second
     word, or None for it.
 
@@ -37,7 +40,7 @@ def read_pairs(path, key, root, known=None):
     return pairs
 
 
-def read_images(path, key, root):
+def read_images(path: Path, key: str, root: Path) -> list[Path]:
     """The images of the lines `IMAGE MASK` of a split file, without their masks."""
     return [root / words[0] for words in _read_words(path, key)]
 
@@ -50,7 +53,7 @@ def _read_words(path, key):
         yield words
 
 
-def with_masks(pairs, path):
+def with_masks(pairs: list[tuple[Path, Path | None]], path: Path) -> list[tuple[Path, Path]]:
     """The pairs that the file `path` lists, if there are any and each has a mask."""
     if not pairs:
         raise UserError(f"{path} names no image: write lines `IMAGE MASK`")
@@ -64,12 +67,12 @@ def with_masks(pairs, path):
     return pairs
 
 
-def index_names(images):
+def index_names(images: Iterable[Path]) -> dict[str, int]:
     """Which image a file name, with or without suffix, means."""
     return {key: i for i, image in enumerate(images) for key in (image.name, image.stem)}
 
 
-def find_name(line, index, source):
+def find_name(line: str, index: dict[str, int], source: str | Path) -> int:
     """What the line of a list means in an `index_names`; folders before the name do not count."""
     name = PurePath(line).name
     if name not in index:
@@ -85,7 +88,7 @@ class Listing:
     def __init__(self):
         self._names = {}
 
-    def __contains__(self, path):
+    def __contains__(self, path: str | Path) -> bool:
         folder, name = os.path.split(path)
         if folder not in self._names:
             try:
@@ -95,7 +98,7 @@ class Listing:
         return name in self._names[folder]
 
 
-def require(files, listing, what, remedy):
+def require(files: Sequence[Path], listing: Listing, what: str, remedy: str) -> None:
     """Raise if one of `files` is missing: name the first one and how many there are."""
     missing = [path for path in files if path not in listing]
     if missing:

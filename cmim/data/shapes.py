@@ -4,21 +4,23 @@ Each class has its own outline and its own texture: square with stripes, triangl
 rings. Hues are random, so that colour tells nothing; light, ground and pixels are noisy; objects are turned and overlap.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
 from cmim.data.datasets import Splits
 from cmim.randomness import numpy_generator
+from cmim.settings import DataSettings
 
 SIZE = 64
 CLASS_NAMES = ("ground", "square", "triangle", "ring", "cross")
 COLOURS = np.array([[47, 52, 66], [239, 131, 84], [79, 176, 198], [242, 201, 76], [190, 111, 196]], np.uint8)
-# Where the splits begin in one endless family of images: a larger split never runs into the next one.
+# The first image number of each split. They are so far apart that no split reaches the next one.
 TRAIN, VAL, TEST = 0, 1 << 32, 2 << 32
 
 
-def load_shapes(settings):
+def load_shapes(settings: DataSettings) -> Splits:
     """The splits of `settings.shapes`, drawn from `settings.split_seed`; labelled and unlabelled images together are
     the first labelled + unlabelled ones of the family."""
     counts, seed = settings.shapes, settings.split_seed
@@ -35,19 +37,19 @@ def load_shapes(settings):
 class ShapesSet:
     """The images of `numbers` (a sequence of ints) of the family `seed`; an `ImageSet`, drawn when first asked for."""
 
-    def __init__(self, numbers, seed):
+    def __init__(self, numbers: Sequence[int], seed: int):
         self.numbers, self.seed, self._drawn = numbers, seed, {}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.numbers)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return f"shapes_{self.numbers[i]}"
 
-    def image(self, i):
+    def image(self, i: int) -> np.ndarray:
         return self._draw(i)[0]
 
-    def label(self, i):
+    def label(self, i: int) -> np.ndarray:
         return self._draw(i)[1]
 
     def _draw(self, i):
@@ -57,7 +59,7 @@ class ShapesSet:
         return self._drawn[number]
 
 
-def draw(rng):
+def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One image, (SIZE, SIZE, 3) uint8, and its label, (SIZE, SIZE) uint8 in [0, 5)."""
     image = _colour(rng, saturation=(0.1, 0.5), value=(0.3, 0.7)) + _ground_noise(rng)
     label = np.zeros((SIZE, SIZE), np.uint8)

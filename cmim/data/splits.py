@@ -1,7 +1,7 @@
 """From a data set on disk to the splits of a run: which images are labelled, and that none of them is held out too."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from cmim.data.labels import Encoding
 from cmim.data.lists import Listing, find_name, index_names, read_images, read_lines, read_pairs, require, with_masks
 from cmim.errors import UserError
 from cmim.randomness import numpy_generator
+from cmim.settings import DataSettings
 
 
 class Source(Protocol):
@@ -37,20 +38,20 @@ class Source(Protocol):
     def unlabelled(self) -> list[Path]:
         """More images, always unlabelled."""
 
-    def held_out(self, name) -> list[tuple[Path, Path]] | None:
+    def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
         """Its own images of this name, such as "val"; None where it has none."""
 
-    def find_mask(self, mask, listing) -> Path:
+    def find_mask(self, mask: Path, listing: Listing) -> Path:
         """The file to read for `mask`: itself or, where the `Listing` has only that, another one that stands for it."""
 
-    def encoding(self, mask) -> Encoding:
+    def encoding(self, mask: Path) -> Encoding:
         """What the values of a mask stand for."""
 
-    def look(self, masks) -> list[str]:
-        """Look at the masks {split: paths} before `encoding` is asked for; notes for the user."""
+    def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
+        """Open or count the masks {split: paths} before `encoding` is asked for; notes for the user."""
 
 
-def load_files(settings, source):
+def load_files(settings: DataSettings, source: Source) -> Splits:
     """The splits of a source. Where no image is unlabelled, the labelled ones serve, without their masks.
 
     `data.labelled` divides the training images unless there is a `data.split`. For val (test likewise): `val` is val.txt of
@@ -74,14 +75,16 @@ def load_files(settings, source):
         require(masks[name], listing, "mask", source.mask_remedy)
         if name != "labelled":
             refuse_shared_images(images["labelled"], images[name], name)
-    notes = source.look(masks)
+    notes = source.inspect_masks(masks)
     masks["unlabelled"] = [None] * len(images["unlabelled"])
     made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels) for name in images}
     about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(notes)}
     return Splits(**{"test": None} | made | about)
 
 
-def divide(pairs, settings):
+def divide(
+    pairs: list[tuple[Path, Path | None]], settings: DataSettings
+) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
     """The labelled pairs, and the images of all others, both in order.
 
     A share or a number of images is a plain random sample of the images that have a mask, not stratified by class. It
@@ -150,12 +153,12 @@ def _held_out(settings, source, key):
     raise UserError(f"data.{key}: there is no folder or text file {name}: {source.held_out_remedy}")
 
 
-def refuse_shared_images(labelled, held_out, split):
+def refuse_shared_images(labelled: Sequence[Path], held_out: Sequence[Path], split: str) -> None:
     """Raise if a labelled image is also in a held-out split: the same file, or another one of the same bytes."""
     sizes = {}
     for path in held_out:
         sizes.setdefault(path.stat().st_size, []).append(path)
-    digests = {}  # only files of a size that occurs on both sides are read
+    digests = {}  # a file is read only if one of the same size is on the other side
     for path in labelled:
         same_size = sizes.get(path.stat().st_size, ())
         for other in same_size:

@@ -1,17 +1,19 @@
 """Where and how a run computes: device, autocast, memory layout."""
 
 import os
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from cmim.data.batches import available_cores
-from cmim.engine.distributed import world
+from cmim.data.batches import IMAGES
+from cmim.distributed import available_cores, world
 from cmim.errors import UserError
 
 
-def choose_device(name):
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of `train.device` for this process. On the CPU, a core is left to the loader unless OMP_NUM_THREADS says
-    otherwise: OpenMP threads wait for one another after every operation, so one that shares its core holds up all."""
+    otherwise: OpenMP threads wait for one another after every operation, so one that shares its core slows all of them."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu")
     if name == "auto":
@@ -30,7 +32,7 @@ def choose_device(name):
     return torch.device("cuda", here.local_rank)
 
 
-def choose_precision(name, device):
+def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype | None:
     """The autocast dtype, or None for float32."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
@@ -39,16 +41,17 @@ def choose_precision(name, device):
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def autocast(device, dtype):
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to the dtype of `choose_precision`; for None nothing changes."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def to_device(batch, device, channels_last):
-    """A batch on the device, images (B, 3, H, W) channels-last where asked, without waiting for the copy."""
-    moved = {}
-    for name, value in batch.items():
-        value = value.to(device, non_blocking=True)
-        if channels_last and value.dim() == 4 and name.endswith("_image"):
-            value = value.contiguous(memory_format=torch.channels_last)
-        moved[name] = value
+def to_device(batch: dict[str, Tensor], device: torch.device, channels_last: bool) -> dict[str, Tensor]:
+    """A batch on the device, each of its images channels-last where asked, without waiting for the copy."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if channels_last:
+        for name in moved.keys() & set(IMAGES):
+            image = moved[name]
+            flat = image.flatten(0, -4).contiguous(memory_format=torch.channels_last)
+            moved[name] = flat.unflatten(0, image.shape[:-3])
     return moved

@@ -4,12 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from cmim.data.batches import default_workers, evaluation_loader
-from cmim.engine import distributed
+from cmim import distributed
+from cmim.data.batches import evaluation_loader
+from cmim.data.datasets import ImageSet
 from cmim.engine.device import autocast
 from cmim.engine.inference import probabilities
 from cmim.engine.logging import Progress
 from cmim.engine.metrics import Confusion, Scores, scores
+from cmim.models.segmenter import Segmenter
+from cmim.settings import Config
 
 
 class Evaluation(NamedTuple):
@@ -20,18 +23,26 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(net, image_set, config, num_classes, device, dtype, title):
+def evaluate(
+    net: Segmenter,
+    image_set: ImageSet,
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    title: str,
+) -> Evaluation:
     """Evaluate `net` on an ImageSet; progress under `title`.
 
     Each process takes its share of the images; all return the result over all images.
     """
     net.eval()
-    torch.backends.cudnn.benchmark = False  # it would tune for every image size anew
+    torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     confusion = Confusion(num_classes, device)
     background = config.data.background
     # rows: all pixels, foreground; columns: pixels with a class, confident ones, confident and right ones
     counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
-    workers = default_workers() if config.data.workers is None else config.data.workers
+    workers = distributed.loader_workers(config.data.workers)
     rank, ranks = distributed.rank(), distributed.size()
     loader = evaluation_loader(image_set, config.data, config.evaluation.batch, workers, rank=rank, world_size=ranks)
     with Progress(title, len(image_set), "images") as progress, autocast(device, dtype):

@@ -1,10 +1,16 @@
 """Class probabilities at the original resolution: whole images or sliding windows, mirrored images, several scales."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from cmim.models.segmenter import Segmenter
+from cmim.settings import Config
 
 
-def probabilities(net, images, sizes, config):
+def probabilities(net: Segmenter, images: Tensor, sizes: Sequence[tuple[int, int]], config: Config) -> Iterator[Tensor]:
     """Class probabilities of each image, one after another, so that only one is held at its full resolution.
 
     With `evaluation.mode` `whole`, the network sees the images as they are, resized to the nearest multiple of its

@@ -1,9 +1,11 @@
-"""What a run says: progress, a line per log interval, metrics.jsonl, TensorBoard, and the final table."""
+"""Output of a run: progress, a line per log interval, metrics.jsonl, TensorBoard, and the final table."""
 
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -12,17 +14,22 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from cmim.engine import distributed
+from cmim import distributed
+from cmim.engine.metrics import Scores
+from cmim.engine.run import Run
 from cmim.errors import UserError
+
+if TYPE_CHECKING:  # evaluation imports this module
+    from cmim.engine.evaluation import Evaluation
 
 try:
     import resource
-except ModuleNotFoundError:  # Windows has none
+except ModuleNotFoundError:  # on Windows
     resource = None
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
-# One display for all loops, drawn by the loops themselves: a thread that draws would be forked into the loader's workers.
+# One display for all loops. The loops draw it themselves: a drawing thread would be forked into the workers of the loader.
 _bars = Bars(
     TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
     console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
@@ -40,7 +47,7 @@ class Progress:
         lines: whether there are lines where there is no terminal.
     """
 
-    def __init__(self, title, total, unit, done=0, lines=True):
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, lines: bool = True):
         self.title, self.total, self.unit, self.done, self.lines = title, total, unit, done, lines
         self.first, self.started = done, time.perf_counter()
         self.shown, self.bar = self.started, None
@@ -48,7 +55,7 @@ class Progress:
             self.bar = _bars.add_task(title, total=total, completed=done, status=self._status())
             _bars.start()
 
-    def advance(self, count=1):
+    def advance(self, count: int = 1) -> None:
         """`count` more are done; what goes beyond the total is not shown."""
         self.done = min(self.total, self.done + count)
         now = time.perf_counter()
@@ -66,7 +73,7 @@ class Progress:
             return text
         return f"{text}  {count / elapsed:.1f} {self.unit}/s  {clock(elapsed / count * (self.total - self.done))} left"
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             if len(_bars.tasks) == 1:
                 _bars.stop()
@@ -84,14 +91,14 @@ class Progress:
 class RunLog:
     """Collects figures on the device and reads them once per interval, so that no other step waits for it.
 
-    Every process calls it alike; the first one prints and stores the means over all of them. Best in a `with` block,
-    so that an error finds the terminal without the bar.
+    Every process makes the same calls; rank 0 prints and stores the means over all of them. In a `with` block, an error
+    message finds the terminal without the bar.
     """
 
-    def __init__(self, run, first_step, steps, images, device, micro=1):
+    def __init__(self, run: Run, first_step: int, steps: int, images: int, device: torch.device, micro: int = 1):
         """`images`: how many, over all processes, each call of `add` stands for; `micro`: calls of `add` per step."""
-        self.speaks = distributed.rank() == 0
-        if self.speaks:
+        self.is_rank0 = distributed.rank() == 0
+        if self.is_rank0:
             self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
             self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
         self.device, self.steps, self.images, self.micro = device, steps, images, micro
@@ -102,7 +109,7 @@ class RunLog:
     def _begin_interval(self):
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
 
-    def add(self, figures):
+    def add(self, figures: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch's figures, a dict of scalar tensors."""
         names = tuple(figures)
         vector = torch.stack([v.detach().float() for v in figures.values()])
@@ -112,14 +119,14 @@ class RunLog:
         if self.count % self.micro == 0:
             self.progress.advance()
 
-    def write(self, step, lr):
+    def write(self, step: int, lr: float) -> None:
         """Close the interval at `step` (counted from 1): print and store the means of its figures.
 
         Raises:
             UserError: a loss term is not finite (the message names it).
         """
         figures, data_wait = self._means()
-        if self.speaks:
+        if self.is_rank0:
             self._report(step, lr, figures, data_wait)
         broken = [k.removeprefix("loss_") for k, v in figures.items() if k.startswith("loss_") and not math.isfinite(v)]
         if broken or not math.isfinite(figures["loss"]):
@@ -163,24 +170,24 @@ class RunLog:
             + f"  {clock(left)} left"
         )
 
-    def evaluation(self, step, evaluation, split, class_names):
+    def evaluation(self, step: int, evaluation: "Evaluation", split: str, class_names: Sequence[str]) -> None:
         """Store an evaluation."""
         result = {"step": step, "split": split, "miou": evaluation.scores.miou}
         result |= {"pixel_accuracy": evaluation.scores.pixel_accuracy, "mean_accuracy": evaluation.scores.mean_accuracy}
-        if self.speaks:
+        if self.is_rank0:
             self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
 
     def _store(self, line):
-        # JSON has no NaN and no infinity.
+        # JSON has no NaN and no infinity: null stands for them.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(f"{line['split']}/{name}" if "split" in line else name, value, line["step"])
 
-    def close(self):
+    def close(self) -> None:
         self.progress.close()
-        if self.speaks:
+        if self.is_rank0:
             self.file.close()
             self.board.close()
 
@@ -191,8 +198,8 @@ class RunLog:
         self.close()
 
 
-def peak_memory(device):
-    """GiB that the run took at most: of a CUDA device's memory; on the CPU of the process's, None on Windows."""
+def peak_memory(device: torch.device) -> float | None:
+    """Peak memory in GiB: of the CUDA device, or on the CPU of the process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -200,16 +207,18 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def by_class(scores, class_names):
+def by_class(scores: Scores, class_names: Sequence[str]) -> dict[str, float | None]:
+    """The IoU of each class by its name."""
     return dict(zip(class_names, scores.iou, strict=True))
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def print_table(scores, class_names, title):
+def print_table(scores: Scores, class_names: Sequence[str], title: str) -> None:
     """IoU of every class, their mean, and accuracies."""
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("class")

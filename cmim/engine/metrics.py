@@ -3,15 +3,16 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Confusion:
     """Counts of (truth, prediction), kept on the device: matrix[t, p]."""
 
-    def __init__(self, num_classes, device):
+    def __init__(self, num_classes: int, device: torch.device | str):
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def add(self, prediction, truth):
+    def add(self, prediction: Tensor, truth: Tensor) -> None:
         """Count int tensors of one shape; pixels whose truth is outside [0, K) do not count."""
         size = len(self.matrix)
         truth = truth.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
@@ -27,7 +28,7 @@ class Scores(NamedTuple):
     mean_accuracy: float
 
 
-def scores(matrix):
+def scores(matrix: Tensor) -> Scores:
     """mIoU over the classes that occur, IoU of each class, and accuracies, all in [0, 1], of a confusion matrix."""
     matrix = matrix.double().cpu()
     hit, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)

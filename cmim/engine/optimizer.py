@@ -1,15 +1,18 @@
 """The optimiser: PyTorch's own, fused."""
 
 import torch
+from torch import nn
+
+from cmim.settings import OptimizerSettings, TrainSettings
 
 
-def scaled_lr(optimizer, train):
+def scaled_lr(optimizer: OptimizerSettings, train: TrainSettings) -> float:
     """`optimizer.lr` of an `OptimizerSettings` in proportion to the labelled images of a step (Goyal et al. 2017, arXiv
     1706.02677), of a `TrainSettings`."""
     return optimizer.lr * train.labelled_batch * train.accumulate / optimizer.lr_batch
 
 
-def build_optimizer(settings, objective, lr):
+def build_optimizer(settings: OptimizerSettings, objective: nn.Module, lr: float) -> torch.optim.Optimizer:
     """SGD or AdamW with two groups: the encoder at `lr`, everything else that learns at lr x head_lr_factor.
 
     Each group carries its `base_lr`, which the schedule multiplies.
@@ -31,7 +34,7 @@ def build_optimizer(settings, objective, lr):
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
-def set_learning_rate(optimizer, factor):
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group learns at base_lr x factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -1,16 +1,21 @@
 """Pictures of the method at work, and overlays of predictions."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from cmim import masking
 from cmim.data.augmentation import resize
-from cmim.data.datasets import IGNORED
+from cmim.data.datasets import IGNORED, ImageSet
 from cmim.engine.inference import probabilities
+from cmim.method import masking
+from cmim.method.objective import Objective
 from cmim.randomness import torch_generator
-from cmim.settings import uses_masking
+from cmim.settings import Config
 from cmim_kernels import patch_labels, random_mask
 
 GREY = 128
@@ -18,7 +23,16 @@ TILE = 192  # pixels per side of a tile
 
 
 @torch.no_grad()
-def save_picture(path, objective, image_set, config, class_names, colours, device, rows=6):
+def save_picture(
+    path: Path,
+    objective: Objective,
+    image_set: ImageSet,
+    config: Config,
+    class_names: Sequence[str],
+    colours: np.ndarray,
+    device: torch.device,
+    rows: int = 6,
+) -> None:
     """A grid of evenly spaced images of an ImageSet: image, masked image, class-wise reconstruction, pseudo-label,
     confidence, prediction, truth. The pseudo-label is the prediction where it is confident. Of more than three channels
     the first three are shown, of one or two the first, as grey."""
@@ -30,10 +44,10 @@ def save_picture(path, objective, image_set, config, class_names, colours, devic
     sizes = [tuple(label.shape) for label in truth]
     best = [p.max(0) for p in probabilities(objective.evaluated(), images, sizes, config)]
     confidence, prediction = (torch.stack(parts) for parts in zip(*best, strict=True))
-    tau = config.mim.tau if uses_masking(config) else config.method.tau
+    tau = config.mim.tau if config.preset.masked else config.method.tau
     pseudo = torch.where(confidence >= tau, prediction, IGNORED)
     columns = {"image": [to_array(image) for image in images]}
-    if uses_masking(config):
+    if config.preset.masked:
         columns |= _masked_columns(objective, images, pseudo, chosen, config)
     columns |= {
         "pseudo-label": [colourise(p, colours) for p in pseudo],
@@ -57,8 +71,8 @@ def _square(image, label, side):
 
 
 def _masked_columns(objective, images, pseudo, chosen, config):
-    """The masked image and its reconstruction: visible tokens as they are, hidden ones as decoded from their own class,
-    still masked where the class is unknown or has no visible token in the image."""
+    """The masked image and, where the preset has L_pix, its reconstruction: visible tokens as they are, hidden ones as
+    decoded from their own class, still masked where the class is unknown or has no visible token in the image."""
     stride, net = objective.stride, objective.net
     height, width = images.shape[-2] // stride, images.shape[-1] // stride
     masked = [
@@ -68,18 +82,20 @@ def _masked_columns(objective, images, pseudo, chosen, config):
     ]  # fmt: skip
     masked = torch.cat(masked).to(images.device)
     tokens = patch_labels(pseudo, stride, objective.num_classes, min_share=config.reconstruction.min_share)
-    seen = objective.see(images, pseudo, masked)
-    result = objective.reconstruct(seen, tokens, masked)
+    seen = objective.apply_mask(images, pseudo, masked)
+    columns = {"masked": [to_array(image) for image in _denormalise(seen, net)]}
+    if "pix" not in config.preset.masked:
+        return columns
+    result = objective.reconstruct(objective.masked_pass(seen)[0], tokens, masked)
     patches = result.prediction.float()
     if config.reconstruction.normalize:
         patches = _undo_patch_normalisation(patches, net.normalise(images), stride)
     patches = patches.view(len(images), height, width, stride, stride, images.shape[1])
     decoded = patches.permute(0, 5, 1, 3, 2, 4).reshape(images.shape)
-    known = masking.to_pixels(result.known.view_as(masked), stride)[:, None]
-    hidden = masking.to_pixels(masked, stride)[:, None]
-    seen = _denormalise(seen, net)
-    both = torch.where(hidden & known, _denormalise(decoded, net), seen)
-    return {"masked": [to_array(image) for image in seen], "reconstruction": [to_array(image) for image in both]}
+    known = masking.expand(result.known.view_as(masked), stride)[:, None]
+    hidden = masking.expand(masked, stride)[:, None]
+    both = _denormalise(torch.where(hidden & known, decoded, seen), net)
+    return columns | {"reconstruction": [to_array(image) for image in both]}
 
 
 def _denormalise(images, net):
@@ -92,31 +108,31 @@ def _undo_patch_normalisation(patches, images, stride):
     return patches * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 
-def to_array(image):
+def to_array(image: Tensor) -> np.ndarray:
     """(C, H, W) of 0..255 to (H, W, 3) uint8."""
     return rgb(image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def rgb(image):
+def rgb(image: np.ndarray) -> np.ndarray:
     """(H, W, C) to (H, W, 3): the first three channels, or the first one as grey."""
     return image[:, :, :3] if image.shape[2] >= 3 else image[:, :, :1].repeat(3, axis=2)
 
 
-def colourise(classes, colours):
+def colourise(classes: Tensor | np.ndarray, colours: np.ndarray) -> np.ndarray:
     """(H, W) class ids to (H, W, 3) uint8; grey where there is no class."""
     table = np.full((256, 3), GREY, np.uint8)
     table[: len(colours)] = colours
     return table[torch.as_tensor(classes).cpu().numpy().astype(np.uint8)]
 
 
-def overlay(image, classes, colours, opacity=0.5):
+def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> Image.Image:
     """An image (H, W, C) uint8 with its classes (H, W) laid over it, as a PIL image."""
     mixed = rgb(image) * np.float32(1 - opacity) + colourise(classes, colours) * np.float32(opacity)
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def grid(columns, class_names, colours):
-    """One row per image, one titled column per kind of tile, and a legend of the classes."""
+def grid(columns: dict[str, list[np.ndarray]], class_names: Sequence[str], colours: np.ndarray) -> Image.Image:
+    """One row per image, one titled column per entry of `columns`, and a legend of the classes."""
     font = ImageFont.load_default(16)
     rows, gap, head, line = len(next(iter(columns.values()))), 4, 26, 24
     per_line = max(1, len(columns) * (TILE + gap) // 150)

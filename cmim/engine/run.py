@@ -2,17 +2,19 @@
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+from cmim import checkpoint
 from cmim.config import dump_config, load_config
-from cmim.engine import checkpoint
 from cmim.errors import UserError
-from cmim.models.segmenter import Segmenter, build_segmenter
-from cmim.settings import Config, normalisation
+from cmim.models.build import build_segmenter, check_sizes
+from cmim.models.segmenter import Segmenter
+from cmim.settings import Config
 
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"))
@@ -21,7 +23,7 @@ FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), 
 class Run:
     """Paths of a run folder."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
         self.labelled = self.folder / "labelled.txt"
@@ -33,11 +35,12 @@ class Run:
         self.tensorboard = self.folder / "tensorboard"
 
 
-def default_folder(config_path):
+def default_folder(config_path: str | Path) -> Path:
+    """runs/<config>-<time>."""
     return Path("runs") / f"{Path(config_path).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def open_run(folder, config, resume):
+def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
     """The run of a folder, new or to be continued; nothing is written yet.
 
     Raises:
@@ -55,17 +58,17 @@ def open_run(folder, config, resume):
     return run
 
 
-def start_run(run, config, labelled):
+def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
     """Write the settings and the names of the labelled images, which a continued run must share."""
     names = "".join(f"{name}\n" for name in labelled)
     if run.labelled.exists() and run.labelled.read_text() != names:
         raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, dump_config(config))  # first: it makes the folder one of a run
+    write_text(run.config, dump_config(config))  # first, because this file marks the folder as a run
     write_text(run.labelled, names)
 
 
-def changed_setting(old, new):
+def changed_setting(old: Config, new: Config) -> str | None:
     """The first key, of those that matter, in which two configs differ; None where there is none."""
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section in old:
@@ -79,14 +82,14 @@ def changed_setting(old, new):
     return None
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Write a file so that it is never seen half-written."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
-def cut_metrics(path, step):
+def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl after `step`, the closing one on test, and a last line that was cut off."""
     if not path.exists():
         return
@@ -109,7 +112,7 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(folder, which, overrides=()):
+def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: Sequence[str] = ()) -> Trained:
     """The evaluated weights of a run: `last` or `best`.
 
     Raises:
@@ -119,20 +122,14 @@ def load_trained(folder, which, overrides=()):
     if not run.config.exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = load_config(run.config, overrides)
+    check_sizes(config)
     path = run.last if which == "last" else run.best
-    kept = load_config(run.config).evaluation.weights
-    if which == "best" and config.teacher.kind == "ema" and config.evaluation.weights != kept:
-        raise UserError(f"{path} holds the {kept}'s weights only; use --checkpoint last, or leave evaluation.weights away")
     state = checkpoint.load(path)
-    if which == "last":
-        ema = config.teacher.kind == "ema" and config.evaluation.weights == "teacher"
-        prefix = "teacher." if ema else "net."
-        weights = {k.removeprefix(prefix): v for k, v in state["objective"].items() if k.startswith(prefix)}
-    else:
-        weights = state["net"]
+    state.setdefault("evaluated", load_config(run.config).evaluated_weights)  # older checkpoints do not say
+    weights = checkpoint.network_weights(state, path, config.evaluated_weights)
     model = config.model.model_copy(update={"weights": "none", "init_from": None})
-    net = build_segmenter(model, len(state["class_names"]), *normalisation(config.data))
+    net = build_segmenter(model, len(state["class_names"]), *config.data.normalisation())
     checkpoint.load_into(net, weights, path)
-    if config.train.channels_last:  # as in training: another layout may round differently
+    if config.train.channels_last:  # as in training, because another layout may round differently
         net.to(memory_format=torch.channels_last)
     return Trained(net, config, state["class_names"], state["colours"], state["step"])

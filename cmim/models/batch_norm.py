@@ -1,12 +1,13 @@
 """BatchNorm over the images of all processes, and how it sees a pass."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cmim.engine.distributed import all_reduce
+from cmim.distributed import all_reduce
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -16,7 +17,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     without a graph break. `drop` and `act` follow the normalisation, as in timm's BatchNormAct2d.
     """
 
-    def __init__(self, like):
+    def __init__(self, like: _BatchNorm):
         """Takes over parameters, running statistics and options of the BatchNorm layer `like`."""
         super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
         self.weight, self.bias = like.weight, like.bias
@@ -24,13 +25,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked, self.training = like.num_batches_tracked, like.training
         self.drop, self.act = getattr(like, "drop", nn.Identity()), getattr(like, "act", nn.Identity())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w), any float dtype; statistics and arithmetic in float32 (float64 for float64)."""
         return self.act(self.drop(self._over_all_processes(x) if self.training else super().forward(x)))
 
     def _over_all_processes(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Sums in float64: those of squares cancel in float32 where the mean is large.
+        # Sums are in float64: in float32, squares cancel where the mean is large.
         variance, mean = (s.double() for s in torch.var_mean(wide, (0, 2, 3), correction=0))
         origin = torch.zeros_like(mean) if self.running_mean is None else _snapshot([self.running_mean])[0].to(mean.dtype)
         offset, count = mean - origin, x.numel() / x.shape[1]
@@ -53,7 +54,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
-def synchronise_batch_norm(module):
+def synchronise_batch_norm(module: nn.Module) -> None:
     """Replace every BatchNorm layer inside `module` by a `SyncBatchNorm2d` with the same parameters and names."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
@@ -63,11 +64,11 @@ def synchronise_batch_norm(module):
 
 
 @contextmanager
-def batch_norm_mode(net, mode):
+def batch_norm_mode(net: nn.Module, mode: str) -> Iterator[None]:
     """How the BatchNorm layers of a net in train mode see the passes inside the `with` block.
 
     Args:
-        net: any module; layers of every kind but BatchNorm, and BatchNorm layers in eval mode, are left alone.
+        net: any module; only BatchNorm layers in train mode are changed.
         mode: `batch`: batch statistics, running ones untouched; `shared`: as in train mode, running statistics
             updated; `running`: running statistics, as in eval mode.
     """

@@ -7,11 +7,44 @@ convolution of a fusion block comes before the upsampling instead of after it, w
 weights add up to one) at a quarter of the cost; and timm interpolates positions with antialiasing.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from cmim.models.geometry import Geometry
+from cmim.models.segmenter import Segmenter
 from cmim.models.weights import create_transformer
+from cmim.settings import ModelSettings
+
+
+def geometry(settings: ModelSettings) -> Geometry:
+    """Of a transformer that is laid out without memory.
+
+    Raises:
+        UserError: as `create_transformer`.
+    """
+    with torch.device("meta"):
+        patch = create_transformer(settings.encoder, "none").feature_info[-1]["reduction"]
+    return Geometry(patch // 8 if patch % 8 == 0 else patch / 8, patch, patch)
+
+
+def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Segmenter:
+    strides = geometry(settings)
+    encoder = TransformerEncoder(create_transformer(settings.encoder, settings.weights, channels=len(mean)))
+    width, levels = decoder_widths(encoder.channels)
+    width = settings.decoder_width or width
+    return Segmenter(
+        encoder,
+        DPTDecoder(encoder.channels, width=width, levels=levels),
+        num_classes,
+        mean=mean,
+        std=std,
+        geometry=strides,
+        feature_channels=width,
+        encoder_channels=encoder.channels,
+    )
 
 
 class TransformerEncoder(nn.Module):
@@ -21,14 +54,14 @@ class TransformerEncoder(nn.Module):
         model: a model of `create_transformer`; what the maps do not need of it is cut off.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self.layers = taken_layers(len(model.blocks))
         self.channels, self.patch = model.embed_dim, model.feature_info[-1]["reduction"]
         model.prune_intermediate_layers(self.layers, prune_head=True)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, channels, H, W), sides multiples of the patch p -> 4 maps (B, C, H / p, W / p), channels-last."""
         height, width = (side // self.patch for side in images.shape[-2:])
         layers = self.model.forward_intermediates(
@@ -38,22 +71,12 @@ class TransformerEncoder(nn.Module):
         return tuple(m.contiguous(memory_format=torch.channels_last) for m in maps)
 
 
-def taken_layers(depth):
+def taken_layers(depth: int) -> list[int]:
     """Numbers of the four blocks whose tokens are taken: the ends of the quarters; of 24 blocks those of V2."""
     return [4, 11, 17, 23] if depth == 24 else [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
 
-def patch_size(name):
-    """Pixels per side of a patch of a timm vision transformer.
-
-    Raises:
-        UserError: as `create_transformer`.
-    """
-    with torch.device("meta"):
-        return create_transformer(name, "none").feature_info[-1]["reduction"]
-
-
-def decoder_widths(channels):
+def decoder_widths(channels: int) -> tuple[int, tuple[int, ...]]:
     """Channels of V2's decoder, and of its four levels, for an encoder of this many.
 
     Up to 384: 64 (S), up to 768: 128 (B), with levels of an eighth, a quarter, half and all of the encoder's; up to
@@ -73,7 +96,7 @@ class DPTDecoder(nn.Module):
         levels: channels of the four levels before they are fused, largest map first.
     """
 
-    def __init__(self, in_channels, *, width, levels):
+    def __init__(self, in_channels: int, *, width: int, levels: Sequence[int]):
         super().__init__()
         self.project = nn.ModuleList([nn.Conv2d(in_channels, channels, 1) for channels in levels])
         self.resize = nn.ModuleList(
@@ -88,7 +111,7 @@ class DPTDecoder(nn.Module):
         self.fuse = nn.ModuleList([_Fusion(width, joins=level < 3) for level in range(4)])
         self.output = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
 
-    def forward(self, maps):
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """4 maps (B, in_channels, h, w) -> (B, width, 8 h, 8 w)."""
         steps = zip(self.project, self.resize, self.narrow, maps, strict=True)
         levels = [narrow(resize(project(m))) for project, resize, narrow, m in steps]

@@ -6,8 +6,9 @@ which defines the result). Here it is one pass: every operation is token-wise or
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from cmim.settings import ReconstructionSettings
 from cmim_kernels import checks, class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
 
 
@@ -22,7 +23,7 @@ class _ClassDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, patch_size * patch_size * image_channels)
 
-    def forward(self, features, labels, masked):
+    def forward(self, features: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         """Pixels of every token.
 
         Args:
@@ -47,8 +48,9 @@ class _ClassDecoder(nn.Module):
         tokens = self.mix(self.embed(features, valid, masked), labels, masked)
         return torch.where(valid[..., None], self.predict(self.norm(tokens)), 0).flatten(1, 2)
 
-    def embed(self, features, valid, masked):
-        """(B, C, h, w) -> (B, h, w, width). What nobody may see is zero, so that not even NaN reaches a gradient."""
+    def embed(self, features: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h, w, width). Tokens that no other token may read are zero, so that not even NaN reaches a
+        gradient."""
         seen = valid if self.mask_token is None else valid & ~masked
         return self.project(torch.where(seen[..., None], features.permute(0, 2, 3, 1), 0))
 
@@ -68,21 +70,30 @@ class ClassConvDecoder(_ClassDecoder):
     """
 
     def __init__(
-        self, in_channels, patch_size, *, num_classes, width, depth, kernel_size, mask_token=True, image_channels=3
+        self,
+        in_channels: int,
+        patch_size: int,
+        *,
+        num_classes: int,
+        width: int,
+        depth: int,
+        kernel_size: int,
+        mask_token: bool = True,
+        image_channels: int = 3,
     ):
         if kernel_size % 2 == 0:
             raise ValueError(f"ClassConvDecoder: kernel_size is {kernel_size}, expected an odd number")
         super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
         self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size) for _ in range(depth)])
 
-    def mix(self, tokens, labels, masked):
+    def mix(self, tokens: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         if self.mask_token is not None:
             tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
         for block in self.blocks:
             tokens = block(tokens, labels, self.num_classes)
         return tokens
 
-    def mix_one_class(self, tokens, own, masked):
+    def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
         """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
         if self.mask_token is not None:
             tokens = torch.where(masked[..., None], self.mask_token, tokens)
@@ -97,13 +108,13 @@ class ClassConvDecoder(_ClassDecoder):
 class _ConvBlock(nn.Module):
     def __init__(self, width, kernel_size):
         super().__init__()
-        depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # for its initialisation
+        depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # gives the usual initialisation
         self.weight = nn.Parameter(depthwise.weight.detach()[:, 0].clone())
         self.bias = nn.Parameter(depthwise.bias.detach())
         self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
 
     def forward(self, tokens, labels, num_classes):
-        x = tokens.permute(0, 3, 1, 2)  # channels-last as it is
+        x = tokens.permute(0, 3, 1, 2)  # a channels-last view, without a copy
         x = same_class_conv2d(x, labels, self.weight, self.bias, num_classes=num_classes)
         return tokens + self.mlp(x.permute(0, 2, 3, 1))
 
@@ -116,7 +127,18 @@ class ClassAttentionDecoder(_ClassDecoder):
         num_heads: attention heads; `width` is a multiple of it and of 4.
     """
 
-    def __init__(self, in_channels, patch_size, *, num_classes, width, depth, num_heads, mask_token=True, image_channels=3):
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        *,
+        num_classes: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mask_token: bool = True,
+        image_channels: int = 3,
+    ):
         if width % num_heads or width % 4:
             raise ValueError(
                 f"ClassAttentionDecoder: width is {width}, expected a multiple of num_heads {num_heads} and of 4"
@@ -124,7 +146,7 @@ class ClassAttentionDecoder(_ClassDecoder):
         super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
         self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads) for _ in range(depth)])
 
-    def mix(self, tokens, labels, masked):
+    def mix(self, tokens: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         batch, height, width, channels = tokens.shape
         layout = pack_classes(labels.flatten(1), masked.flatten(1), self.num_classes)
         packed = gather_class_tokens(
@@ -134,14 +156,14 @@ class ClassAttentionDecoder(_ClassDecoder):
             packed = block(packed, lambda q, k, v: class_attention(q, k, v, layout))
         return scatter_class_tokens(packed, layout).view(batch, height, width, channels)
 
-    def mix_one_class(self, tokens, own, masked):
+    def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
         """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
         batch, height, width, channels = tokens.shape
         if self.mask_token is not None:
             tokens = torch.where(masked[..., None], self.mask_token, tokens)
         tokens = tokens.flatten(1, 2) + sine_cosine_positions(tokens)
         own = own.flatten(1)
-        # Whoever is outside the class attends to itself as well: a softmax over nothing would be NaN.
+        # Tokens outside the class attend to themselves as well: a softmax over nothing would be NaN.
         visible = own[:, None, None, :] | torch.eye(height * width, dtype=torch.bool, device=own.device)
 
         def attention(q, k, v):
@@ -169,7 +191,7 @@ class _AttentionBlock(nn.Module):
         return tokens + self.mlp(tokens)
 
 
-def decode_per_class(decoder, features, labels, masked):
+def decode_per_class(decoder: nn.Module, features: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
     """What `decoder` computes, as one pass per class of a decoder with ordinary layers: the definition, and slow.
 
     In the pass of class k all tokens of other classes are set to zero before every operation that mixes tokens, and
@@ -178,7 +200,7 @@ def decode_per_class(decoder, features, labels, masked):
     embedded = decoder.embed(features, _valid(labels, decoder.num_classes), masked)
     batch, height, width, _ = embedded.shape
     pixels = embedded.new_zeros(batch, height, width, decoder.predict.out_features)
-    if labels.numel() == 0:  # ordinary convolutions refuse an empty grid
+    if labels.numel() == 0:  # F.conv2d refuses an empty grid
         return pixels.flatten(1, 2)
     for k in range(decoder.num_classes):
         own = labels.long() == k
@@ -187,7 +209,9 @@ def decode_per_class(decoder, features, labels, masked):
     return pixels.flatten(1, 2)
 
 
-def build_reconstruction(settings, in_channels, patch_size, num_classes, image_channels=3):
+def build_reconstruction(
+    settings: ReconstructionSettings, in_channels: int, patch_size: int, num_classes: int, image_channels: int = 3
+) -> nn.Module:
     """The decoder of a `ReconstructionSettings`."""
     common = dict(
         num_classes=num_classes, width=settings.width, depth=settings.depth, mask_token=settings.mask_token,
@@ -198,7 +222,7 @@ def build_reconstruction(settings, in_channels, patch_size, num_classes, image_c
     return ClassAttentionDecoder(in_channels, patch_size, num_heads=settings.num_heads, **common)
 
 
-def receptive_warning(depth, kernel_size, block, stride):
+def receptive_warning(depth: int, kernel_size: int, block: int, stride: int) -> str | None:
     """A warning where masked tokens are out of the conv decoder's reach of visible ones, else None.
 
     Args:
@@ -215,7 +239,7 @@ def receptive_warning(depth, kernel_size, block, stride):
     )
 
 
-def sine_cosine_positions(tokens):
+def sine_cosine_positions(tokens: Tensor) -> Tensor:
     """Fixed positions (h w, width) for tokens (B, h, w, width), float32 (float64 for float64).
 
     A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at wavelengths from

@@ -1,21 +1,22 @@
-"""Encoders of timm, where their weights come from, and warm starts from a run."""
+"""Encoders of timm, and where their weights come from."""
 
 import difflib
 import logging
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
+from torch import Tensor, nn
 
-from cmim.engine import checkpoint
 from cmim.errors import UserError
 
 
-def create_encoder(name, weights, *, strides, channels=3):
+def create_encoder(name: str, weights: str, *, strides: Sequence[int], channels: int = 3) -> nn.Module:
     """A timm encoder that returns one map at each of `strides`.
 
     Args:
@@ -34,7 +35,7 @@ def create_encoder(name, weights, *, strides, channels=3):
     return _create(name, weights, in_chans=channels, **options)
 
 
-def create_transformer(name, weights, *, channels=3):
+def create_transformer(name: str, weights: str, *, channels: int = 3) -> nn.Module:
     """A plain timm vision transformer without classifier for images of any size.
 
     Args:
@@ -50,7 +51,7 @@ def create_transformer(name, weights, *, channels=3):
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **options)
-    except Exception as error:  # a model without this option raises whatever its constructor raises
+    except Exception as error:  # constructors without this option raise exceptions of many types
         raise UserError(f"model.encoder: {name} cannot serve dpt ({brief(error)}); {remedy}") from error
     strides = {stage["reduction"] for stage in model.feature_info}
     if len(strides) > 1 or len(model.feature_info) < 4 or not hasattr(model, "prune_intermediate_layers"):
@@ -67,26 +68,26 @@ def _create(name, weights, **options):
     return encoder
 
 
-def check_name(name, key="model.encoder"):
+def check_name(name: str, key: str = "model.encoder") -> None:
     """Refuse a name that timm does not know; `key` is the setting that it comes from."""
     if name not in timm_names(name):
         nearest = difflib.get_close_matches(name, timm_names(name), 1)
         raise UserError(f"{key}: timm has no model {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
-def timm_names(name):
+def timm_names(name: str) -> list[str]:
     """timm's models; where the name has a tag, with their tags."""
     return timm.list_pretrained() if "." in name else timm.list_models()
 
 
-def fetch(name, create):
+def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """create(), which fetches the weights of a model; what prevents it becomes a UserError."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.ERROR)  # it warns of every retry
+    hub.setLevel(logging.ERROR)  # silence its warnings about each retry
     try:
         return create()
-    except Exception as error:  # the network, the hub, a proxy, a full disk: each raises its own kind
+    except Exception as error:  # the network, the hub, a proxy and a full disk each raise an exception of their own
         raise UserError(
             f"model.weights: could not fetch the weights of {name} ({brief(error)}); give a file as "
             "--model.weights PATH, or start from random weights with --model.weights none"
@@ -98,9 +99,9 @@ def fetch(name, create):
 def _map_indices(name, strides, options):
     """Which of timm's feature maps has which stride: the last one where there are several."""
     try:
-        with torch.device("meta"):  # the layout is asked for, so no memory and no initialisation
+        with torch.device("meta"):  # only the layout is needed, so spend no memory and no initialisation
             reductions = timm.create_model(name, pretrained=False, **options).feature_info.reduction()
-    except Exception as error:  # a model without this option raises whatever its constructor raises
+    except Exception as error:  # constructors without this option raise exceptions of many types
         raise UserError(
             f"model.encoder: {name} cannot return feature maps at output stride {strides[-1]} ({brief(error)}); "
             "choose a ResNet, ConvNeXt or EfficientNet, for example"
@@ -113,25 +114,25 @@ def _map_indices(name, strides, options):
     return tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
 
 
-def load_timm_file(encoder, name, path):
+def load_timm_file(encoder: nn.Module, name: str, path: Path) -> None:
     """Load a file of a timm model; every weight of the encoder must be there, and nothing that the model lacks."""
     state = read_weights(path)
     translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    if translate is not None:  # of a transformer; feature nets are of a module of their own
-        # Names of the authors become timm's, and positions of another image size are interpolated.
+    if translate is not None:  # transformers have one; feature nets come from a module without it
+        # This renames weights from the authors' names to timm's and interpolates positions of another image size.
         try:
             state = translate(state, encoder)
-        except Exception as error:  # it trusts what it reads
+        except Exception as error:  # it does not validate what it reads
             raise UserError(f"model.weights: {path} does not fit {name} ({brief(error)})") from error
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
-    # The encoder ends at its last map; a file may hold the rest, above all a classifier, whose size is anyone's.
+    # The encoder ends at its last map. A file may hold the rest of the model too, such as a classifier of any size.
     known = {_model_key(key) for key in whole.state_dict()}
     unknown = [key for key in state if _model_key(key) not in known]
     load_weights(encoder, state, name, path, unknown)
 
 
-def load_weights(encoder, state, name, path, unknown=()):
+def load_weights(encoder: nn.Module, state: dict[str, Tensor], name: str, path: Path, unknown: Sequence[str] = ()) -> None:
     """Load a state dict, of which the encoder needs a part; `unknown` are keys of it that do not belong there."""
     given = {_model_key(key): value for key, value in state.items()}
     wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
@@ -158,42 +159,13 @@ def _adapt_channels(weight, shape):
     return weight
 
 
-def warm_start(net, path):
-    """Load the weights of a checkpoint, or of the last one in a run's folder, into a `Segmenter`: those of the teacher where
-    there is one.
-
-    Returns:
-        None, or a line that says that the head was left as it is: the run had another number of classes.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is one of another network.
-    """
-    if Path(path).is_dir():
-        path = Path(path) / "checkpoints" / "last.pt"
-    try:
-        state = checkpoint.load(path)
-        weights = state.get("net") or _evaluated(state.get("objective", {}))
-        classes, wanted = len(state["class_names"]), net.head.out_channels
-        if classes != wanted:
-            weights |= {f"head.{key}": value for key, value in net.head.state_dict().items()}
-        checkpoint.load_into(net, weights, path)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
-    return f"{path} has {classes} classes, the data {wanted}: the head starts anew" if classes != wanted else None
-
-
-def _evaluated(objective):
-    prefix = "teacher." if any(key.startswith("teacher.") for key in objective) else "net."
-    return {key.removeprefix(prefix): value for key, value in objective.items() if key.startswith(prefix)}
-
-
-def read_weights(path):
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file."""
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}; give timm, none, or a .pt, .pth or .safetensors file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and unzipping garbage raises many kinds
+    except Exception as error:  # unpickling and unzipping garbage raises exceptions of many types
         raise UserError(f"model.weights: cannot read {path} ({brief(error)}); expected a state dict") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"model.weights: {path} is not a state dict (names and tensors)")
@@ -205,6 +177,7 @@ def _model_key(key):
     return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)
 
 
-def brief(error):
+def brief(error: Exception) -> str:
+    """The first line of what a library said."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]

@@ -6,6 +6,7 @@
 public function. Labels are uint8, int32 or int64, and any value outside [0, num_classes) means "ignored".
 """
 
+from cmim_kernels.backends import use_backend
 from cmim_kernels.ops.centroid_distance import CentroidDistance, centroid_distance
 from cmim_kernels.ops.class_attention import class_attention
 from cmim_kernels.ops.class_centroids import ClassCentroids, class_centroids
@@ -37,5 +38,6 @@ __all__ = [
     "scatter_class_tokens",
     "upsample_cross_entropy",
     "upsample_pseudo_labels",
+    "use_backend",
 ]
 __version__ = "0.1.0"

@@ -3,10 +3,14 @@ import pytest
 import torch
 
 from cmim.data import load_splits
-from cmim.data.batches import TrainBatches, available_cores, default_workers, evaluation_loader, train_loader
+from cmim.data.batches import TrainBatches, evaluation_loader, train_loader
 from cmim.data.datasets import Splits
+from cmim.distributed import available_cores, loader_workers
 from cmim.errors import UserError
+from cmim.method.masking import expand
+from cmim.randomness import torch_generator
 from cmim.settings import Config
+from cmim_kernels import random_mask
 
 
 class Numbered:
@@ -63,9 +67,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-SUPERVISED = {"labelled_image", "label", "labelled_key"}
-UNLABELLED = SUPERVISED | {"weak_image", "valid", "key", "strong_image", "box"}
-MASKED = UNLABELLED | {"labelled_mask", "weak_mask", "strong_mask"}
+SUPERVISED = {"labelled_image", "label"}
+UNLABELLED = SUPERVISED | {"weak_image", "valid", "channel_key", "strong_image", "box"}
+VIEWS = ("labelled", "weak", "strong")
+MASKED = UNLABELLED | {f"{view}_{name}" for view in VIEWS for name in ("mask", "mask_key", "class_key")}
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,8 @@ MASKED = UNLABELLED | {"labelled_mask", "weak_mask", "strong_mask"}
     [
         ("supervised", SUPERVISED, 0),
         ("fixmatch", UNLABELLED, 1),
+        ("fixmatch_fp", UNLABELLED, 1),
+        ("semantic", MASKED, 1),
         ("unimatch", UNLABELLED, 2),
         ("unimatch_v2", UNLABELLED, 2),
         ("mim", MASKED, 1),
@@ -85,20 +92,28 @@ def test_contents(splits, preset, names, views):
     expected = {
         "labelled_image": ((2, 3, 32, 32), torch.uint8),
         "label": ((2, 32, 32), torch.uint8),
-        "labelled_key": ((2,), torch.int64),
         "weak_image": ((4, 3, 32, 32), torch.uint8),
         "valid": ((4, 32, 32), torch.bool),
-        "key": ((4,), torch.int64),
+        "channel_key": ((4,), torch.int64),
         "strong_image": ((views, 4, 3, 32, 32), torch.uint8),
         "box": ((views, 4, 4), torch.int64),
-        "labelled_mask": ((2, 8, 8), torch.bool),
-        "weak_mask": ((4, 8, 8), torch.bool),
-        "strong_mask": ((4, 8, 8), torch.bool),
     }
+    for view, count in zip(VIEWS, (2, 4, 4), strict=True):
+        expected[f"{view}_mask"] = (count, 4, 4), torch.bool
+        expected[f"{view}_mask_key"] = expected[f"{view}_class_key"] = (count,), torch.int64
     assert {name: (tuple(x.shape), x.dtype) for name, x in batch.items()} == {name: expected[name] for name in names}
     for name in names & {"labelled_mask", "weak_mask", "strong_mask"}:
-        blocks = batch[name].view(-1, 4, 2, 4, 2).float().mean((2, 4))
-        assert ((blocks == 0) | (blocks == 1)).all() and (blocks.sum((1, 2)) == 10).all()  # round(0.6 x 16)
+        assert (batch[name].sum((1, 2)) == 10).all()  # round(0.6 x 16)
+
+
+def test_masks_of_blocks_are_masks_of_tokens_at_a_lower_resolution(splits):
+    """The draw is one number for each block: at any resolution the generator of a sample draws the same blocks."""
+    batch = TrainBatches(splits, settings("cmim"))[3]
+    for view, batch_size in zip(VIEWS, (2, 4, 4), strict=True):
+        for i, mask in enumerate(batch[f"{view}_mask"]):
+            generator = torch_generator(0, 3 * batch_size + i, f"{view} mask")
+            tokens = random_mask(1, 8, 8, 0.6, block=2, generator=generator)
+            assert torch.equal(expand(mask[None], 2), tokens)
 
 
 def test_presets_share_their_draws(splits):
@@ -108,11 +123,12 @@ def test_presets_share_their_draws(splits):
 
 def test_draws_differ_between_samples_purposes_and_seeds(splits):
     a, b = TrainBatches(splits, settings("unimatch"))[0], TrainBatches(splits, settings("unimatch", seed=1))[0]
-    keys = torch.cat([x for batch in (a, b) for x in (batch["key"], batch["labelled_key"])])
-    assert len(torch.unique(keys)) == 12
     assert not torch.equal(a["strong_image"][0], a["strong_image"][1]) and not torch.equal(a["box"][0], a["box"][1])
     assert not torch.equal(a["weak_image"], b["weak_image"])
-    masks = TrainBatches(splits, settings())[0]
+    batches = [TrainBatches(splits, settings(seed=seed))[0] for seed in (0, 1)]
+    keys = torch.cat([x for batch in batches for name, x in batch.items() if name.endswith("_key")])
+    assert len(torch.unique(keys)) == len(keys) == 2 * (4 + 2 * (2 + 4 + 4))
+    masks = batches[0]
     masks = torch.cat([masks[name] for name in ("labelled_mask", "weak_mask", "strong_mask")])
     assert len(torch.unique(masks.flatten(1), dim=0)) == 10
 
@@ -135,7 +151,7 @@ def test_ranks_change_nothing(splits, preset, ranks):
     one = TrainBatches(splits, config)
     for step in (0, 5):
         parts = [TrainBatches(splits, config, rank, ranks)[step] for rank in range(ranks)]
-        assert all(len(part["label"]) == 4 // ranks and len(part["key"]) == 8 // ranks for part in parts)
+        assert all(len(part["label"]) == 4 // ranks and len(part["channel_key"]) == 8 // ranks for part in parts)
         joined = {
             name: torch.cat([p[name] for p in parts], dim=1 if name in ("strong_image", "box") else 0) for name in parts[0]
         }
@@ -147,7 +163,7 @@ def test_ranks_keep_the_partners_of_cutmix(splits, ranks):
     def partners(world_size, step):
         """Pairs of global positions by their keys; image i is mixed with image i XOR 1 of the local batch."""
         keys = [
-            TrainBatches(splits, settings(labelled=4, unlabelled=8), r, world_size)[step]["key"].tolist()
+            TrainBatches(splits, settings(labelled=4, unlabelled=8), r, world_size)[step]["channel_key"].tolist()
             for r in range(world_size)
         ]
         return {frozenset((local[i], local[i ^ 1])) for local in keys for i in range(len(local))}
@@ -241,10 +257,10 @@ def test_every_image_is_evaluated_on_one_rank(images, ranks):
     assert sorted(seen) == list(range(images))
 
 
-def test_default_workers(monkeypatch):
+def test_workers_that_are_not_given(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_workers() == min(available_cores() - 1, 8)
+    assert loader_workers() == min(available_cores() - 1, 8)
     for cores, processes, workers in ((1, 1, 0), (64, 1, 8), (16, 4, 3), (16, 2, 7), (64, 4, 8), (2, 8, 0)):
-        monkeypatch.setattr("cmim.data.batches.available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("cmim.distributed.available_cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert default_workers() == workers
+        assert loader_workers() == workers and loader_workers(5) == 5

@@ -1,12 +1,15 @@
 import pickle
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmim.data import FORMATS
 from cmim.data.benchmark_classes import ADE20K_NAMES, CITYSCAPES_NAMES, COCO_NAMES, VOC_NAMES
-from cmim.data.benchmarks import LOOK
+from cmim.data.benchmarks import INSPECTED
+from cmim.settings import DataSettings
 from tests.data.small_benchmarks import (
     HEIGHT,
     WIDTH,
@@ -32,6 +35,10 @@ def voc(tmp_path):
 @pytest.fixture
 def cityscapes(tmp_path):
     return write_cityscapes(tmp_path)
+
+
+def test_every_format_of_the_settings_has_its_loader():
+    assert tuple(FORMATS) == get_args(DataSettings.model_fields["format"].annotation)
 
 
 def test_classes():
@@ -128,7 +135,7 @@ def test_coco(tmp_path):
     ("train", "val", "labels", "note"),
     [
         ([0, 1, 150], [0, 1, 2], [255, 0, 149], "classes from 1 .* ADE_train_00000001.png holds 150"),
-        ([0, 1, 149], [0, 1, 2], [255, 0, 148], "classes from 1 .* none that was looked at holds 255"),
+        ([0, 1, 149], [0, 1, 2], [255, 0, 148], "classes from 1 .* none of those that were opened holds 255"),
         ([0, 255, 149], [0, 1, 2], [0, 255, 149], "classes from 0, .* ADE_train_00000001.png holds 255"),
         ([0, 1, 149], [255, 1, 2], [0, 1, 149], "classes from 0, .* ADE_val_00000001.png holds 255"),
     ],
@@ -143,19 +150,21 @@ def test_ade20k_of_two_kinds(tmp_path):
     write_ade20k(tmp_path / "both", [0, 255], [150])
     message = mistake(load, tmp_path / "both", "ade20k")
     assert re.search(r"training/ADE_train_0000000.\.png holds 255.*validation/ADE_val_00000001\.png holds 150", message)
-    write_ade20k(tmp_path / "half", [0, 255], [0, 1, 2], count=LOOK)  # validation was forgotten: nothing of it proves it
-    assert re.search(f"validation.*and {LOOK - 1} others of val hold no 255", mistake(load, tmp_path / "half", "ade20k"))
-    write_ade20k(tmp_path / "few", [0, 255], [0, 1, 2], count=LOOK - 1)
+    write_ade20k(tmp_path / "half", [0, 255], [0, 1, 2], count=INSPECTED)  # validation was not prepared
+    assert re.search(
+        f"validation.*and {INSPECTED - 1} others of val hold no 255", mistake(load, tmp_path / "half", "ade20k")
+    )
+    write_ade20k(tmp_path / "few", [0, 255], [0, 1, 2], count=INSPECTED - 1)
     assert load(tmp_path / "few", "ade20k").val.label(0)[0, 0] == 0
 
 
 def test_ade20k_looks_at_all_of_a_split_evenly(tmp_path):
-    write_ade20k(tmp_path, [0, 1], [0, 1], count=3 * LOOK)
-    for i in (1, 3 * LOOK):
+    write_ade20k(tmp_path, [0, 1], [0, 1], count=3 * INSPECTED)
+    for i in (1, 3 * INSPECTED):
         save_mask(tmp_path / f"annotations/validation/ADE_val_{i:08d}.png", [255])
     assert "ADE_val_00000001.png" in mistake(load, tmp_path, "ade20k", labelled=1.0)
     save_mask(tmp_path / "annotations/validation/ADE_val_00000001.png", [0])
-    assert f"ADE_val_{3 * LOOK:08d}.png holds 255" in mistake(load, tmp_path, "ade20k", labelled=1.0)
+    assert f"ADE_val_{3 * INSPECTED:08d}.png holds 255" in mistake(load, tmp_path, "ade20k", labelled=1.0)
 
 
 def test_a_set_travels_to_worker_processes(cityscapes):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmim.engine import distributed
+from cmim import distributed
 from cmim.models.batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 from tests.ranks import run_on_ranks
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cmim.models.build import build_segmenter
 from cmim.models.deeplabv3plus import AtrousPyramid, DeepLabV3PlusDecoder
-from cmim.models.segmenter import build_segmenter
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cmim.errors import UserError
+from cmim.models.build import build_segmenter
 from cmim.models.dpt import DPTDecoder, TransformerEncoder, decoder_widths, taken_layers
-from cmim.models.segmenter import build_segmenter
 from cmim.models.weights import create_transformer
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmim.models.geometry import geometry
-from cmim.models.segmenter import build_segmenter
+from cmim.models.build import build_segmenter, geometry
 from cmim.settings import ModelSettings
 
 TINY_DEEPLAB = dict(decoder_width=8, low_level_width=4, atrous_rates=(1, 2))

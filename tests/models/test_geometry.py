@@ -1,4 +1,4 @@
-"""Strides without a network, and what is said of networks that do not exist; the zoo's names and files."""
+"""Strides without a network, and what is said of networks that do not exist; names and files of smp."""
 
 import builtins
 import subprocess
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cmim.errors import UserError
-from cmim.models.geometry import Geometry, geometry
-from cmim.models.segmenter import build_segmenter
+from cmim.models.build import build_segmenter, geometry
+from cmim.models.geometry import Geometry
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 TU = "tu-test_resnet.r160_in1k"
@@ -108,7 +108,7 @@ def test_weights_of_an_encoder_of_smp_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", TU])
-def test_weights_of_the_zoo_that_cannot_be_fetched(monkeypatch, tmp_path, encoder):
+def test_weights_of_smp_that_cannot_be_fetched(monkeypatch, tmp_path, encoder):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cmim.models.batch_norm import batch_norm_mode
-from cmim.models.segmenter import build_segmenter
+from cmim.models.build import build_segmenter
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 TINY = ModelSettings(encoder="test_byobnet", weights="none", decoder_width=8, low_level_width=4, atrous_rates=(1, 2))

@@ -3,9 +3,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from cmim.checkpoint import network_weights, warm_start
 from cmim.errors import UserError
-from cmim.models.segmenter import build_segmenter
-from cmim.models.weights import create_encoder, warm_start
+from cmim.models.build import build_segmenter
+from cmim.models.weights import create_encoder
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
 
 
@@ -182,9 +183,9 @@ def tiny_net(classes=3, **options):
     return build_segmenter(ModelSettings(weights="none", **options), classes, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def save_run(path, net, teacher=None, classes=3):
+def save_run(path, net, teacher=None, classes=3, **more):
     """A checkpoint as of training: `best.pt` holds a net, `last.pt` the objective, with a teacher or without."""
-    state = {"class_names": [f"class {i}" for i in range(classes)]}
+    state = {"class_names": [f"class {i}" for i in range(classes)], **more}
     if path.name == "best.pt":
         state["net"] = net.state_dict()
     else:
@@ -202,6 +203,27 @@ def test_warm_start(tmp_path, file):
     assert warm_start(net, tmp_path / name) is None
     source = teacher if has_teacher else student
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("evaluated", ["student", "teacher"])
+def test_warm_start_takes_what_was_evaluated(tmp_path, evaluated):
+    parts, net = {"student": tiny_net(), "teacher": tiny_net()}, tiny_net()
+    save_run(tmp_path / "last.pt", parts["student"], parts["teacher"], evaluated=evaluated)
+    warm_start(net, tmp_path / "last.pt")
+    assert all(torch.equal(v, parts[evaluated].state_dict()[k]) for k, v in net.state_dict().items())
+
+
+def test_weights_of_a_checkpoint_that_are_asked_for(tmp_path):
+    student, teacher = tiny_net(), tiny_net()
+    save_run(tmp_path / "last.pt", student, teacher, evaluated="teacher")
+    save_run(tmp_path / "best.pt", teacher, evaluated="teacher")
+    last, best = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    for state, wanted, net in ((last, "student", student), (last, "teacher", teacher), (best, "teacher", teacher)):
+        weights = network_weights(state, "x.pt", wanted)
+        assert weights.keys() == net.state_dict().keys()
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in weights.items())
+    with pytest.raises(UserError, match=r"x\.pt holds the teacher's weights only"):
+        network_weights(best, "x.pt", "student")
 
 
 def test_warm_start_with_other_classes_keeps_the_head(tmp_path):

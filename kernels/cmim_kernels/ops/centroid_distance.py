@@ -1,12 +1,13 @@
 """Distance between masked and visible class centroids: schema, fake tensors, autograd, public function."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype
+from cmim_kernels.ops.class_centroids import ClassCentroids
 from cmim_kernels.ops.library import declare, differentiable
 from cmim_kernels.reference import centroid_distance as reference
 
@@ -62,7 +63,10 @@ class _CentroidDistance(torch.autograd.Function):
         return _backward(grad_loss, grad_pair_sum, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def centroid_distance(centroids, *, distance="cosine", detach="visible", min_tokens=1):
+def centroid_distance(
+    centroids: ClassCentroids, *, distance: Literal["cosine", "l2"] = "cosine",
+    detach: Literal["visible", "masked", "none"] = "visible", min_tokens: int = 1,
+) -> CentroidDistance:  # fmt: skip
     """Mean distance between the masked and the visible centroid of the same class in the same image.
 
     A pair is an (image, class) with at least `min_tokens` visible and `min_tokens` masked tokens; whatever the other

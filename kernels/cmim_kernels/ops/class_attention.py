@@ -1,12 +1,13 @@
 """Attention within each (image, class): schema, fake tensors, autograd, public function."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype
 from cmim_kernels.ops.library import declare, differentiable
-from cmim_kernels.ops.pack_classes import check_layout
+from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import class_attention as reference
 
 
@@ -50,7 +51,7 @@ class _ClassAttention(torch.autograd.Function):
         return *_backward(grad, *ctx.saved_tensors), None, None
 
 
-def class_attention(q, k, v, layout):
+def class_attention(q: Tensor, k: Tensor, v: Tensor, layout: ClassLayout) -> Tensor:
     """Softmax attention of each token over the tokens of its own image and class, visible and masked.
 
     softmax(q k^T / sqrt(d)) v within each (image, class) (Vaswani et al. 2017, arXiv 1706.03762). Output and

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype, empty_like_layout
 from cmim_kernels.ops.library import declare, differentiable
-from cmim_kernels.ops.pack_classes import check_layout
+from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import class_centroids as reference
 
 
@@ -65,7 +66,9 @@ class _ClassCentroids(torch.autograd.Function):
         return _backward(grad_mean, *ctx.saved_tensors, ctx.num_classes), None, None, None, None, None
 
 
-def class_centroids(features, labels, masked, num_classes, *, layout=None):
+def class_centroids(
+    features: Tensor, labels: Tensor, masked: Tensor, num_classes: int, *, layout: ClassLayout | None = None
+) -> ClassCentroids:
     """Mean feature of the visible and of the masked tokens of each class in each image.
 
     Tokens with a label outside [0, num_classes) belong to no centroid; an inf or NaN in a token reaches only the

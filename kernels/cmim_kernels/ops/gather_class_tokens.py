@@ -1,11 +1,12 @@
 """Tokens to packed order: schema, fake tensors, autograd, public function."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.ops.library import declare, differentiable
-from cmim_kernels.ops.pack_classes import check_layout
+from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import gather_class_tokens as reference
 
 
@@ -60,7 +61,10 @@ class _GatherClassTokens(torch.autograd.Function):
         )  # fmt: skip
 
 
-def gather_class_tokens(tokens, layout, *, mask_token=None, position=None, length=None):
+def gather_class_tokens(
+    tokens: Tensor, layout: ClassLayout, *,
+    mask_token: Tensor | None = None, position: Tensor | None = None, length: int | None = None,
+) -> Tensor:  # fmt: skip
     """The first `length` tokens of each image in packed order, with mask token and positions in the same pass.
 
     With `mask_token`, it replaces the tokens of masked segments (ignored tokens are copied, masked or not). Then

@@ -1,8 +1,10 @@
 """Reconstruction loss over masked patches: schema, fake tensors, autograd, public function."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
@@ -74,9 +76,10 @@ class _MaskedPatchLoss(torch.autograd.Function):
 
 
 def masked_patch_loss(
-    pred, image, masked, labels=None, num_classes=None, *,
-    patch_size, distance="l1", normalize=False, balance="token", mean=None, std=None,
-):  # fmt: skip
+    pred: Tensor, image: Tensor, masked: Tensor, labels: Tensor | None = None, num_classes: int | None = None, *,
+    patch_size: int, distance: Literal["l1", "mse", "smooth_l1"] = "l1", normalize: bool = False,
+    balance: Literal["token", "class"] = "token", mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> PatchLoss:  # fmt: skip
     """Distance between predicted and true pixels of the masked tokens, by class.
 
     The image is cut into p x p patches (p = patch_size), one for each of the N = (H / p) (W / p) tokens in row-major

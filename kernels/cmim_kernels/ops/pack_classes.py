@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cmim_kernels import checks
 from cmim_kernels.ops.library import declare
@@ -38,7 +39,7 @@ _forward = declare(
 )
 
 
-def pack_classes(labels, masked, num_classes):
+def pack_classes(labels: Tensor, masked: Tensor, num_classes: int) -> ClassLayout:
     """The packing of each image's tokens by (class, visible before masked), ignored tokens last.
 
     With one class (labels all zero) it is the shuffle of a masked autoencoder: `order[:, :L]` are the L visible

@@ -1,6 +1,7 @@
 """Majority vote of the labels in each patch: schema, fake tensors, public function."""
 
 import torch
+from torch import Tensor
 
 from cmim_kernels import checks
 from cmim_kernels.ops.library import declare
@@ -20,7 +21,7 @@ _forward = declare(
 )
 
 
-def patch_labels(labels, patch_size, num_classes, *, min_share=0.0):
+def patch_labels(labels: Tensor, patch_size: int, num_classes: int, *, min_share: float = 0.0) -> Tensor:
     """The most frequent valid class in each patch: classes of tokens from classes of pixels.
 
     Args:

@@ -1,6 +1,7 @@
 """Random block masks: schema, fake tensors, public function."""
 
 import torch
+from torch import Tensor
 
 from cmim_kernels import checks
 from cmim_kernels.ops.library import declare
@@ -18,7 +19,10 @@ _forward = declare(
 )
 
 
-def random_mask(batch, height, width, ratio, *, block=1, generator=None, device=None):
+def random_mask(
+    batch: int, height: int, width: int, ratio: float, *,
+    block: int = 1, generator: torch.Generator | None = None, device: torch.device | str | None = None,
+) -> Tensor:  # fmt: skip
     """Random masks of whole blocks, with the same number of masked blocks in every image.
 
     The grid has ceil(height / block) x ceil(width / block) blocks; those at the lower and right border are cut to

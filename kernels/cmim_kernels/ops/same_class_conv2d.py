@@ -1,6 +1,7 @@
 """Class-gated depthwise convolution: schema, fake tensors, autograd, public function."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
@@ -51,7 +52,7 @@ class _SameClassConv2d(torch.autograd.Function):
         return grad_x, None, grad_weight, None if bias is None else grad_bias, None
 
 
-def same_class_conv2d(x, labels, weight, bias=None, *, num_classes):
+def same_class_conv2d(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int) -> Tensor:
     """Depthwise cross-correlation in which a neighbour counts only if its label equals the centre's.
 
     Zero padding, stride 1. At centres whose label is outside [0, num_classes) the output is zero, without bias.

@@ -1,11 +1,12 @@
 """Packed tokens to the original order: schema, fake tensors, autograd, public function."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.ops.library import declare, differentiable
-from cmim_kernels.ops.pack_classes import check_layout
+from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference
 
 
@@ -59,7 +60,9 @@ class _ScatterClassTokens(torch.autograd.Function):
         )  # fmt: skip
 
 
-def scatter_class_tokens(packed, layout, *, mask_token=None, position=None):
+def scatter_class_tokens(
+    packed: Tensor, layout: ClassLayout, *, mask_token: Tensor | None = None, position: Tensor | None = None
+) -> Tensor:
     """Packed tokens back in their original order: the inverse of `gather_class_tokens`.
 
     Places whose packed position is L or later get `mask_token`, or zero without one. Then `position` is added at

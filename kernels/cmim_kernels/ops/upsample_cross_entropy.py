@@ -1,6 +1,7 @@
 """Cross-entropy of bilinearly upsampled logits: schema, fake tensors, autograd, public function."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
@@ -51,7 +52,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return _backward(grad, *ctx.saved_tensors, ctx.align_corners), None, None
 
 
-def upsample_cross_entropy(logits, target, *, align_corners=False):
+def upsample_cross_entropy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
     """Cross-entropy, at each pixel of `target`, of the logits upsampled to its size.
 
     Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target, reduction="none")`, but the

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype
@@ -32,7 +33,7 @@ _forward = declare(
 )
 
 
-def upsample_pseudo_labels(logits, size, *, align_corners=False):
+def upsample_pseudo_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> PseudoLabels:
     """Most likely class, and its softmax probability, at each pixel of the logits upsampled to `size`.
 
     Equal to argmax and max of `F.interpolate(logits, size, mode="bilinear").softmax(1)`, but the probabilities are

@@ -1,45 +1,48 @@
 """What is hidden from the network: block masks, masks inside each class, one isolated class, and the fill colour.
 
-A mask M is (B, h, w) bool on the token grid, true where a token is hidden. The usual masks come with the batch
-(`cmim_kernels.random_mask`: whole blocks, an exact count in every image); those below need the classes.
+A mask M is (B, h, w) bool on the token grid, true where a token is hidden. The usual masks come with the batch, one value
+for each block (`cmim_kernels.random_mask`: an exact count in every image), and `expand` gives them the resolution of tokens;
+those that need the classes are drawn here.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmim.data.datasets import IGNORED
 from cmim.randomness import uniform
 
 
-def to_pixels(mask, stride):
-    """A token mask (B, h, w) at pixel resolution (B, h * stride, w * stride)."""
-    batch, height, width = mask.shape
-    wide = mask[:, :, None, :, None].expand(batch, height, stride, width, stride)
-    return wide.reshape(batch, height * stride, width * stride)
+def expand(grid: Tensor, side: int) -> Tensor:
+    """(B, h, w) at a finer resolution, (B, h * side, w * side): every value fills a square of that side."""
+    batch, height, width = grid.shape
+    wide = grid[:, :, None, :, None].expand(batch, height, side, width, side)
+    return wide.reshape(batch, height * side, width * side)
 
 
 class Fill(nn.Module):
     """fill(v, M): hidden pixels of normalised images get one colour.
 
-    kind: `mean` (the mean colour of the data, which is zero after normalisation), `black`, or `learned`.
+    fill: `mean` (the mean colour of the data, which is zero after normalisation), `black`, or `learned`.
     mean, std: of each channel, that images are normalised with.
     """
 
-    def __init__(self, kind, mean, std):
+    def __init__(self, fill: str, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         black = -torch.tensor(mean) / torch.tensor(std)
-        colour = black if kind == "black" else torch.zeros(len(mean))
-        if kind == "learned":
+        colour = black if fill == "black" else torch.zeros(len(mean))
+        if fill == "learned":
             self.colour = nn.Parameter(colour)
         else:
             self.register_buffer("colour", colour, persistent=False)
 
-    def forward(self, images, hidden):
+    def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
         """images (B, channels, H, W) float, hidden (B, H, W) bool."""
         return torch.where(hidden[:, None], self.colour.view(1, -1, 1, 1), images)
 
 
-def per_class_mask(labels, keys, num_classes, ratio, block):
+def per_class_mask(labels: Tensor, keys: Tensor, num_classes: int, ratio: float, block: int) -> Tensor:
     """Hide exactly round(ratio x n) of the n tokens of every class of every image.
 
     Within a class, blocks are hidden one after another in a random order, so that hidden tokens stay together: only the
@@ -58,7 +61,7 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     rows, columns = -(-height // block), -(-width // block)
     draws = uniform(keys, rows * columns + height * width)
     rank = draws[:, : rows * columns].argsort(dim=1, stable=True).argsort(1).view(batch, rows, columns)
-    of_block = to_pixels(rank, block)[:, :height, :width].reshape(batch, -1)
+    of_block = expand(rank, block)[:, :height, :width].reshape(batch, -1)
     of_token = draws[:, rows * columns :]
 
     labels = labels.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
@@ -73,7 +76,7 @@ def per_class_mask(labels, keys, num_classes, ratio, block):
     return hidden.view(batch, height, width)
 
 
-def isolate_class(classes, keys, num_classes):
+def isolate_class(classes: Tensor, keys: Tensor, num_classes: int) -> Tensor:
     """Keep one class per image, drawn evenly among those present: all other pixels become IGNORED.
 
     Args:

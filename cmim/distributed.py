@@ -1,13 +1,14 @@
-"""Processes that train together: who they are, what they add up, and what is said when one dies.
+"""Processes that train together: who they are, which cores they have, what they add up, and what is said when one dies.
 
-`torchrun` starts them and names them in the environment. Everything that can be a user's mistake is checked before they
-join, so that nobody waits for a process that has gone.
+`torchrun` starts them and names them in the environment. Everything that can be a user's mistake is checked before the
+process group is made, so that no process waits for one that has ended.
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,26 @@ class World(NamedTuple):
     local_size: int
 
 
-def world():
+def world() -> World:
     """The `World` that the environment describes; it needs no process group."""
     number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
     return World(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(asked: int | None = None) -> int:
+    """Loader processes of this process: `asked`, or all but one of its share of the machine's cores, at most 8."""
+    return max(0, min(available_cores() // world().local_size - 1, 8)) if asked is None else asked
+
+
 @contextmanager
-def joined(device):
-    """Inside the `with` block the processes know one another; alone nothing happens. NCCL on CUDA, gloo on the CPU."""
+def process_group(device: torch.device) -> Iterator[None]:
+    """The process group of all processes exists inside the `with` block: NCCL on CUDA, gloo on the CPU. A process that is
+    alone needs none."""
     if world().size == 1:
         yield
         return
@@ -53,27 +65,27 @@ def joined(device):
             "another process of this run has ended: its own message or torchrun's report says why (exit code -9: killed, "
             "often for want of memory); training continues from its last checkpoint with --output RUN --resume"
         ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for those that have gone
+    dist.destroy_process_group()  # not after an error, when it would wait for processes that have ended
 
 
-def rank():
-    """Number of this process; 0 alone."""
+def rank() -> int:
+    """Number of this process; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size():
-    """Number of processes that have joined; 1 alone."""
+def size() -> int:
+    """Number of processes in the group; 1 where there is none."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(tensor):
+def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over all processes, in place; every process calls it, with equal shapes."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_first(value):
+def from_rank0(value: Any) -> Any:
     """What process 0 passed, a plain value, in every process."""
     values = [value]
     if size() > 1:
@@ -94,7 +106,7 @@ def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# Everybody's result holds everybody's x, so the gradient of x is the sum of everybody's gradients.
+# The result on every process depends on the x of every process, so the gradient of x sums the gradients of all.
 all_reduce.register_autograd(lambda context, gradient: all_reduce(gradient))
 
 

@@ -1,31 +1,14 @@
-"""Pseudo-labels of weak views, CutMix of strong views, and channel dropout of features."""
+"""Perturbations of views on the device: CutMix of strong views, and channel dropout of features."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from cmim.data.datasets import IGNORED
 from cmim.randomness import uniform
-from cmim_kernels import upsample_pseudo_labels
 
 
-class PseudoLabels(NamedTuple):
-    label: torch.Tensor  # (B, H, W) int32
-    confidence: torch.Tensor  # (B, H, W) float32, the largest softmax probability
-    valid: torch.Tensor  # (B, H, W) bool, false on padding
-
-    def classes(self, tau):
-        """The label where it is valid and confidence >= tau, IGNORED elsewhere."""
-        return torch.where(self.valid & (self.confidence >= tau), self.label, IGNORED)
-
-
-def pseudo_labels(logits, valid, align_corners):
-    """Labels and confidences at the resolution of `valid` from logits (B, K, h, w); no gradient."""
-    label, confidence = upsample_pseudo_labels(logits.detach(), tuple(valid.shape[-2:]), align_corners=align_corners)
-    return PseudoLabels(label, confidence, valid)
-
-
-def cutmix(box, *tensors):
+def cutmix(box: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Paste the box of each sample's partner, number i XOR 1 of the batch, into the sample.
 
     Args:
@@ -41,7 +24,7 @@ def cutmix(box, *tensors):
     return [torch.where(inside if t.dim() == 3 else inside[:, None], t[partner], t) for t in tensors]
 
 
-def drop_complementary(maps, keys):
+def drop_complementary(maps: Sequence[Tensor], keys: Tensor) -> list[Tensor]:
     """Complementary channel dropout of two strong views (UniMatch V2, Yang et al. 2024, arXiv 2410.10777).
 
     For half of the images, drawn from their keys, view 1 loses a random half of the channels and view 2 the other half,
@@ -58,7 +41,7 @@ def drop_complementary(maps, keys):
     return [m * factors[:, : m.shape[1], None, None].to(m.dtype) for m in maps]
 
 
-def drop_channels(maps, keys, probability):
+def drop_channels(maps: Sequence[Tensor], keys: Tensor, probability: float) -> list[Tensor]:
     """Channel dropout (Dropout2d) of encoder maps, each (B, C, h, w): whole channels become zero, the rest grow.
 
     Which channels depends on the samples' keys (B,) alone, so that any number of processes drops the same ones.

@@ -1,14 +1,19 @@
-"""Figures without which a run cannot be judged; none waits for the device."""
+"""Figures that tell whether a run works; computing them never waits for the device."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cmim.engine.distributed import sum_over_ranks
+from cmim.distributed import sum_over_ranks
+from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
 
 
 @torch.no_grad()
-def coverage(labels, tau, background):
+def coverage(labels: PseudoLabels, tau: float, background: int | None) -> dict[str, Tensor]:
     """Share of the valid pixels whose pseudo-label is confident; also of those not labelled `background`."""
     sure = labels.valid & (labels.confidence >= tau)
     figures = {"coverage": sure.sum() / labels.valid.sum().clamp(min=1)}
@@ -19,7 +24,7 @@ def coverage(labels, tau, background):
 
 
 @torch.no_grad()
-def mean_colour_error(images, target):
+def mean_colour_error(images: Tensor, target: dict[str, Any]) -> Tensor:
     """`masked_patch_loss` of the simplest guess: the mean colour of the visible tokens of the same (image, class).
 
     A decoder that does not beat it has learnt a colour look-up. With normalised patches the guess is each patch's
@@ -42,7 +47,7 @@ def mean_colour_error(images, target):
 
 
 @torch.no_grad()
-def separation(centroids: ClassCentroids):
+def separation(centroids: ClassCentroids) -> Tensor:
     """Between-class over within-class distance of the centroids of an image.
 
     Between: mean l2 distance of visible centroids of two classes of an image. Within: mean l2 distance of the hidden
@@ -54,14 +59,14 @@ def separation(centroids: ClassCentroids):
     within = ((visible - hidden).norm(dim=-1) * both).sum() / both.sum().clamp(min=1)
     pairs = has[:, :, None, 0] & has[:, None, :, 0]
     pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
-    # |a - b|^2 from products: (B, K, K, C) would be large for many classes.
+    # |a - b|^2 is computed from products: a difference (B, K, K, C) would be large for many classes.
     square = (visible**2).sum(-1)
     distance = (square[:, :, None] + square[:, None, :] - 2 * visible @ visible.transpose(1, 2)).clamp(min=0).sqrt()
     between = (distance * pairs).sum() / pairs.sum().clamp(min=1)
     return between / within.clamp(min=1e-8)
 
 
-def gradient_norms(terms, features, ranks=1):
+def gradient_norms(terms: dict[str, Tensor], features: Sequence[Tensor], ranks: int = 1) -> dict[str, Tensor]:
     """L2 norm of the gradient of each term with respect to the features of all passes, of all processes.
 
     Args:
@@ -69,7 +74,7 @@ def gradient_norms(terms, features, ranks=1):
         features: tensors of the graph, one for each pass.
         ranks: number of processes.
     """
-    norms, features = {}, [f for f in features if f.requires_grad]  # not those of a frozen encoder
+    norms, features = {}, [f for f in features if f.requires_grad]  # a frozen encoder's do not
     for name, term in terms.items():
         known = features and term.requires_grad
         gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True) if known else ()

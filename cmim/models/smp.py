@@ -6,16 +6,20 @@ stand-ins of zeros back. Dropout inside some of smp's decoders draws from PyTorc
 """
 
 import difflib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from cmim.errors import UserError
 from cmim.models.geometry import Geometry
 from cmim.models.segmenter import Segmenter
 from cmim.models.weights import brief, check_name, fetch, load_timm_file, load_weights, read_weights, timm_names
+from cmim.settings import ModelSettings
 
 
 class EncoderMap(NamedTuple):
@@ -31,7 +35,7 @@ class Layout(NamedTuple):
     unused: frozenset[str]  # parameters that no gradient reaches
 
 
-class ZooSegmenter(Segmenter):
+class SmpSegmenter(Segmenter):
     """A `Segmenter` around the encoder, the decoder and the head's convolution of a network of smp.
 
     Args:
@@ -40,7 +44,7 @@ class ZooSegmenter(Segmenter):
         mean, std: of each channel of the images, of values in [0, 1].
     """
 
-    def __init__(self, model, layout, *, mean, std):
+    def __init__(self, model: nn.Module, layout: Layout, *, mean: Sequence[float], std: Sequence[float]):
         convolution, upsampling, _ = model.segmentation_head
         super().__init__(
             model.encoder,
@@ -49,37 +53,42 @@ class ZooSegmenter(Segmenter):
             head=convolution,
             mean=mean,
             std=std,
+            geometry=layout.geometry,
             feature_channels=layout.feature_channels,
-            feature_stride=layout.geometry.feature_stride,
             encoder_channels=layout.maps[-1].channels,
-            encoder_stride=layout.geometry.encoder_stride,
-            size_multiple=layout.geometry.multiple,
         )
         self.maps = layout.maps
-        self.align_corners = getattr(upsampling, "align_corners", True)  # of a head that upsamples; at stride 1 all the same
+        self.align_corners = getattr(
+            upsampling, "align_corners", True
+        )  # where the head does not upsample, it makes no difference
 
-    def encode(self, images):
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = super().encode(images)
-        return tuple(m for m, kind in zip(maps, self.maps, strict=True) if kind.learned)
+        return tuple(m for m, form in zip(maps, self.maps, strict=True) if form.learned)
 
-    def decode(self, maps):
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
         learned, zero = iter(maps), maps[0].new_zeros(())
-        stride = next(kind.stride for kind in self.maps if kind.learned)
+        stride = next(form.stride for form in self.maps if form.learned)
         height, width = (side * stride for side in maps[0].shape[-2:])
 
-        def stand_in(kind):
-            return zero.expand(len(maps[0]), kind.channels, height // kind.stride, width // kind.stride)
+        def stand_in(form: EncoderMap) -> Tensor:
+            return zero.expand(len(maps[0]), form.channels, height // form.stride, width // form.stride)
 
-        return self.decoder([next(learned) if kind.learned else stand_in(kind) for kind in self.maps])
+        return self.decoder([next(learned) if form.learned else stand_in(form) for form in self.maps])
 
 
-def build_zoo(settings, num_classes, mean, std):
-    """The `ZooSegmenter` of a `ModelSettings` whose arch is smp:ARCH/ENCODER."""
+def geometry(settings: ModelSettings) -> Geometry:
+    """Raises UserError: as `measure`."""
+    return measure(settings.arch).geometry
+
+
+def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Segmenter:
+    """The `SmpSegmenter` of a `ModelSettings` whose arch is smp:ARCH/ENCODER."""
     layout = measure(settings.arch)
     _, encoder = _parse(settings.arch)
     options = dict(in_channels=len(mean), classes=num_classes)
     if settings.weights == "timm":
-        # Any value but None makes smp fetch the weights that a timm model's name stands for.
+        # For a model of timm, any value but None makes smp fetch the weights that its name stands for.
         weights = True if encoder.startswith("tu-") else "imagenet"
         model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
     else:
@@ -93,11 +102,11 @@ def build_zoo(settings, num_classes, mean, std):
     for name, parameter in model.named_parameters():
         if name in layout.unused:
             parameter.requires_grad_(False)
-    return ZooSegmenter(model, layout, mean=mean, std=std)
+    return SmpSegmenter(model, layout, mean=mean, std=std)
 
 
 @lru_cache
-def measure(arch):
+def measure(arch: str) -> Layout:
     """The `Layout` of smp:ARCH/ENCODER, from a forward and a backward without memory where smp can be built so.
 
     Raises:
@@ -107,39 +116,39 @@ def measure(arch):
     with torch.random.fork_rng(devices=[]):
         try:
             return _measure(arch, "meta")
-        except Exception:  # some constructors compute with numbers, others refuse the pair: the CPU tells which
+        except Exception:  # meta tensors have no numbers to compute with, or smp refuses the pair: the CPU tells
             pass
         try:
             return _measure(arch, "cpu")
-        except Exception as error:  # smp raises whatever its constructors raise
+        except Exception as error:  # constructors raise exceptions of many types
             raise UserError(
                 f"model.arch: segmentation_models_pytorch cannot build {arch} ({brief(error)}); choose another encoder"
             ) from error
 
 
-def _measure(arch, device):
+def _measure(arch: str, device: str) -> Layout:
     with torch.device(device):
         model = _create(arch, None, in_channels=3, classes=2).eval()
         multiple = model.encoder.output_stride
-        side = 8 * multiple  # room for decoders that pool the deepest map
+        side = 8 * multiple  # large enough for decoders that pool the deepest map
         images = torch.zeros(1, 3, side, side)
         features = model.encoder(images)
-        kinds = [EncoderMap(m.shape[1], side // m.shape[-1], m is not images and m.shape[1] > 0) for m in features]
+        maps = [EncoderMap(m.shape[1], side // m.shape[-1], m is not images and m.shape[1] > 0) for m in features]
         feature = model.decoder(features)
         model.segmentation_head[0](feature).sum().backward()
     unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
-    strides = Geometry(side // feature.shape[-1], kinds[-1].stride, multiple)
-    return Layout(strides, tuple(kinds), feature.shape[1], unused)
+    strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple)
+    return Layout(strides, tuple(maps), feature.shape[1], unused)
 
 
-def _create(arch, weights, **options):
+def _create(arch: str, weights: str | bool | None, **options) -> nn.Module:
     name, encoder = _parse(arch)
     if encoder.startswith(("tu-swin_", "tu-swinv2_")):
-        options["strict_img_size"] = False  # else timm's Swin takes images of one size only
+        options["strict_img_size"] = False  # otherwise timm's Swin accepts a single image size
     return _library().create_model(name, encoder, encoder_weights=weights, **options)
 
 
-def _parse(arch):
+def _parse(arch: str) -> tuple[str, str]:
     """("upernet", "tu-convnext_tiny") of "smp:upernet/tu-convnext_tiny", both known to smp."""
     smp = _library()
     name, slash, encoder = arch.removeprefix("smp:").partition("/")
@@ -166,7 +175,7 @@ def _parse(arch):
     return name, encoder
 
 
-def _library():
+def _library() -> ModuleType:
     try:
         import segmentation_models_pytorch
     except ImportError as error:

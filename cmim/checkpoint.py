@@ -1,0 +1,106 @@
+"""Checkpoints: written atomically, read with weights_only; which weights of one are used; warm starts."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cmim.errors import UserError
+
+
+def save(state: dict[str, Any], path: str | Path) -> None:
+    """Write a dict of tensors and plain values so that `path` always holds a whole checkpoint."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; nothing in it can run code."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns of foreign files; the error below names them
+            state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None
+    except Exception as error:  # a damaged file raises exceptions of many types
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be damaged") from None
+    if not isinstance(state, dict) or "class_names" not in state:
+        raise UserError(f"{path} is not a checkpoint of cmim.train; give another run folder")
+    return state
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load a state dict into a module; a checkpoint of another model is a user's mistake."""
+    ours = module.state_dict()
+    missing, unexpected = ours.keys() - state.keys(), state.keys() - ours.keys()
+    other_shape = [k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape]
+    if missing or unexpected or other_shape:
+        key = sorted([*missing, *unexpected, *other_shape])[0]
+        raise UserError(
+            f"{path} belongs to another model: {len(missing)} tensors missing, {len(unexpected)} unknown, "
+            f"{len(other_shape)} of another shape, first {key}; use the config it was trained with"
+        )
+    module.load_state_dict(state)
+
+
+def network_weights(
+    state: dict[str, Any], path: str | Path, wanted: Literal["teacher", "student"] | None = None
+) -> dict[str, Tensor]:
+    """The network's weights in a checkpoint, by name.
+
+    `best.pt` holds one set of weights, those that were evaluated; `last.pt` the student's and, where the teacher is an EMA,
+    the teacher's.
+
+    Args:
+        state: the checkpoint.
+        path: where it came from, for errors.
+        wanted: which weights; by default those that the run evaluated. Checkpoints of before this was written down count
+            as evaluated with the teacher's, where there are any.
+
+    Raises:
+        UserError: the checkpoint holds the other weights only.
+    """
+    evaluated = state.get("evaluated")
+    if "net" in state:
+        if wanted is not None and evaluated is not None and wanted != evaluated:
+            raise UserError(
+                f"{path} holds the {evaluated}'s weights only; use --checkpoint last, or leave evaluation.weights away"
+            )
+        return dict(state["net"])
+    objective = state.get("objective", {})
+    if wanted is None:
+        wanted = evaluated or ("teacher" if any(name.startswith("teacher.") for name in objective) else "student")
+    prefix = "teacher." if wanted == "teacher" else "net."
+    return {name.removeprefix(prefix): value for name, value in objective.items() if name.startswith(prefix)}
+
+
+def warm_start(net: nn.Module, path: str | Path) -> str | None:
+    """Load the evaluated weights of a checkpoint, or of the last one in a run's folder, into a network with a `head`.
+
+    Returns:
+        None, or a line that says that the head was left as it was: the run had another number of classes.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is one of another network.
+    """
+    if Path(path).is_dir():
+        path = Path(path) / "checkpoints" / "last.pt"
+    try:
+        state = load(path)
+        weights = network_weights(state, path)
+        classes, wanted = len(state["class_names"]), net.head.out_channels
+        if classes != wanted:
+            weights |= {f"head.{name}": value for name, value in net.head.state_dict().items()}
+        load_into(net, weights, path)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+    return f"{path} has {classes} classes, the data {wanted}: the head starts anew" if classes != wanted else None

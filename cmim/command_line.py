@@ -1,0 +1,161 @@
+"""Command lines: each command's own options, `--section.key VALUE` overrides of the config, and --help."""
+
+import argparse
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic.fields import FieldInfo
+
+from cmim.config import default_config_path, unknown_key
+from cmim.errors import UserError
+from cmim.settings import PRESETS, Config, Section
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose help is the module's docstring and whose errors are one line.
+
+    `parse(arguments)` returns (namespace, overrides), the overrides as `cmim.config.load_config` takes them.
+    """
+
+    def __init__(self, module: str, doc: str):
+        super().__init__(
+            prog=f"python -m {module}",
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse(self, arguments: Sequence[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+        own, overrides, words = [], [], list(arguments)
+        while words:
+            word = words.pop(0)
+            key = word.removeprefix("--").partition("=")[0]
+            if word.startswith("--") and ("." in key or key in Config.model_fields):
+                overrides.append(word)
+                # The next word is the value, even a negative number. `cmim.config` reports a missing one.
+                if "=" not in word and words and not words[0].startswith("--"):
+                    overrides.append(words.pop(0))
+            else:
+                own.append(word)
+        namespace, rest = self.parse_known_args(own)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(word, self._option_string_actions, 1, 0.75)
+            self.error(f"unknown option {word}; did you mean {nearest[0]}?" if nearest else unknown_key(word.lstrip("-")))
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return namespace, overrides
+
+
+def parser_of(command: str, doc: str) -> CommandLine:
+    """The parser of `python -m cmim.<command>`, whose module's docstring is `doc`."""
+    parser = CommandLine(f"cmim.{command}", doc)
+    add = parser.add_argument
+    if command == "train":
+        add("config", nargs="?", help="a YAML file; without it, the built-in `shapes` set")
+        add("--output", metavar="RUN", help="run folder; by default runs/<config>-<time>")
+        add("--resume", action="store_true", help="continue the run in --output, or start it where there is none")
+    elif command == "compare":
+        add("config", nargs="?", default=default_config_path(), help="a YAML file; without it, the built-in `shapes` set")
+        add("--output", type=Path, required=True, help="folder of the runs and the table")
+        add(
+            "--presets",
+            nargs="+",
+            choices=tuple(PRESETS),
+            default=tuple(PRESETS),
+            metavar="PRESET",
+            help=f"of {', '.join(PRESETS)}; all",
+        )
+        add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="by default 0 1 2")
+        add("--jobs", type=int, default=1, help="runs at a time (1)")
+        add("--gpus", type=int, default=1, help="processes of each run (1)")
+    else:
+        add("run", help="folder of a run")
+        if command == "predict":
+            add("images", type=Path, help="an image or a folder of images")
+            add("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
+        add("--checkpoint", choices=("last", "best"), default="last", help="whose weights (last)")
+        if command == "evaluate":
+            add("--split", choices=("val", "test"), help="by default test, or val where there is no test")
+    return parser
+
+
+def print_help(command: str, doc: str, arguments: Sequence[str]) -> None:
+    """Print what `--help`, or `--help SECTION` for one section of the settings, asks for.
+
+    Raises:
+        UserError: there is no such section.
+    """
+    width = min(120, shutil.get_terminal_size((100, 24)).columns)
+    words = list(arguments)
+    at = next(i for i, word in enumerate(words) if word in ("-h", "--help"))
+    asked = words[at + 1] if len(words) > at + 1 and not words[at + 1].startswith("-") else None
+    if asked is None:
+        print(parser_of(command, doc).format_help())
+        print(
+            "Settings, each a key of the YAML file and an override --SECTION.KEY VALUE; --help SECTION shows one section:\n"
+        )
+    elif asked not in sections():
+        nearest = difflib.get_close_matches(asked, sections(), 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(sections())}"
+        raise UserError(f"--help {asked}: there is no such section of the settings; {hint}")
+    if asked is None:
+        print("\n".join(_lines("", {"seed": Config.model_fields["seed"]}, width)) + "\n")
+    for name in [asked] if asked else sections():
+        print("\n".join(section_help(name, width)) + "\n")
+
+
+def sections() -> list[str]:
+    """Names of the sections of the settings; those within a section as `data.shapes`."""
+    return list(_sections(Config, ""))
+
+
+def _sections(section: type[Section], prefix: str) -> dict[str, type[Section]]:
+    found = {}
+    for name, field in section.model_fields.items():
+        kinds = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type)]
+        inner = next((kind for kind in kinds if issubclass(kind, Section)), None)
+        if inner is not None:
+            found |= {prefix + name: inner} | _sections(inner, f"{prefix}{name}.")
+    return found
+
+
+def section_help(name: str, width: int) -> list[str]:
+    """Lines of at most `width` characters: keys, defaults and meanings of a section."""
+    section = _sections(Config, "")[name]
+    inner = _sections(section, "")
+    return [name, *_lines("  ", {key: f for key, f in section.model_fields.items() if key not in inner}, width)]
+
+
+def _lines(indent: str, fields: dict[str, FieldInfo], width: int) -> list[str]:
+    lines = []
+    for key, field in fields.items():
+        default = "none" if field.default is None else _in_yaml(field.default)
+        meaning, choices = " ".join((field.description or "").split()), _choices(field.annotation)
+        if choices and not all(re.search(rf"\b{re.escape(choice)}\b", meaning) for choice in choices):
+            meaning = f"{' | '.join(choices)}. {meaning}"
+        lines += textwrap.wrap(f"{indent}{key}: {default}", width, subsequent_indent=indent + "  ")
+        lines += textwrap.wrap(meaning, width, initial_indent=indent + "    ", subsequent_indent=indent + "    ")
+    return lines
+
+
+def _choices(annotation: object) -> list[str]:
+    parts = getattr(annotation, "__args__", ())
+    return [str(part) for part in parts] if "Literal" in str(getattr(annotation, "__origin__", "")) else []
+
+
+def _in_yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_in_yaml, value)) + "]"
+    return "{}" if value == {} else str(value)

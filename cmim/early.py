@@ -1,0 +1,29 @@
+"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, and answers --help."""
+
+import importlib.util
+import sys
+
+NEEDED = {
+    "torch": "torch", "torchvision": "torchvision", "timm": "timm", "safetensors": "safetensors", "PIL": "Pillow",
+    "yaml": "PyYAML", "pydantic": "pydantic", "rich": "rich", "tensorboard": "tensorboard", "matplotlib": "matplotlib",
+}  # fmt: skip
+"""Module -> distribution, of what the trainer cannot do without: the extra `train` of pyproject.toml."""
+
+
+def begin(command: str, doc: str) -> None:
+    """Called at the top of the module of a command. Returns unless there is nothing more to do.
+
+    Args:
+        command: its name, as in `python -m cmim.<command>`.
+        doc: the module's docstring.
+    """
+    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"error: {', '.join(missing)} not installed; install the trainer: pip install 'cmim[train]'", file=sys.stderr)
+        sys.exit(2)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        from cmim.command_line import print_help
+        from cmim.errors import run_command
+
+        run_command(lambda: print_help(command, doc, sys.argv[1:]))
+        sys.exit(0)

@@ -1,0 +1,37 @@
+"""What the pages say: programs in them run, and links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.M)
+            assert heading in {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}, target
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
+def test_programs_run(page):
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    assert programs
+    for program in programs:
+        exec(compile(program, page, "exec"), {})
+
+
+def test_every_command_of_the_makefile_that_a_page_names_is_there():
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for page in PAGES:
+        named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "".join(re.findall(r"`[^`]+`", page.read_text()))))
+        assert named <= targets, f"{page.name}: {named - targets}"
