@@ -107,7 +107,7 @@ camvid-table: .venv/installed
 	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
 	  --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS) --data.root $(DATA)
 
-.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.*)
+.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q torch torchvision -c constraints.txt  # csrc/ is compiled for it

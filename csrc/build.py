@@ -1,6 +1,7 @@
-"""Compiles csrc/ into the shared library of `cmim_kernels`, with nvcc.
+"""Compiles csrc/ into the shared libraries of `cmim_kernels`: the CUDA kernels with nvcc, those for the CPU in C++.
 
-An installation does it. `python csrc/build.py [--architectures native]` does it for a checkout that is not installed.
+An installation does it. `python csrc/build.py [--architectures native]` does it for a checkout that is not installed, and
+`python csrc/build.py --cpu` for the CPU's kernels alone.
 
 Standard library only, and PyTorch is never imported: pip builds in an environment of its own, where PyTorch cannot be
 imported but its headers lie in the site-packages that the result is installed into.
@@ -79,11 +80,13 @@ def build_cpu(library, folder, *, torch=None, compiler=None, machine=None, flags
     """
     machine, folder, library = machine or platform.machine(), Path(folder), Path(library)
     if machine not in INSTRUCTION_SETS or sys.platform != "linux":
-        raise BuildError(f"there are kernels for Linux on {' and '.join(INSTRUCTION_SETS)}, not for {sys.platform} on {machine}")
+        raise BuildError(
+            f"there are kernels for Linux on {' and '.join(INSTRUCTION_SETS)}, not for {sys.platform} on {machine}"
+        )
     compiler, torch = [compiler or find_compiler(), *CPU_FLAGS, *flags], torch or find_torch()
     objects = []
     for name, architecture in INSTRUCTION_SETS[machine].items():
-        command = [*compiler, *architecture, f"-DCMIM_ISA={name}"]
+        command = [*compiler, *architecture, f"-DCMIM_ISA={name}", "-fno-exceptions"]
         objects += compile_sources(command, cpu_sources(), folder / name)
     command = [*compiler, "-isystem", f"{torch}/include"]
     objects += compile_sources(command, [CSRC / "cpu/library.cpp"], folder)
@@ -145,7 +148,9 @@ def compile_sources(compiler, sources, folder, *, headers=()):
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    included = [file for place in (CSRC, CSRC / "cpu", *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")]
+    included = [
+        file for place in (CSRC, CSRC / "cpu", *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")
+    ]
     included = b"".join(file.read_bytes() for file in included)
 
     def compile_one(source):
@@ -195,11 +200,15 @@ def native_architecture():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", default=None, help="like TORCH_CUDA_ARCH_LIST, or native: of this machine's GPUs")
+    parser.add_argument("--cpu", action="store_true", help="the kernels for the CPU instead of those for CUDA")
     options = parser.parse_args()
-    library = CSRC.parent / "kernels/cmim_kernels/libcmim_kernels.so"
+    library = CSRC.parent / "kernels/cmim_kernels" / ("libcmim_cpu.so" if options.cpu else "libcmim_kernels.so")
     try:
         wanted = native_architecture() if options.architectures == "native" else options.architectures
-        outcome = build(library, CSRC.parent / "build/cuda", architectures=wanted)
+        if options.cpu:
+            outcome = build_cpu(library, CSRC.parent / "build/cpu")
+        else:
+            outcome = build(library, CSRC.parent / "build/cuda", architectures=wanted)
     except BuildError as error:
         raise SystemExit(f"error: {error}") from error
     library.with_suffix(".txt").write_text(outcome + "\n")

@@ -23,6 +23,11 @@ struct Kernels {
   // features (B, C, h, w) or (B, N, C); order (B, N), offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)
   // int32: dense.
   void (*centroids_forward)(ForEach, View features, View order, View offsets, View mean, View count);
+
+  // x, out (B, C, h, w), labels (B, h, w), weight (C, k, k), bias (C); grad_weight, grad_bias: dense.
+  void (*same_class_conv2d_forward)(ForEach, View x, View labels, View weight, MaybeView bias, int64_t num_classes, View out);
+  void (*same_class_conv2d_backward)(ForEach, View grad, View x, View labels, View weight, int64_t num_classes, View grad_x,
+                                     View grad_weight, MaybeView grad_bias);
 };
 
 namespace baseline { extern const Kernels kernels; }

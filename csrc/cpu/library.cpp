@@ -70,6 +70,9 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(a!) order, Tensor(b!) inverse, Tensor(c!) "
         "segment, Tensor(d!) offsets, Tensor(e!) cu_seqlens) -> ()");
   m.def("centroids_forward(Tensor features, Tensor order, Tensor offsets, Tensor(a!) mean, Tensor(b!) count) -> ()");
+  m.def("same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, int num_classes, Tensor(a!) out) -> ()");
+  m.def("same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, int num_classes, Tensor(a!) grad_x, "
+        "Tensor(b!) grad_weight, Tensor(c!)? grad_bias) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -77,6 +80,8 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(pack_classes);
   CMIM_IMPLEMENT(centroids_forward);
+  CMIM_IMPLEMENT(same_class_conv2d_forward);
+  CMIM_IMPLEMENT(same_class_conv2d_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {

@@ -5,10 +5,14 @@ namespace cmim::cpu::CMIM_ISA {
 
 void pack_classes(ForEach, View, View, int64_t, View, View, View, View, View);
 void centroids_forward(ForEach, View, View, View, View, View);
+void same_class_conv2d_forward(ForEach, View, View, View, MaybeView, int64_t, View);
+void same_class_conv2d_backward(ForEach, View, View, View, View, int64_t, View, View, MaybeView);
 
 #define CMIM_NAME_OF(isa) #isa
 #define CMIM_NAME(isa) CMIM_NAME_OF(isa)
 
-extern const Kernels kernels{CMIM_NAME(CMIM_ISA), pack_classes, centroids_forward};
+extern const Kernels kernels{
+    CMIM_NAME(CMIM_ISA), pack_classes, centroids_forward, same_class_conv2d_forward, same_class_conv2d_backward,
+};
 
 }  // namespace cmim::cpu::CMIM_ISA

@@ -5,7 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -104,20 +108,64 @@ ALWAYS_INLINE Floats exp2(Floats x) {
   const Floats clamped = x < -150.0f ? splat(-150.0f) : x;
   const Floats shifted = clamped + 0x1.8p23f;  // its low bits are the nearest integer
   const Floats fraction = clamped - (shifted - 0x1.8p23f);
-  Floats p = splat(1.53533e-4f);
-  p = p * fraction + 1.33988e-3f;
-  p = p * fraction + 9.61844e-3f;
-  p = p * fraction + 5.55033e-2f;
-  p = p * fraction + 2.402265e-1f;
-  p = p * fraction + 6.931472e-1f;
+  Floats p = splat(1.535336188319500e-4f);
+  p = p * fraction + 1.339887440266574e-3f;
+  p = p * fraction + 9.618437357674640e-3f;
+  p = p * fraction + 5.550332471162809e-2f;
+  p = p * fraction + 2.402264791363012e-1f;
+  p = p * fraction + 6.931472028550421e-1f;
   p = p * fraction + 1.0f;
   const Ints exponent = bit_cast<Ints>(shifted) << 23;
   const Floats scaled = bit_cast<Floats>(bit_cast<Ints>(p) + exponent);
   return x < -126.0f ? Floats{} : scaled;
 }
 
-// Minimum of int64 without <algorithm>, whose templates the linker shares.
+ALWAYS_INLINE Ints load_ints(const int32_t* address) {
+  Ints x;
+  std::memcpy(&x, address, sizeof(x));
+  return x;
+}
+
+// A number that is part of its type.
+template <int N>
+struct constant {
+  static constexpr int value = N;
+};
+
+// Bit i: whether lane i of a comparison holds.
+ALWAYS_INLINE uint32_t bits_of(Ints holds) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bit_cast<__m512i>(holds));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(holds)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps(bit_cast<__m128>(holds)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(holds[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// Minimum and maximum of int64 without <algorithm>, whose templates the linker shares.
 ALWAYS_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+ALWAYS_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Uninitialised memory that begins with a cache line.
+template <typename T>
+struct Scratch {
+  T* const data;
+
+  ALWAYS_INLINE explicit Scratch(int64_t n)
+      : data(static_cast<T*>(aligned_alloc(64, (static_cast<size_t>(most(n, 1)) * sizeof(T) + 63) / 64 * 64))) {
+    if (!data) abort();
+  }
+  ALWAYS_INLINE ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  ALWAYS_INLINE operator T*() const { return data; }
+};
 
 template <typename F>
 void for_each(ForEach run, int64_t n, int64_t grain, const F& f) {
@@ -126,6 +174,9 @@ void for_each(ForEach run, int64_t n, int64_t grain, const F& f) {
     for (int64_t i = begin; i < end; ++i) body(i);
   }, const_cast<F*>(&f));
 }
+
+// How many items of that many elementary operations are worth a thread.
+ALWAYS_INLINE int64_t grain_of(int64_t work) { return most(1, 32768 / most(1, work)); }
 
 // f(T{}) for the element type T of features.
 template <typename F>

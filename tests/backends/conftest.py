@@ -13,10 +13,13 @@ BACKENDS = {
     )
 } | {"test_cuda_kernels": ["cuda"]}  # fmt: skip
 """The backends that a module tests, where Triton is not the only one."""
+ON_THE_CPU = {"test_pack_classes", "test_same_class_conv2d"}
+"""The modules that test the kernels for the CPU as well."""
 
 
 def pytest_generate_tests(metafunc):
-    backends = BACKENDS.get(metafunc.module.__name__.rsplit(".")[-1], ["triton"])
+    module = metafunc.module.__name__.rsplit(".")[-1]
+    backends = BACKENDS.get(module, ["triton"]) + ["cpu"] * (module in ON_THE_CPU)
     metafunc.parametrize("backend", backends, indirect=True, scope="module")
 
 
