@@ -28,6 +28,12 @@ struct Kernels {
   void (*same_class_conv2d_forward)(ForEach, View x, View labels, View weight, MaybeView bias, int64_t num_classes, View out);
   void (*same_class_conv2d_backward)(ForEach, View grad, View x, View labels, View weight, int64_t num_classes, View grad_x,
                                      View grad_weight, MaybeView grad_bias);
+
+  // logits, grad_logits (B, K, h, w), target, grad (B, H, W); loss, logsumexp, confidence float32, label int32: dense.
+  void (*upsample_cross_entropy_forward)(ForEach, View logits, View target, bool align_corners, View loss, View logsumexp);
+  void (*upsample_cross_entropy_backward)(ForEach, View grad, View logits, View target, View logsumexp, bool align_corners,
+                                          View grad_logits);
+  void (*upsample_pseudo_labels)(ForEach, View logits, bool align_corners, View label, View confidence);
 };
 
 namespace baseline { extern const Kernels kernels; }

@@ -73,6 +73,11 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, int num_classes, Tensor(a!) out) -> ()");
   m.def("same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, int num_classes, Tensor(a!) grad_x, "
         "Tensor(b!) grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def("upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners, Tensor(a!) loss, Tensor(b!) "
+        "logsumexp) -> ()");
+  m.def("upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners, "
+        "Tensor(a!) grad_logits) -> ()");
+  m.def("upsample_pseudo_labels(Tensor logits, bool align_corners, Tensor(a!) label, Tensor(b!) confidence) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -82,6 +87,9 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(centroids_forward);
   CMIM_IMPLEMENT(same_class_conv2d_forward);
   CMIM_IMPLEMENT(same_class_conv2d_backward);
+  CMIM_IMPLEMENT(upsample_cross_entropy_forward);
+  CMIM_IMPLEMENT(upsample_cross_entropy_backward);
+  CMIM_IMPLEMENT(upsample_pseudo_labels);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {

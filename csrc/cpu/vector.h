@@ -103,11 +103,13 @@ ALWAYS_INLINE void store_bits(void* address, Bits bits) {
 ALWAYS_INLINE void store(bfloat16* address, Floats x) { store_bits(address, narrow_bfloat16<Bits>(x)); }
 ALWAYS_INLINE void store(float16* address, Floats x) { store_bits(address, narrow_float16<Bits>(x)); }
 
-// 2^x for x <= 127, to about one unit in the last place; 0 below -126, and NaN of NaN.
-ALWAYS_INLINE Floats exp2(Floats x) {
-  const Floats clamped = x < -150.0f ? splat(-150.0f) : x;
-  const Floats shifted = clamped + 0x1.8p23f;  // its low bits are the nearest integer
-  const Floats fraction = clamped - (shifted - 0x1.8p23f);
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// e^x for x <= 88, to about one unit in the last place where there are multiply-adds; 0 below -87.33, and NaN of NaN.
+ALWAYS_INLINE Floats exp(Floats x) {
+  const Floats least = splat(-104.0f), clamped = least > x ? least : x;
+  const Floats shifted = clamped * LOG2_E + 0x1.8p23f;  // its low bits are the nearest integer
+  const Floats fraction = clamped * LOG2_E - (shifted - 0x1.8p23f);
   Floats p = splat(1.535336188319500e-4f);
   p = p * fraction + 1.339887440266574e-3f;
   p = p * fraction + 9.618437357674640e-3f;
@@ -117,7 +119,7 @@ ALWAYS_INLINE Floats exp2(Floats x) {
   p = p * fraction + 1.0f;
   const Ints exponent = bit_cast<Ints>(shifted) << 23;
   const Floats scaled = bit_cast<Floats>(bit_cast<Ints>(p) + exponent);
-  return x < -126.0f ? Floats{} : scaled;
+  return x < -87.33f ? Floats{} : scaled;
 }
 
 ALWAYS_INLINE Ints load_ints(const int32_t* address) {
@@ -131,6 +133,27 @@ template <int N>
 struct constant {
   static constexpr int value = N;
 };
+
+ALWAYS_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+// Natural logarithm of normal x > 0 to about one unit in the last place (S. Moshier's polynomial); NaN of NaN.
+ALWAYS_INLINE Floats log(Floats x) {
+  const Ints bits = bit_cast<Ints>(x) - 0x3f3504f3;  // sqrt(1/2): the mantissa lies between it and sqrt(2)
+  const Floats exponent = __builtin_convertvector(bits >> 23, Floats);
+  const Floats m = bit_cast<Floats>((bits & 0x007fffff) + 0x3f3504f3) - 1.0f, square = m * m;
+  Floats p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Floats rest = p * m * square - 2.12194440e-4f * exponent - 0.5f * square;
+  const Floats result = m + rest + 0.693359375f * exponent;
+  return x == x ? result : x;
+}
 
 // Bit i: whether lane i of a comparison holds.
 ALWAYS_INLINE uint32_t bits_of(Ints holds) {
