@@ -34,6 +34,9 @@ struct Kernels {
   void (*upsample_cross_entropy_backward)(ForEach, View grad, View logits, View target, View logsumexp, bool align_corners,
                                           View grad_logits);
   void (*upsample_pseudo_labels)(ForEach, View logits, bool align_corners, View label, View confidence);
+
+  // grad_mean (B, K, 2, C) float32, count dense, labels, masked (B, N), grad like features.
+  void (*centroids_backward)(ForEach, View grad_mean, View count, View labels, View masked, View grad);
 };
 
 namespace baseline { extern const Kernels kernels; }

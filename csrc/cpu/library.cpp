@@ -78,6 +78,7 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners, "
         "Tensor(a!) grad_logits) -> ()");
   m.def("upsample_pseudo_labels(Tensor logits, bool align_corners, Tensor(a!) label, Tensor(b!) confidence) -> ()");
+  m.def("centroids_backward(Tensor grad_mean, Tensor count, Tensor labels, Tensor masked, Tensor(a!) grad) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -90,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(upsample_cross_entropy_forward);
   CMIM_IMPLEMENT(upsample_cross_entropy_backward);
   CMIM_IMPLEMENT(upsample_pseudo_labels);
+  CMIM_IMPLEMENT(centroids_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {
