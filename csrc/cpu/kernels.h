@@ -20,9 +20,8 @@ struct Kernels {
   void (*pack_classes)(ForEach, View labels, View masked, int64_t num_classes, View order, View inverse, View segment,
                        View offsets, View cu_seqlens);
 
-  // features (B, C, h, w) or (B, N, C); order (B, N), offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)
-  // int32: dense.
-  void (*centroids_forward)(ForEach, View features, View order, View offsets, View mean, View count);
+  // features (B, C, h, w) or (B, N, C); labels, masked (B, N); mean (B, K, 2, C) float32, count (B, K, 2) int32: dense.
+  void (*centroids_forward)(ForEach, View features, View labels, View masked, View mean, View count);
 
   // x, out (B, C, h, w), labels (B, h, w), weight (C, k, k), bias (C); grad_weight, grad_bias: dense.
   void (*same_class_conv2d_forward)(ForEach, View x, View labels, View weight, MaybeView bias, int64_t num_classes, View out);

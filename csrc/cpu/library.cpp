@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("instruction_set(str name) -> str");
   m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(a!) order, Tensor(b!) inverse, Tensor(c!) "
         "segment, Tensor(d!) offsets, Tensor(e!) cu_seqlens) -> ()");
-  m.def("centroids_forward(Tensor features, Tensor order, Tensor offsets, Tensor(a!) mean, Tensor(b!) count) -> ()");
+  m.def("centroids_forward(Tensor features, Tensor labels, Tensor masked, Tensor(a!) mean, Tensor(b!) count) -> ()");
   m.def("same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, int num_classes, Tensor(a!) out) -> ()");
   m.def("same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, int num_classes, Tensor(a!) grad_x, "
         "Tensor(b!) grad_weight, Tensor(c!)? grad_bias) -> ()");

@@ -2,20 +2,18 @@
 
 import torch
 
-from cmim_kernels.cpu_kernels.pack_classes import pack_classes_forward
 from cmim_kernels.numerics import empty_like_layout
 from cmim_kernels.reference import class_centroids as reference
 
 
 def class_centroids_forward(features, labels, masked, num_classes, order, offsets):
+    """Needs no packing: `order` and `offsets` are unused."""
     if features.numel() == 0:
         return reference.class_centroids_forward(features, labels, masked, num_classes, order, offsets)
-    if order is None:
-        order, _, _, offsets, _ = pack_classes_forward(labels, masked, num_classes)
     batch, channels = features.shape[0], features.shape[1 if features.dim() == 4 else 2]
     mean = features.new_empty((batch, num_classes, 2, channels), dtype=torch.float32)
     count = features.new_empty((batch, num_classes, 2), dtype=torch.int32)
-    torch.ops.cmim_cpu.centroids_forward.default(features, order.contiguous(), offsets.contiguous(), mean, count)
+    torch.ops.cmim_cpu.centroids_forward.default(features, labels, masked, mean, count)
     return mean, count
 
 
