@@ -36,6 +36,15 @@ struct Kernels {
 
   // grad_mean (B, K, 2, C) float32, count dense, labels, masked (B, N), grad like features.
   void (*centroids_backward)(ForEach, View grad_mean, View count, View labels, View masked, View grad);
+
+  // tokens, grad_tokens (B, N, C), packed, grad_packed (B, L, C), inverse, segment (B, N), mask_token (C), position (N, C).
+  // Dense: outputs, inverse, segment.
+  void (*gather_forward)(ForEach, View tokens, View inverse, View segment, MaybeView mask_token, MaybeView position, View out);
+  void (*gather_backward)(ForEach, View grad, View inverse, View segment, View grad_tokens, MaybeView grad_mask_token,
+                          MaybeView grad_position);
+  void (*scatter_forward)(ForEach, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
+  void (*scatter_backward)(ForEach, View grad, View inverse, View grad_packed, MaybeView grad_mask_token,
+                           MaybeView grad_position);
 };
 
 namespace baseline { extern const Kernels kernels; }

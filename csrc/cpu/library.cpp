@@ -79,6 +79,13 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
         "Tensor(a!) grad_logits) -> ()");
   m.def("upsample_pseudo_labels(Tensor logits, bool align_corners, Tensor(a!) label, Tensor(b!) confidence) -> ()");
   m.def("centroids_backward(Tensor grad_mean, Tensor count, Tensor labels, Tensor masked, Tensor(a!) grad) -> ()");
+  m.def("gather_forward(Tensor tokens, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position, Tensor(a!) out)"
+        " -> ()");
+  m.def("gather_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor(a!) grad_tokens, Tensor(b!)? grad_mask_token, "
+        "Tensor(c!)? grad_position) -> ()");
+  m.def("scatter_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position, Tensor(a!) out) -> ()");
+  m.def("scatter_backward(Tensor grad, Tensor inverse, Tensor(a!) grad_packed, Tensor(b!)? grad_mask_token, Tensor(c!)? "
+        "grad_position) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -92,6 +99,10 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(upsample_cross_entropy_backward);
   CMIM_IMPLEMENT(upsample_pseudo_labels);
   CMIM_IMPLEMENT(centroids_backward);
+  CMIM_IMPLEMENT(gather_forward);
+  CMIM_IMPLEMENT(gather_backward);
+  CMIM_IMPLEMENT(scatter_forward);
+  CMIM_IMPLEMENT(scatter_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {
