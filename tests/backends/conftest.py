@@ -13,7 +13,7 @@ BACKENDS = {
     )
 } | {"test_cuda_kernels": ["cuda"]}  # fmt: skip
 """The backends that a module tests, where Triton is not the only one."""
-ON_THE_CPU = {"test_pack_classes", "test_gather_scatter", "test_class_centroids", "test_same_class_conv2d", "test_upsample_cross_entropy", "test_upsample_pseudo_labels"}
+ON_THE_CPU = {"test_pack_classes", "test_masked_patch_loss", "test_patch_labels", "test_gather_scatter", "test_class_centroids", "test_same_class_conv2d", "test_upsample_cross_entropy", "test_upsample_pseudo_labels"}
 """The modules that test the kernels for the CPU as well."""
 
 
