@@ -7,48 +7,71 @@
 namespace cmim::cpu::CMIM_ISA {
 namespace {
 
-constexpr int64_t TOKENS = 32;  // that one item of work goes through
+// Copies n neighbours, few or many.
+template <typename T>
+ALWAYS_INLINE void read_run(const T* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(in + i));
+  for (; i + 4 <= n; i += 4)
+    for (int j = 0; j < 4; ++j) out[i + j] = widen(in[i + j]);
+  for (; i < n; ++i) out[i] = widen(in[i]);
+}
+ALWAYS_INLINE void read_run(const uint8_t* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = widen(in[i]);
+}
+template <typename T>
+ALWAYS_INLINE void write_run(const float* in, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load(in + i));
+  for (; i + 4 <= n; i += 4)
+    for (int j = 0; j < 4; ++j) narrow(in[i + j], out[i + j]);
+  for (; i < n; ++i) narrow(in[i], out[i]);
+}
 
 // How patches lie in a tensor, and where their entries go in a row.
 struct Patches {
   const View& x;
   const Layout at;
-  const int64_t size, channels, columns;
+  const int64_t size, channels;
   const int64_t channel, row, column;  // steps in the row
-  bool one_run;                        // entries are neighbours in the same order in both
+  int64_t run;                         // entries that are neighbours in the same order in both: of a patch, of a row of it, ...
 
   Patches(const View& x, int64_t size, int64_t channels, int64_t columns, bool channel_first)
-      : x(x), at(x.strides, x.dimensions == 4, columns, size, channels), size(size), channels(channels), columns(columns),
+      : x(x), at(x.strides, x.dimensions == 4, columns, size, channels), size(size), channels(channels),
         channel(channel_first ? size * size : 1), row(channel_first ? size : size * channels),
-        column(channel_first ? 1 : channels), one_run(at.channel == channel && at.row == row && at.column == column) {}
+        column(channel_first ? 1 : channels), run(0) {
+    if (at.column == column && (channel_first || at.channel == channel)) {
+      run = row;
+      if (at.row == row && (!channel_first || at.channel == channel)) run = size * size * channels;
+    }
+  }
 
-  int64_t start(int64_t b, int64_t n) const { return at.patch(b, n, columns); }
+  // Where the patch of token (y, x) of image b begins.
+  int64_t start(int64_t b, int64_t y, int64_t x) const { return b * at.image + y * at.patch_row + x * at.patch_column; }
 
-  // f(place in the tensor, place in the row) of every entry, from `start` on.
+  // f(place in the tensor, place in the row) of the first entry of every run, from `start` on.
   template <typename F>
-  ALWAYS_INLINE void over_entries(int64_t start, const F& f) const {
+  ALWAYS_INLINE void over_runs(int64_t start, const F& f) const {
+    if (run == size * size * channels) return f(start, int64_t{0});
+    const int64_t across = run ? 1 : size, planes = run && channel == 1 ? 1 : channels;
     for (int64_t y = 0; y < size; ++y)
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t x = 0; x < size; ++x)
+      for (int64_t c = 0; c < planes; ++c)
+        for (int64_t x = 0; x < across; ++x)
           f(start + y * at.row + c * at.channel + x * at.column, y * row + c * channel + x * column);
   }
 
   template <typename T>
   void read(int64_t start, float* out) const {
     const T* const in = x.as<const T>();
-    if (one_run)
-      for (int64_t i = 0; i < size * size * channels; ++i) out[i] = widen(in[start + i]);
-    else
-      over_entries(start, [&](int64_t from, int64_t to) { out[to] = widen(in[from]); });
+    if (run) over_runs(start, [&](int64_t from, int64_t to) { read_run(in + from, run, out + to); });
+    else over_runs(start, [&](int64_t from, int64_t to) { out[to] = widen(in[from]); });
   }
 
   template <typename T>
   void write(int64_t start, const float* values) const {
     T* const out = x.as<T>();
-    if (one_run)
-      for (int64_t i = 0; i < size * size * channels; ++i) narrow(values[i], out[start + i]);
-    else
-      over_entries(start, [&](int64_t to, int64_t from) { narrow(values[from], out[to]); });
+    if (run) over_runs(start, [&](int64_t to, int64_t from) { write_run(values + from, run, out + to); });
+    else over_runs(start, [&](int64_t to, int64_t from) { narrow(values[from], out[to]); });
   }
 };
 
@@ -63,10 +86,12 @@ ALWAYS_INLINE float sum_of(const float* x, const float* y, int64_t n, const F& f
   }
   if (i + W <= n) total[0] += f(load(x + i), load(y + i)), i += W;
   total[0] += total[1];
-  float sum = 0;
+  float lanes[W], sum = 0;
   for (; i < n; ++i) sum += one(x[i], y[i]);
-  for (int lane = 0; lane < W; ++lane) sum += total[0][lane];
-  return sum;
+  store(lanes, total[0]);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return sum + lanes[0];
 }
 
 // MAE's targets: minus their mean, over their unbiased standard deviation.
@@ -95,7 +120,7 @@ float error_of(Distance kind, const float* pred, const float* target, int64_t n)
 
 struct Loss {
   const View &masked, &labels;
-  const int64_t classes, size, channels, columns, tokens, entries;
+  const int64_t classes, channels, rows, columns, tokens, entries;
   const bool channel_first, normalize;
   const Distance kind;
   const Patches pred, image;
@@ -103,8 +128,8 @@ struct Loss {
 
   Loss(const View& pred, const View& image, const View& masked, const View& labels, int64_t classes, int64_t size,
        int64_t distance, bool normalize, Numbers mean, Numbers std)
-      : masked(masked), labels(labels), classes(classes), size(size), channels(image.sizes[1]), columns(image.sizes[3] / size),
-        tokens(masked.sizes[1]), entries(size * size * channels),
+      : masked(masked), labels(labels), classes(classes), channels(image.sizes[1]), rows(image.sizes[2] / size),
+        columns(image.sizes[3] / size), tokens(masked.sizes[1]), entries(size * size * channels),
         channel_first(pred.dimensions == 4 && pred.strides[1] != 1), normalize(normalize),
         kind(static_cast<Distance>(distance)), pred(pred, size, channels, columns, channel_first),
         image(image, size, channels, columns, channel_first), scale(mean.size ? entries : 0), shift(mean.size ? entries : 0) {
@@ -123,8 +148,7 @@ struct Loss {
     return label >= 0 && label < classes ? static_cast<int32_t>(label) : -1;
   }
 
-  void read_target(int64_t b, int64_t n, float* out) const {
-    const int64_t start = image.start(b, n);
+  void read_target(int64_t start, float* out) const {
     if (image.x.dtype == Dtype::uint8) {
       image.read<uint8_t>(start, out);
       for (int64_t i = 0; i < entries; ++i) out[i] = out[i] * scale[i] - shift[i];
@@ -136,9 +160,8 @@ struct Loss {
 
   // The prediction's row, in place or in `copy`.
   template <typename T>
-  const float* read_pred(int64_t b, int64_t n, float* copy) const {
-    const int64_t start = pred.start(b, n);
-    if (pred.one_run && pred.x.dtype == Dtype::float32) return pred.x.as<const float>() + start;
+  const float* read_pred(int64_t start, float* copy) const {
+    if (pred.run == entries && pred.x.dtype == Dtype::float32) return pred.x.as<const float>() + start;
     pred.read<T>(start, copy);
     return copy;
   }
@@ -163,19 +186,20 @@ void patch_loss_forward(ForEach run, View pred, View image, View masked, MaybeVi
                         int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
                         View loss, View class_sum, View class_count) {
   const Loss own(pred, image, masked, labels, num_classes, patch_size, distance, normalize, mean, std);
-  const int64_t all = masked.sizes[0] * own.tokens;
+  const int64_t batch = masked.sizes[0], all = batch * own.tokens;
   const Scratch<float> errors(all);
   const Scratch<int32_t> classes(all);
   by_dtype(pred.dtype, [&](auto element) {
     using T = decltype(element);
-    for_each(run, ceil_div(all, TOKENS), grain_of(TOKENS * own.entries), [&](int64_t item) {
+    for_each(run, batch * own.rows, grain_of(own.columns * own.entries), [&](int64_t item) {
       const Scratch<float> copy(own.entries), target(own.entries);
-      for (int64_t i = item * TOKENS; i < least((item + 1) * TOKENS, all); ++i) {
-        const int64_t b = i / own.tokens, n = i % own.tokens;
-        classes[i] = own.class_of(b, n);
+      const int64_t b = item / own.rows, y = item % own.rows;
+      for (int64_t x = 0; x < own.columns; ++x) {
+        const int64_t i = item * own.columns + x;
+        classes[i] = own.class_of(b, y * own.columns + x);
         if (classes[i] < 0) continue;
-        own.read_target(b, n, target);
-        errors[i] = error_of(own.kind, own.template read_pred<T>(b, n, copy), target, own.entries);
+        own.read_target(own.image.start(b, y, x), target);
+        errors[i] = error_of(own.kind, own.template read_pred<T>(own.pred.start(b, y, x), copy), target, own.entries);
       }
     });
   });
@@ -198,7 +222,7 @@ void patch_loss_backward(ForEach run, View grad_loss, View grad_class_sum, View 
                          bool per_class, Numbers mean, Numbers std, View grad) {
   const Loss own(pred, image, masked, labels, num_classes, patch_size, distance, normalize, mean, std);
   const Patches out(grad, patch_size, own.channels, own.columns, own.channel_first);
-  const int64_t all = masked.sizes[0] * own.tokens, entries = own.entries;
+  const int64_t entries = own.entries;
   const Scratch<float> weights(num_classes);
   const int32_t* const count = class_count.as<const int32_t>();
   const Balance balance(count, num_classes, per_class);
@@ -208,16 +232,16 @@ void patch_loss_backward(ForEach run, View grad_loss, View grad_class_sum, View 
   }
   by_dtype(pred.dtype, [&](auto element) {
     using T = decltype(element);
-    for_each(run, ceil_div(all, TOKENS), grain_of(TOKENS * entries), [&](int64_t item) {
+    for_each(run, masked.sizes[0] * own.rows, grain_of(own.columns * entries), [&](int64_t item) {
       const Scratch<float> copy(entries), target(entries);
-      for (int64_t i = item * TOKENS; i < least((item + 1) * TOKENS, all); ++i) {
-        const int64_t b = i / own.tokens, n = i % own.tokens;
-        const int32_t k = own.class_of(b, n);
+      const int64_t b = item / own.rows, y = item % own.rows;
+      for (int64_t x = 0; x < own.columns; ++x) {
+        const int32_t k = own.class_of(b, y * own.columns + x);
         if (k < 0) {
           for (int64_t e = 0; e < entries; ++e) target[e] = 0;
         } else {
-          own.read_target(b, n, target);
-          const float* const from = own.template read_pred<T>(b, n, copy);
+          own.read_target(own.image.start(b, y, x), target);
+          const float* const from = own.template read_pred<T>(own.pred.start(b, y, x), copy);
           const float weight = weights[k];
           if (own.kind == Distance::l1)
             for (int64_t e = 0; e < entries; ++e) target[e] = slope(Distance::l1, from[e] - target[e]) * weight;
@@ -226,7 +250,7 @@ void patch_loss_backward(ForEach run, View grad_loss, View grad_class_sum, View 
           else
             for (int64_t e = 0; e < entries; ++e) target[e] = slope(Distance::smooth_l1, from[e] - target[e]) * weight;
         }
-        out.template write<T>(out.start(b, n), target);
+        out.template write<T>(out.start(b, y, x), target);
       }
     });
   });
