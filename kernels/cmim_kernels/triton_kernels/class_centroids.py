@@ -100,7 +100,7 @@ def _one_hot_sums(
     return total, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "splits", "tokens_of_split"])
 def _one_hot_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
@@ -135,7 +135,7 @@ def _one_hot_kernel(
         tl.store(counts + row, count, mask=segment < 2 * num_classes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "splits"])
 def _mean_kernel(
     sums,  # (B, splits, 2K, C) float32
     counts,  # (B, splits, 2K) int32
@@ -163,7 +163,7 @@ def _mean_kernel(
         tl.store(count + row, tokens, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "runs"])
 def _run_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
@@ -214,7 +214,7 @@ def _run_kernel(
         tl.store(rest + (b * runs + run) * num_channels + channel, result, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "runs"])
 def _run_mean_kernel(
     offsets,  # (B, 2K + 2) int32, contiguous
     mean,  # (B, 2K, C) float32; in: the sum of the first RUN rows, out: the mean, of segments that are longer
@@ -241,7 +241,7 @@ def _run_mean_kernel(
         tl.store(address, result / (end - begin).to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width"])
 def _spread_kernel(
     grad_mean,  # (B, K, 2, C) float32, any strides
     count,  # (B, K, 2) int32, contiguous
