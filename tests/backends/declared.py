@@ -1,10 +1,14 @@
-"""What the tests of kernels must cover, from what `cmim_kernels` declares, and what is missing from a list of theirs."""
+"""What the tests of kernels must cover, read from what `cmim_kernels` declares."""
 
+import importlib
+import pkgutil
+
+from cmim_kernels import triton_kernels
 from cmim_kernels.ops.library import KERNELS
 
 
 def ops(kernels):
-    """Name of each op, without `_forward` and `_backward` -> the backends besides PyTorch that have kernels of it."""
+    """Name of each op that has kernels, without `_forward` and `_backward` -> the backends that have them."""
     found = {}
     for name, backends in kernels.items():
         if backends:
@@ -16,5 +20,10 @@ def ops(kernels):
 OPS = ops(KERNELS)
 
 
-def pairs(kernels):
-    return {(op, backend) for op, backends in ops(kernels).items() for backend in backends}
+def triton_launchers():
+    """(module, name) of every launcher of the Triton kernels, where it is defined."""
+    for info in pkgutil.iter_modules(triton_kernels.__path__):
+        module = importlib.import_module(f"{triton_kernels.__name__}.{info.name}")
+        for name in (f"{info.name}_forward", f"{info.name}_backward"):
+            if hasattr(module, name):
+                yield module, name

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "backends" / "stub_driver" / "on_the_stub.py"
 OLDEST_TRITON = ROOT / "build" / "triton-3.6.0"
 
-pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compile the stub driver and Triton's launchers")
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to compile the stub and Triton's launchers")
 
 
 def run(*arguments, path=()):

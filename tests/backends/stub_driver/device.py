@@ -9,7 +9,6 @@ Runs without TRITON_INTERPRET, in a process of its own.
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import shutil
 import struct
@@ -28,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 from cmim_kernels import backends
-from cmim_kernels.ops.library import KERNELS
+from tests.backends import declared
 
 SOURCE = Path(__file__).with_name("driver.c")
 LIBRARY = SOURCE.parents[3] / "build" / "stub_driver" / "libcuda.so.1"
@@ -219,14 +218,6 @@ def _device_address(original, tensor):
     return DEVICE_MEMORY + original(tensor)
 
 
-def launchers():
-    """Module and name of the launcher of every declared op that has Triton kernels."""
-    for name, kernels in KERNELS.items():
-        if "triton" in kernels:
-            op = name.removesuffix("_forward").removesuffix("_backward")
-            yield importlib.import_module(f"cmim_kernels.triton_kernels.{op}"), name
-
-
 def _install():
     triton.runtime.driver.set_active(_Driver())
     triton.knobs.runtime.jit_post_compile_hook = lambda **compilation: _note(
@@ -235,7 +226,7 @@ def _install():
     original = torch.Tensor.data_ptr
     torch.Tensor.data_ptr = lambda tensor: _device_address(original, tensor)
     backends.OBSTACLES["triton"] = lambda device: None
-    for module, name in launchers():
+    for module, name in declared.triton_launchers():
         setattr(module, name, _noted(name, getattr(module, name)))
 
 
