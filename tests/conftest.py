@@ -13,3 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 settings.register_profile("cmim", deadline=None, max_examples=40, derandomize=True, print_blob=True)
 settings.load_profile("cmim")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run where -m names them. Another expression, such as `-m gpu`, only replaces the one of pyproject.toml."""
+    if "slow" not in config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

@@ -13,6 +13,8 @@ from tests.kernels.op_checks import run
 
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, random_labels, strided
 
+OPS = ("upsample_cross_entropy",)
+
 LAYOUTS = ("contiguous", "channels_last", "strided", "slice")
 
 

@@ -56,7 +56,7 @@ def _launch(dim, short, columns):
     return AttentionLaunch(rows, 16, dim, num_warps, num_stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
 def _forward_kernel(
     q, k, v,  # (B, heads, N, d)
     segment,  # (B, N) int32, contiguous
@@ -102,7 +102,7 @@ def _forward_kernel(
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
 def _backward_rows_kernel(
     grad,  # (B, heads, N, d)
     q, k, v, segment, offsets, out, logsumexp,  # as above
@@ -144,7 +144,7 @@ def _backward_rows_kernel(
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
 def _backward_columns_kernel(
     grad, q, k, v, segment, offsets, logsumexp, delta,  # as above
     grad_k, grad_v,  # (B, heads, N, d), contiguous

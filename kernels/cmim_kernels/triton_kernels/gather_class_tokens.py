@@ -17,7 +17,7 @@ from cmim_kernels.triton_kernels.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length"])
 def _gather_forward_kernel(
     tokens,  # (B, N, C)
     inverse, segment,  # (B, N) int32, contiguous
@@ -48,7 +48,7 @@ def _gather_forward_kernel(
     store_rows(out, image, packed, channel, length, num_channels, out_rows, write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length", "blocks_in_group"])
 def _gather_backward_kernel(
     grad,  # (B, L, C)
     inverse, segment,  # (B, N) int32, contiguous

@@ -29,7 +29,7 @@ def pack_launch(num_classes):
     return PackLaunch(TILE=128, SEGMENTS=power_of_two(2 * num_classes + 2, low=32, high=4096), num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
 def _count_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8
@@ -44,7 +44,7 @@ def _count_kernel(
     tl.store(counts + program * SEGMENTS + tl.arange(0, SEGMENTS), tl.histogram(segment, SEGMENTS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _scan_kernel(
     counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all tiles before it
     totals,  # (B, SEGMENTS) int32
@@ -65,7 +65,7 @@ def _scan_kernel(
     tl.store(totals + image * SEGMENTS + bins, carry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
 def _place_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8

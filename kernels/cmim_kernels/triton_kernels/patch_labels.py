@@ -41,7 +41,7 @@ def patch_labels_launch(patch_size, num_classes):
     return ManyPixelsLaunch(side, power_of_two(num_classes, low=32, high=256), 1 if side <= 16 else 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "blocks", "num_classes", "votes_needed"])
 def _few_pixels_kernel(
     labels,  # (B, H, W)
     out,  # (B, H / p, W / p) int32, contiguous
@@ -68,7 +68,7 @@ def _few_pixels_kernel(
     tl.store(out + row.to(tl.int64) * columns + column, tl.where(most >= votes_needed, winner, -1), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "num_classes", "votes_needed"])
 def _many_pixels_kernel(
     labels, out,  # as above
     labels_strides, rows, columns, patch_size, num_classes, votes_needed,

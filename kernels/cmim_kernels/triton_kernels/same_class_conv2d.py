@@ -51,7 +51,7 @@ def weight_launch(size, channels, channels_last):
     return WeightLaunch(taps, power_of_two(elements // (taps * wide), low=1, high=32), wide, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach", "num_classes"])
 def _frame_kernel(
     labels,  # (B, h, w)
     framed,  # (B, rows, columns) int32
@@ -68,7 +68,7 @@ def _frame_kernel(
     tl.store(framed + place, label.to(tl.int32), mask=image < batch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "next_tap"])
 def _convolve_kernel(
     x,  # (B, C, h, w)
     framed,  # (B, rows, columns) int32
@@ -103,7 +103,7 @@ def _convolve_kernel(
     tl.store(out + place[:, None] + channel[None, :] * out_strides[1], total.to(out.dtype.element_ty), mask=write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_of_chunk", "height", "width", "rows", "columns"])
 def _weight_kernel(
     grad, x,  # (B, C, h, w)
     framed,  # (B, rows, columns) int32

@@ -18,7 +18,7 @@ from cmim_kernels.triton_kernels.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length"])
 def _scatter_forward_kernel(
     packed,  # (B, L, C)
     inverse,  # (B, N) int32, contiguous
@@ -45,7 +45,7 @@ def _scatter_forward_kernel(
     store_rows(out, image, place, channel, num_tokens, num_channels, rows, write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length", "blocks_in_group"])
 def _scatter_backward_kernel(
     grad,  # (B, N, C)
     inverse,  # (B, N) int32, contiguous
