@@ -35,3 +35,13 @@ def test_every_command_of_the_makefile_that_a_page_names_is_there():
     for page in PAGES:
         named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "".join(re.findall(r"`[^`]+`", page.read_text()))))
         assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_the_version_stands_once():
+    import cmim
+    import cmim_kernels
+
+    assert cmim.__version__ == cmim_kernels.__version__
+    assert f"\nversion: {cmim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cmim.nothing  # noqa: B018
