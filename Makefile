@@ -28,10 +28,11 @@ test-slow: .venv/installed-test
 cross-compile: .venv/installed-test
 	$(BIN)/python -m tests.backends.cross_compile
 
-# The kernels on other versions of Triton: interpreted against PyTorch, then compiled.
+# The kernels on other versions of Triton: interpreted against PyTorch, then compiled and launched on the stub driver.
 test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
 	@for version in $(TRITONS); do echo "Triton $$version"; export PYTHONPATH=build/triton-$$version; \
-	  $(BIN)/python -m pytest tests/backends && $(BIN)/python -m tests.backends.cross_compile || exit 1; done
+	  $(BIN)/python -m pytest tests/backends && $(BIN)/python -m tests.backends.cross_compile && \
+	  $(BIN)/python -m pytest tests/backends/test_stub_driver.py -m slow -k "not oldest" || exit 1; done
 
 # The interpreter of Triton 3.6 needs an older NumPy.
 build/triton-%/installed: .venv/installed-test

@@ -116,7 +116,7 @@ def test_seventy_thousand_images(op):
 
 @pytest.mark.parametrize("op", CASES)
 def test_images_more_than_2_to_the_31_elements_apart(op, monkeypatch):
-    """The distance arrives whole."""
+    """The distance arrives whole, for each tensor that the kernels take as it lies."""
     distance, contiguous = 2**31 + 2**10, launches.meta
 
     def meta(*shape, **options):
@@ -126,9 +126,13 @@ def test_images_more_than_2_to_the_31_elements_apart(op, monkeypatch):
         )
 
     monkeypatch.setattr(launches, "meta", meta)
+    (common,) = CASES[op]
     with device.record() as record:
-        CASES[op][0]()
-    assert any(("i64", distance) in launch.arguments for launch in record.launches)
+        common.func(**common.keywords | {"batch": 2})
+    far = lambda value: isinstance(value, torch.Tensor) and distance in value.stride()  # noqa: E731
+    tensors = [sum(far(value) for _, value in launch.arguments) for launch in record.launches]
+    strides = [sum(argument == ("i64", distance) for argument in launch.arguments) for launch in record.launches]
+    assert strides == tensors and any(tensors)
 
 
 @pytest.mark.slow
