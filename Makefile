@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
 BIN := .venv/bin
 SEEDS ?= 0 1 2
-HIDDEN := ops reference triton_kernels cuda_kernels info cuda backends checks numerics
+HIDDEN := ops reference triton_kernels cuda_kernels cpu_kernels info libraries backends checks numerics
 OUT ?= bench/results/gpu
 BUDGET ?= 3600
 JOBS ?= 1
@@ -72,22 +72,10 @@ cuda: .venv/installed
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
-mem# The reference of the public functions and of every setting: build/docs/index.html.
-docs: .venv/installed-test
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
-	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
-	  cmim.settings cmim.models.reconstruction cmim.method.objective
-
-check: .venv/installed-test
+memcheck: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
 
-race# The reference of the public functions and of every setting: build/docs/index.html.
-docs: .venv/installed-test
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
-	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
-	  cmim.settings cmim.models.reconstruction cmim.method.objective
-
-check: .venv/installed-test
+racecheck: .venv/installed-test
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
 
 # The reference of the public functions and of every setting: build/docs/index.html.
@@ -108,7 +96,7 @@ camvid-table: .venv/installed
 	$(BIN)/python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid-table \
 	  --presets supervised fixmatch cmim --seeds $(SEEDS) --jobs $(JOBS) --data.root $(DATA)
 
-.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.*)
+.venv/installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q torch torchvision -c constraints.txt  # csrc/ is compiled for it

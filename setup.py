@@ -2,9 +2,9 @@
 
 pyproject.toml says everything else.
 
-CMIM_BUILD_CUDA decides about the CUDA kernels of csrc/: `auto` (the default) builds them where it can and goes on without
-them, `1` builds them or fails, `0` leaves them out. What was done is in the library's .txt, and
-`python -m cmim_kernels.info` prints it: pip hides what a build says.
+CMIM_BUILD_CUDA decides about the CUDA kernels of csrc/, CMIM_BUILD_CPU about those for the CPU in csrc/cpu/: `auto` (the
+default) builds them where it can and goes on without them, `1` builds them or fails, `0` leaves them out. What was done is
+in the .txt beside each library, and `python -m cmim_kernels.info` prints it: pip hides what a build says.
 """
 
 import os
@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
-LIBRARY = Path("cmim_kernels/libcmim_kernels.so")
+LIBRARIES = {"CUDA": "libcmim_kernels.so", "CPU": "libcmim_cpu.so"}
 
 
 class BuildWithConfigs(build_py):
@@ -33,10 +33,10 @@ class BuildWithConfigs(build_py):
                 shutil.copy(config, target)
 
 
-class BuildCuda(Command):
-    """csrc/ as a shared library inside the package `cmim_kernels`."""
+class BuildKernels(Command):
+    """csrc/ and csrc/cpu/ as shared libraries inside the package `cmim_kernels`."""
 
-    description, user_options = "compile the CUDA kernels", []
+    description, user_options = "compile the kernels", []
 
     def initialize_options(self):
         self.build_lib, self.editable_mode = None, False
@@ -45,43 +45,51 @@ class BuildCuda(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     @property
-    def library(self):
-        return (Path("kernels") if self.editable_mode else Path(self.build_lib)) / LIBRARY
+    def libraries(self):
+        """Name -> path."""
+        package = (Path("kernels") if self.editable_mode else Path(self.build_lib)) / "cmim_kernels"
+        return {name: package / file for name, file in LIBRARIES.items()}
 
     def run(self):
-        wanted = os.environ.get("CMIM_BUILD_CUDA", "auto")
+        csrc = runpy.run_path("csrc/build.py")
+        for name, library in self.libraries.items():
+            library.unlink(missing_ok=True)  # of an earlier build
+            outcome = self.build_library(name, library, csrc)
+            print(f"cmim: {name} kernels {outcome}", file=sys.stderr)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.with_suffix(".txt").write_text(outcome + "\n")
+
+    def build_library(self, name, library, csrc):
+        """What was done, in words."""
+        wanted = os.environ.get(f"CMIM_BUILD_{name}", "auto")
         if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"error: CMIM_BUILD_CUDA is {wanted!r}, expected auto, 0 or 1")
-        self.library.unlink(missing_ok=True)  # of an earlier build
-        outcome = "not built: CMIM_BUILD_CUDA is 0"
-        if wanted != "0":
-            csrc = runpy.run_path("csrc/build.py")
-            try:
-                outcome = csrc["build"](self.library, "build/cuda")
-            except csrc["BuildError"] as error:
-                if wanted == "1":
-                    raise SystemExit(f"error: CMIM_BUILD_CUDA is 1, but {error}") from error
-                outcome = f"not built: {error}"
-        print(f"cmim: CUDA kernels {outcome}", file=sys.stderr)
-        self.library.parent.mkdir(parents=True, exist_ok=True)
-        self.library.with_suffix(".txt").write_text(outcome + "\n")
+            raise SystemExit(f"error: CMIM_BUILD_{name} is {wanted!r}, expected auto, 0 or 1")
+        if wanted == "0":
+            return f"not built: CMIM_BUILD_{name} is 0"
+        try:
+            return csrc["build" if name == "CUDA" else "build_cpu"](library, f"build/{name.lower()}")
+        except csrc["BuildError"] as error:
+            if wanted == "1":
+                raise SystemExit(f"error: CMIM_BUILD_{name} is 1, but {error}") from error
+            return f"not built: {error}"
 
     def get_outputs(self):
-        return [str(f) for f in (self.library, self.library.with_suffix(".txt")) if f.exists()]
+        files = [f for library in self.libraries.values() for f in (library, library.with_suffix(".txt"))]
+        return [str(f) for f in files if f.exists()]
 
     def get_source_files(self):
-        return [str(f) for f in sorted(Path("csrc").iterdir()) if f.is_file()]
+        return [str(f) for folder in ("csrc", "csrc/cpu") for f in sorted(Path(folder).iterdir()) if f.is_file()]
 
 
-build.sub_commands.append(("build_cuda", None))
+build.sub_commands.append(("build_kernels", None))
 
 
 class Wheel(bdist_wheel):
-    """Tagged py3-none-PLATFORM with the library, which needs no particular Python, and py3-none-any without."""
+    """Tagged py3-none-PLATFORM with a library, which needs no particular Python, and py3-none-any without."""
 
     def run(self):
         self.run_command("build")
-        if self.get_finalized_command("build_cuda").library.exists():
+        if any(library.exists() for library in self.get_finalized_command("build_kernels").libraries.values()):
             self.distribution.has_ext_modules = lambda: True
             self.root_is_pure = False
         super().run()
@@ -96,5 +104,5 @@ def packages(root, name):
 
 setup(
     packages=packages("cmim", "cmim") + packages("kernels/cmim_kernels", "cmim_kernels"),
-    cmdclass={"build_py": BuildWithConfigs, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
+    cmdclass={"build_py": BuildWithConfigs, "build_kernels": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -8,7 +8,8 @@ import torch
 
 from bench.clock import with_gradients
 from bench.inputs import DEVICE
-from cmim_kernels import backends, cuda
+from cmim_kernels import backends
+from cmim_kernels.libraries import cuda
 
 OURS = "cmim_kernels"
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from cmim_kernels import cuda
+from cmim_kernels.libraries import cuda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-BACKENDS = ["triton"] + ["cuda"] * cuda.LIBRARY.exists()
+BACKENDS = ["triton"] + ["cuda"] * cuda.file.exists()
 COUNTERS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active,"

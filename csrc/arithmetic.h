@@ -7,7 +7,7 @@
 #ifdef __CUDACC__
 #define CMIM_INLINE __host__ __device__ __forceinline__
 #else
-#define CMIM_INLINE inline
+#define CMIM_INLINE inline __attribute__((always_inline))  // kernels of several instruction sets must share no symbol
 #endif
 
 namespace cmim {
@@ -19,7 +19,7 @@ CMIM_INLINE int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 struct Divisor {
   uint32_t divisor, multiplier, shift;
 
-  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(0) {
+  CMIM_INLINE explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(0) {
     while ((uint64_t{1} << shift) < divisor) ++shift;
     multiplier = static_cast<uint32_t>((((uint64_t{1} << shift) - divisor) << 32) / divisor + 1);
   }
@@ -40,7 +40,7 @@ struct Patch {
   Divisor outer, inner;  // entry = (first digit) outer + (second digit) inner + third digit
   bool channel_first;    // digits are (channel, row, column), else (row, column, channel)
 
-  Patch(int64_t size, int64_t channels, bool channel_first)
+  CMIM_INLINE Patch(int64_t size, int64_t channels, bool channel_first)
       : outer(channel_first ? size * size : size * channels), inner(channel_first ? size : channels),
         channel_first(channel_first) {}
 
@@ -60,7 +60,7 @@ struct TokenGrid {
   int64_t image, channel, row, column;
   Divisor width;
 
-  TokenGrid(const int64_t* strides, const int64_t* sizes, bool is_grid)
+  CMIM_INLINE TokenGrid(const int64_t* strides, const int64_t* sizes, bool is_grid)
       : image(strides[0]), channel(strides[is_grid ? 1 : 2]), row(is_grid ? strides[2] : 0),
         column(strides[is_grid ? 3 : 1]), width(sizes[is_grid ? 3 : 1]) {}
 
@@ -74,7 +74,7 @@ struct TokenGrid {
 struct Layout {
   int64_t image, patch_row, patch_column, channel, row, column;
 
-  Layout(const int64_t* strides, bool is_image, int64_t columns, int64_t size, int64_t channels)
+  CMIM_INLINE Layout(const int64_t* strides, bool is_image, int64_t columns, int64_t size, int64_t channels)
       : image(strides[0]), patch_row(is_image ? size * strides[2] : columns * strides[1]),
         patch_column(is_image ? size * strides[3] : strides[1]), channel(is_image ? strides[1] : strides[2]),
         row(is_image ? strides[2] : size * channels * strides[2]), column(is_image ? strides[3] : channels * strides[2]) {}

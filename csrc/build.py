@@ -1,6 +1,7 @@
-"""Compiles csrc/ into the shared library of `cmim_kernels`, with nvcc.
+"""Compiles csrc/ into the shared libraries of `cmim_kernels`: the CUDA kernels with nvcc, those for the CPU in C++.
 
-An installation does it. `python csrc/build.py [--architectures native]` does it for a checkout that is not installed.
+An installation does it. `python csrc/build.py [--architectures native]` does it for a checkout that is not installed, and
+`python csrc/build.py --cpu` for the CPU's kernels alone.
 
 Standard library only, and PyTorch is never imported: pip builds in an environment of its own, where PyTorch cannot be
 imported but its headers lie in the site-packages that the result is installed into.
@@ -10,8 +11,10 @@ import argparse
 import contextlib
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +59,55 @@ def build(library, folder, *, architectures=None, torch=None, dispatch_key="CUDA
     return f"built by nvcc {version} for {architectures}"
 
 
+INSTRUCTION_SETS = {
+    "x86_64": {"baseline": ["-march=x86-64"], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]},
+    "aarch64": {"baseline": ["-march=armv8-a"]},
+}
+"""Machine -> name of an instruction set -> the compiler's flags. Which one runs is decided where it runs."""
+CPU_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra",
+    "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)  # fmt: skip
+
+
+def build_cpu(library, folder, *, torch=None, compiler=None, machine=None, flags=()):
+    """Compile csrc/cpu/ into the file `library`, as `build` does csrc/.
+
+    Args:
+        compiler: the command of a C++17 compiler; by default CXX, c++, g++ or clang++.
+        machine: what `uname -m` says where the library will run; by default here.
+        flags: more flags, for all of it.
+    """
+    machine, folder, library = machine or platform.machine(), Path(folder), Path(library)
+    if machine not in INSTRUCTION_SETS or sys.platform != "linux":
+        raise BuildError(
+            f"there are kernels for Linux on {' and '.join(INSTRUCTION_SETS)}, not for {sys.platform} on {machine}"
+        )
+    compiler, torch = [compiler or find_compiler(), *CPU_FLAGS, *flags], torch or find_torch()
+    objects = []
+    for name, architecture in INSTRUCTION_SETS[machine].items():
+        command = [*compiler, *architecture, f"-DCMIM_ISA={name}", "-fno-exceptions"]
+        objects += compile_sources(command, cpu_sources(), folder / name)
+    command = [*compiler, "-isystem", f"{torch}/include"]
+    objects += compile_sources(command, [CSRC / "cpu/library.cpp"], folder)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    run([*compiler, "-shared", *objects, f"-L{torch}/lib", "-lc10", "-ltorch_cpu", "-o", library], folder / "link.log")
+    return f"built by {Path(compiler[0]).name} for {machine}: {', '.join(INSTRUCTION_SETS[machine])}"
+
+
+def find_compiler():
+    wanted = os.environ.get("CXX")
+    found = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        raise BuildError(f"CXX is {wanted}, which is not there" if wanted else "no C++ compiler: no c++, g++ or clang++")
+    return found
+
+
+def cpu_sources():
+    """The kernels for the CPU, which know no PyTorch."""
+    return sorted(source for source in (CSRC / "cpu").glob("*.cpp") if source.name != "library.cpp")
+
+
 def sources():
     """The kernels, which know no PyTorch. The longest first: it takes the longest."""
     return sorted(CSRC.glob("*.cu"), key=lambda source: -source.stat().st_size)
@@ -96,7 +148,9 @@ def compile_sources(compiler, sources, folder, *, headers=()):
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    included = [file for place in (CSRC, *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")]
+    included = [
+        file for place in (CSRC, CSRC / "cpu", *headers) for file in sorted(place.iterdir()) if file.suffix in (".h", ".cuh")
+    ]
     included = b"".join(file.read_bytes() for file in included)
 
     def compile_one(source):
@@ -146,11 +200,15 @@ def native_architecture():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architectures", default=None, help="like TORCH_CUDA_ARCH_LIST, or native: of this machine's GPUs")
+    parser.add_argument("--cpu", action="store_true", help="the kernels for the CPU instead of those for CUDA")
     options = parser.parse_args()
-    library = CSRC.parent / "kernels/cmim_kernels/libcmim_kernels.so"
+    library = CSRC.parent / "kernels/cmim_kernels" / ("libcmim_cpu.so" if options.cpu else "libcmim_kernels.so")
     try:
         wanted = native_architecture() if options.architectures == "native" else options.architectures
-        outcome = build(library, CSRC.parent / "build/cuda", architectures=wanted)
+        if options.cpu:
+            outcome = build_cpu(library, CSRC.parent / "build/cpu")
+        else:
+            outcome = build(library, CSRC.parent / "build/cuda", architectures=wanted)
     except BuildError as error:
         raise SystemExit(f"error: {error}") from error
     library.with_suffix(".txt").write_text(outcome + "\n")

@@ -1,9 +1,11 @@
-"""Which backend computes an op: PyTorch (`reference/`), Triton (`triton_kernels/`) or CUDA C++ (`cuda_kernels/`).
+"""Which backend computes an op: PyTorch (`reference/`), Triton (`triton_kernels/`), CUDA C++ (`cuda_kernels/`) or, on the
+CPU, C++ (`cpu_kernels/`).
 
 The environment variable CMIM_KERNELS_BACKEND, read when this package is imported, asks for one:
 
-    auto    Triton on CUDA devices that it supports, for the ops that have its kernels; else PyTorch. The default. CUDA C++
-            is left out until a measurement on a GPU shows it to be faster.
+    auto    C++ on the CPU where it was compiled, and Triton on CUDA devices that it supports, for the ops that have their
+            kernels; else PyTorch. The default. CUDA C++ is left out until a measurement on a GPU shows it to be faster.
+    cpu     C++ on the CPU for the ops that have its kernels, or an error that says why it cannot run; `auto` for the others.
     cuda    CUDA C++ for the ops that have its kernels, or an error that says why it cannot run; `auto` for the others.
     triton  Triton for the ops that have its kernels, or an error that says why it cannot run. On CPU tensors it needs
             TRITON_INTERPRET=1, which interprets the kernels (slow: for tests).
@@ -18,9 +20,9 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from cmim_kernels import cuda
+from cmim_kernels import libraries
 
-OPTIONS = ("auto", "cuda", "triton", "torch")
+OPTIONS = ("auto", "cpu", "cuda", "triton", "torch")
 
 
 class Choice(NamedTuple):
@@ -56,7 +58,7 @@ def choose(kernels, device):
     """The `Choice` for an op on tensors of a `torch.device`, float64 aside.
 
     Args:
-        kernels: the backends besides PyTorch that have kernels of the op, a set of "triton" and "cuda".
+        kernels: the backends besides PyTorch that have kernels of the op, a set of "triton", "cuda" and "cpu".
         device: a `torch.device`.
 
     Raises:
@@ -74,10 +76,13 @@ def _choose(option, kernels, device):
         if obstacle:
             raise RuntimeError(f"CMIM_KERNELS_BACKEND={option} cannot run on {device}: {obstacle}")
         return Choice(option, "asked for")
-    if option == "triton" or "triton" not in kernels:
-        return Choice("torch", "has no Triton kernels")
-    if device.type == "cpu":  # interpreted kernels are for those who ask for them
-        return Choice("torch", "the tensors are on the CPU")
+    # Triton's kernels, interpreted, are for those who ask for them.
+    automatic = "cpu" if device.type == "cpu" and option != "triton" else "triton"
+    if automatic not in kernels:
+        return Choice("torch", f"has no kernels for {'the CPU' if automatic == 'cpu' else 'Triton'}")
+    if automatic == "cpu":
+        obstacle = libraries.cpu.obstacle(device)
+        return Choice("torch", obstacle) if obstacle else Choice("cpu", "the tensors are on the CPU")
     obstacle = triton_obstacle(device)
     if obstacle:
         return Choice("torch", obstacle)
@@ -92,7 +97,7 @@ def triton_obstacle(device):
         from triton import knobs
 
         return None if knobs.runtime.interpret else "no GPU; set TRITON_INTERPRET=1 to interpret the kernels on the CPU"
-    return cuda.device_obstacle(device)
+    return libraries.device_obstacle(device)
 
 
-OBSTACLES = {"triton": triton_obstacle, "cuda": cuda.obstacle}
+OBSTACLES = {"triton": triton_obstacle, "cuda": libraries.cuda.obstacle, "cpu": libraries.cpu.obstacle}

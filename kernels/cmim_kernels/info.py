@@ -6,7 +6,7 @@ import importlib.util
 import torch
 
 import cmim_kernels
-from cmim_kernels import backends, cuda
+from cmim_kernels import backends, libraries
 from cmim_kernels.ops.library import KERNELS
 
 
@@ -14,14 +14,15 @@ def report():
     """The lines of the report."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
-    library = f"; {cuda.build_report()}" if cuda.LIBRARY.exists() else ""
+    built = lambda library: f"; {library.build_report()}" if library.file.exists() else ""  # noqa: E731
     lines = [
         f"cmim_kernels {cmim_kernels.__version__}, torch {torch.__version__}, triton {triton}",
         f"device: {_describe(device)}",
         f"CMIM_KERNELS_BACKEND={backends.requested()}",
         "backend torch: runs everywhere",
         f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
-        f"backend cuda: {cuda.obstacle(device) or 'can run'}{library}",
+        f"backend cuda: {libraries.cuda.obstacle(device) or 'can run'}{built(libraries.cuda)}",
+        f"backend cpu: {libraries.cpu.obstacle(torch.device('cpu')) or 'can run'}{built(libraries.cpu)}",
         "",
     ]
     rows = [("op", "backend", "why")]

@@ -5,9 +5,9 @@ import os
 import torch
 from hypothesis import settings
 
-from cmim_kernels import cuda
 from cmim_kernels.backends import use_backend
-from tests.csrc.emulation import emulated_library
+from cmim_kernels.libraries import cpu, cuda
+from tests.csrc.emulation import cpu_library, emulated_library
 from tests.kernels.op_checks import assert_equal, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -31,10 +31,14 @@ def missing(backend):
     """Why the kernels of a backend cannot run here; None if they can."""
     if backend == "triton":
         return None
+    if backend == "cpu":
+        if not cpu.file.exists():
+            cpu.file = cpu_library() or cpu.file
+        return cpu.obstacle(DEVICE)
     if INTERPRETED:
         if emulated_library() is None:
             return "no C++ compiler to emulate the CUDA kernels on the CPU"
-        cuda.LIBRARY, cuda.DEVICES = emulated_library(), ("cpu",)
+        cuda.file, cuda.devices = emulated_library(), ("cpu",)
     return cuda.obstacle(DEVICE)
 
 

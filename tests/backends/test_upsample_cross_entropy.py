@@ -11,6 +11,7 @@ from cmim_kernels.triton_kernels import upsample_cross_entropy as kernels
 from cmim_kernels.triton_kernels import upsampling
 from tests.kernels.op_checks import run
 
+from . import against_torch
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, random_labels, strided
 
 OPS = ("upsample_cross_entropy",)
@@ -96,7 +97,7 @@ def test_ignored_pixels_are_zero_without_gradient(poison):
     logits, (target, _) = make(1, 3, (2, 4)), random_labels((1, 2, 6), 3)
     target[:, :, 3:] = -7
     weight = torch.where((target < 0) | (target > 2), poison, 1.0)
-    with use_backend("triton"):
+    with use_backend(against_torch.kernels_of):
         x = logits.requires_grad_()
         loss = upsample_cross_entropy(x, target)
         (grad,) = torch.autograd.grad(loss, x, weight)
@@ -112,7 +113,7 @@ def test_a_logit_that_is_not_finite_stays_in_its_image(poison):
     logits, (target, _) = make(3, 3, (2, 2)), random_labels((3, 3, 3), 3)
     clean, clean_grad = check(logits, target)
     logits[1, 1, 0, 0] = poison
-    with use_backend("triton"):
+    with use_backend(against_torch.kernels_of):
         (loss,), (grad,) = run(lambda x: upsample_cross_entropy(x, target), [logits])
     assert torch.equal(loss[::2], clean[::2]) and torch.equal(grad[::2], clean_grad[::2])
     ignored = (target[1] < 0) | (target[1] > 2)

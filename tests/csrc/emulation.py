@@ -21,6 +21,19 @@ FLAGS = (
 
 
 @functools.cache
+def cpu_library():
+    """The path of the library for the CPU, compiled where it is older than its sources; None without a C++ compiler."""
+    folder = ROOT / "build" / "cpu"
+    library = folder / "libcmim_cpu.so"
+    try:
+        csrc.build_cpu(library.with_suffix(".new"), folder, torch=Path(torch.__file__).parent)
+    except csrc.BuildError:
+        return None
+    library.with_suffix(".new").rename(library)  # another process may have loaded the one that was there
+    return library
+
+
+@functools.cache
 def emulated_library():
     """The path of the library, compiled where it is older than its sources; None without a C++ compiler."""
     if shutil.which("g++") is None:

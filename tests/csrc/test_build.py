@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmim_kernels import cuda
+from cmim_kernels.libraries import cuda
 
 from .emulation import ROOT, csrc
 
@@ -29,7 +29,7 @@ def build(tmp_path_factory):
         pytest.skip(str(error))
 
     def build(dispatch_key):
-        library = tmp_path_factory.mktemp("library") / cuda.LIBRARY.name
+        library = tmp_path_factory.mktemp("library") / cuda.file.name
         torch_folder = Path(torch.__file__).parent
         csrc.build(library, folder, architectures=architectures, torch=torch_folder, dispatch_key=dispatch_key)
         return library, folder
@@ -83,9 +83,9 @@ def test_it_needs_pytorch_and_nothing_of_cuda_or_python(built):
 CALL_EVERYTHING = """
 import sys, torch
 import cmim_kernels
-from cmim_kernels import backends, cuda, cuda_kernels
-cuda.LIBRARY, cuda.DEVICES = sys.argv[1], ("cpu",)
-cuda.LIBRARY = __import__("pathlib").Path(cuda.LIBRARY)
+from cmim_kernels import backends, cuda_kernels
+from cmim_kernels.libraries import cuda
+cuda.file, cuda.devices = __import__("pathlib").Path(sys.argv[1]), ("cpu",)
 real, said = cuda_kernels.launch, {}
 def launch(op, *arguments):
     try:
@@ -169,7 +169,7 @@ def test_an_installation_without_the_kernels_says_why(nvcc, wanted, code, said, 
     if nvcc is not None:
         (tmp_path / "home/bin/nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
         (tmp_path / "home/bin/nvcc").chmod(0o755)
-    stale = tmp_path / "lib" / "cmim_kernels" / cuda.LIBRARY.name
+    stale = tmp_path / "lib" / "cmim_kernels" / cuda.file.name
     stale.parent.mkdir(parents=True)
     stale.touch()
     result = subprocess.run(

@@ -25,8 +25,8 @@ def declare(schema, *, torch_backend, fake, kernels=()):
         schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language; the name is that of torch_backend.
         torch_backend: the explicit formulas of `reference/<op>.py`. Runs on every device, never sees autograd.
         fake: shapes, dtypes and strides of the outputs, for `torch.compile` and `torch.export`.
-        kernels: the other backends that have the op, of "triton" and "cuda": `triton_kernels/<op>.py` or
-            `cuda_kernels/<op>.py` has a launcher of the same name and arguments, and is imported when it first runs.
+        kernels: the other backends that have the op, of "triton", "cuda" and "cpu": `<backend>_kernels/<op>.py` has a
+            launcher of the same name and arguments, and is imported when it first runs.
     """
     name = schema.split("(", 1)[0]
     KERNELS[name] = frozenset(kernels)

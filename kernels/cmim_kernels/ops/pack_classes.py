@@ -34,7 +34,7 @@ class ClassLayout(NamedTuple):
 _forward = declare(
     "pack_classes_forward(Tensor labels, Tensor masked, SymInt num_classes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     torch_backend=reference.pack_classes_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=reference.empty_layout,
 )
 

@@ -21,14 +21,14 @@ def _backward_fake(grad, x, labels, weight, bias, num_classes):
 _forward = declare(
     "same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, SymInt num_classes) -> Tensor",
     torch_backend=reference.same_class_conv2d_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, Tensor? bias, "
     "SymInt num_classes) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.same_class_conv2d_backward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_backward_fake,
 )
 

@@ -21,14 +21,14 @@ def _backward_fake(grad, logits, target, logsumexp, align_corners):
 _forward = declare(
     "upsample_cross_entropy_forward(Tensor logits, Tensor target, bool align_corners) -> (Tensor, Tensor)",
     torch_backend=reference.upsample_cross_entropy_forward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners) "
     "-> Tensor",
     torch_backend=reference.upsample_cross_entropy_backward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_backward_fake,
 )
 

@@ -28,7 +28,7 @@ def _forward_fake(logits, size, align_corners):
 _forward = declare(
     "upsample_pseudo_labels_forward(Tensor logits, SymInt[] size, bool align_corners) -> (Tensor, Tensor)",
     torch_backend=reference.upsample_pseudo_labels_forward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_forward_fake,
 )
 

@@ -1,0 +1,45 @@
+// The kernels for the CPU, and how they meet PyTorch: library.cpp knows PyTorch and chooses the instruction set, <op>.cpp
+// knows neither and is compiled once for each of them.
+//
+// Work is cut by the shapes of the tensors, never by the number of threads, so that results have the same bits on any.
+#pragma once
+
+#include "../view.h"
+
+namespace cmim::cpu {
+
+// for_each(n, grain, body, context): body(context, begin, end) for parts of [0, n) of at least `grain`, on PyTorch's threads.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using ForEach = void (*)(int64_t n, int64_t grain, Body body, void* context);
+
+// What one instruction set offers. Outputs are allocated by the caller; tensors may have any strides unless it says "dense".
+struct Kernels {
+  const char* name;
+
+  // labels, masked (B, N); order, inverse, segment (B, N), offsets (B, 2K + 2), cu_seqlens: int32, dense.
+  void (*pack_classes)(ForEach, View labels, View masked, int64_t num_classes, View order, View inverse, View segment,
+                       View offsets, View cu_seqlens);
+
+  // features (B, C, h, w) or (B, N, C); order (B, N), offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)
+  // int32: dense.
+  void (*centroids_forward)(ForEach, View features, View order, View offsets, View mean, View count);
+
+  // x, out (B, C, h, w), labels (B, h, w), weight (C, k, k), bias (C); grad_weight, grad_bias: dense.
+  void (*same_class_conv2d_forward)(ForEach, View x, View labels, View weight, MaybeView bias, int64_t num_classes, View out);
+  void (*same_class_conv2d_backward)(ForEach, View grad, View x, View labels, View weight, int64_t num_classes, View grad_x,
+                                     View grad_weight, MaybeView grad_bias);
+
+  // logits, grad_logits (B, K, h, w), target, grad (B, H, W); loss, logsumexp, confidence float32, label int32: dense.
+  void (*upsample_cross_entropy_forward)(ForEach, View logits, View target, bool align_corners, View loss, View logsumexp);
+  void (*upsample_cross_entropy_backward)(ForEach, View grad, View logits, View target, View logsumexp, bool align_corners,
+                                          View grad_logits);
+  void (*upsample_pseudo_labels)(ForEach, View logits, bool align_corners, View label, View confidence);
+};
+
+namespace baseline { extern const Kernels kernels; }
+#ifdef __x86_64__
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+}  // namespace cmim::cpu

@@ -1,0 +1,22 @@
+// The kernels of one instruction set, by name.
+#include "vector.h"
+
+namespace cmim::cpu::CMIM_ISA {
+
+void pack_classes(ForEach, View, View, int64_t, View, View, View, View, View);
+void centroids_forward(ForEach, View, View, View, View, View);
+void same_class_conv2d_forward(ForEach, View, View, View, MaybeView, int64_t, View);
+void same_class_conv2d_backward(ForEach, View, View, View, View, int64_t, View, View, MaybeView);
+void upsample_cross_entropy_forward(ForEach, View, View, bool, View, View);
+void upsample_cross_entropy_backward(ForEach, View, View, View, View, bool, View);
+void upsample_pseudo_labels(ForEach, View, bool, View, View);
+
+#define CMIM_NAME_OF(isa) #isa
+#define CMIM_NAME(isa) CMIM_NAME_OF(isa)
+
+extern const Kernels kernels{
+    CMIM_NAME(CMIM_ISA), pack_classes, centroids_forward, same_class_conv2d_forward, same_class_conv2d_backward,
+    upsample_cross_entropy_forward, upsample_cross_entropy_backward, upsample_pseudo_labels,
+};
+
+}  // namespace cmim::cpu::CMIM_ISA
