@@ -34,7 +34,9 @@ def test_every_command_of_the_makefile_that_a_page_names_is_there():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.M)
     assert len(targets) == len(set(targets))
-    assert {"train", "test", "memcheck", "racecheck", "check"} <= set(re.search(r"\.PHONY:((?:.|\\\n)*)", makefile)[1].split())
+    assert {"train", "test", "memcheck", "racecheck", "check"} <= set(
+        re.search(r"\.PHONY:((?:.|\\\n)*)", makefile)[1].split()
+    )
     targets = set(targets)
     for page in PAGES:
         named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "".join(re.findall(r"`[^`]+`", page.read_text()))))
