@@ -37,9 +37,10 @@ from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
+from cmim.data.survey import survey, surveyed
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import RunLog, by_class, console, print_table
+from cmim.engine.logging import Progress, RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
@@ -266,6 +267,8 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(config.train.device)
     run = open_run(given.output or default_folder(config_path), config, given.resume)
     describe(config, splits, run)
+    if distributed.world().rank == 0:  # the others wait for this process, or end with it
+        open_files(config, splits)
     objective = build_objective(config, len(splits.class_names), run)
     with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
         run = Run(distributed.from_rank0(str(run.folder)))
@@ -273,6 +276,13 @@ def main(arguments: Sequence[str]) -> None:
         if distributed.rank() == 0:
             start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
         trainer.train()
+
+
+def open_files(config: Config, splits: Splits) -> None:
+    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
+    with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
+        for line in survey(splits, config.data, progress.advance):
+            console.print(f"warning: {line}")
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:

@@ -48,6 +48,12 @@ class FileSet:
         return open_image(self.images[i], self.channels)
 
     def label(self, i: int) -> np.ndarray:
+        ids, wrong = class_ids(self.values(i), self.encoding(self.masks[i]).table)
+        self.refuse_value(i, wrong)
+        return ids
+
+    def values(self, i: int) -> np.ndarray:
+        """The stored numbers of the mask of image i, (H, W) integers."""
         mask = self.masks[i]
         values = open_mask(mask)
         height, width = _size(self.images[i])
@@ -56,11 +62,13 @@ class FileSet:
                 f"{mask} is {values.shape[1]} x {values.shape[0]} pixels, its image {self.images[i].name} is "
                 f"{width} x {height}: export the mask at the size of the image"
             )
-        encoding = self.encoding(mask)
-        ids, wrong = class_ids(values, encoding.table)
+        return values
+
+    def refuse_value(self, i: int, wrong: int | None) -> None:
+        """Raise a UserError for the value of a mask that is no class; None is no such value."""
         if wrong is not None:
-            raise UserError(f"{mask} holds the value {wrong}, which is no class: {encoding.remedy}")
-        return ids
+            mask = self.masks[i]
+            raise UserError(f"{mask} holds the value {wrong}, which is no class: {self.encoding(mask).remedy}")
 
 
 def open_image(path: str | Path, channels: int) -> np.ndarray:
