@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,47 @@ def test_predict_writes_masks_and_overlays(undecided, tmp_path):
         overlay = np.asarray(Image.open(tmp_path / "out/overlays" / target)).astype(int)
         assert np.abs(overlay - (np.asarray(image) / 2 + coloured / 2)).max() <= 1
     assert len(seen) > 1
+
+
+def picture(path, seed=0, size=(20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)).save(path)
+    return path
+
+
+def test_predict_never_writes_over_the_ground_truth(run, tmp_path):
+    images = [picture(tmp_path / f"data/train/images/{name}.png", i) for i, name in enumerate("ab")]
+    truth = tmp_path / "data/train/masks/b.png"
+    truth.parent.mkdir()
+    Image.fromarray(np.full((20, 30), 2, np.uint8)).save(truth)
+    before = truth.read_bytes()
+    with pytest.raises(UserError, match=r"masks/b.png would be overwritten, but predict did not write it"):
+        predict.main([str(run.folder), str(images[0].parent), "-o", str(tmp_path / "data/train")])
+    assert truth.read_bytes() == before and not (truth.parent / "a.png").exists()
+    (tmp_path / "out/overlays").mkdir(parents=True)
+    (tmp_path / "out/overlays/a.png").write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"overlays/a\.png"):
+        predict.main([str(run.folder), str(images[0]), "-o", str(tmp_path / "out")])
+
+
+def test_predict_may_be_repeated_where_it_wrote_before(run, tmp_path, capsys):
+    for i, name in enumerate(("a.png", "deep/b.png")):
+        picture(tmp_path / name, i)
+    found = []
+    for _ in range(3):
+        predict.main([str(run.folder), str(tmp_path), "-o", str(tmp_path)])
+        found.append(sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.p*") if p.is_file()))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+    said = capsys.readouterr().out
+    assert said.count("2 images: ") == 3 and said.count("4 files in ") == 2
+
+
+def test_images_never_share_a_mask():
+    names = [Path(name) for name in ("r/a.jpg", "r/a.png", "r/a.jpg.png", "r/b.png", "r/s/a.jpg")]
+    targets = predict.name_targets(names, Path("r"))
+    assert [targets[name].as_posix() for name in names] == [
+        "a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png", "s/a.png",
+    ]  # fmt: skip
 
 
 def test_predict_of_one_image(run, tmp_path):
