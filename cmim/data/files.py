@@ -13,7 +13,9 @@ from PIL import Image
 from cmim.data.labels import Encoding, class_ids
 from cmim.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".npy",
+)  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TokenError, Image.DecompressionBombError)
@@ -27,6 +29,7 @@ class FileSet:
         masks: the path of each one's mask, None where there is none.
         encoding: function of a mask's path, the `cmim.data.labels.Encoding` of its values.
         channels: of the images.
+        names: of the images; by default their file names without suffix.
     """
 
     def __init__(
@@ -35,14 +38,15 @@ class FileSet:
         masks: Sequence[Path | None],
         encoding: Callable[[Path], Encoding],
         channels: int,
+        names: Sequence[str] | None = None,
     ):
-        self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
+        self.images, self.masks, self.encoding, self.channels, self.names = images, masks, encoding, channels, names
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        return self.images[i].stem
+        return self.names[i] if self.names else self.images[i].stem
 
     def image(self, i: int) -> np.ndarray:
         return open_image(self.images[i], self.channels)
