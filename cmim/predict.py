@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cmim.command_line import parser_of
 from cmim.data.augmentation import resize
-from cmim.data.files import IMAGE_SUFFIXES, open_image
+from cmim.data.files import IMAGE_SUFFIXES, open_image, orientation
 from cmim.engine.device import autocast, choose_device, choose_precision
 from cmim.engine.inference import probabilities
 from cmim.engine.logging import Progress, console
@@ -56,13 +56,21 @@ def main(arguments: Sequence[str]) -> None:
     torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
+    turn, turned = config.data.exif == "apply", []
     with Progress("predict", len(paths), "images") as progress:
         for path in paths:
-            image = open_image(path, config.data.channels)
+            image = open_image(path, config.data.channels, turn)
+            if not turn and orientation(path) != 1:
+                turned.append(path)
             classes = predict(net, image, config, device, dtype)
             write_mask(given.output / "masks" / targets[path], classes, colours)
             write_png(given.output / "overlays" / targets[path], overlay(image, classes, colours))
             progress.advance()
+    if turned:
+        console.print(
+            f"note: {len(turned)} images have an EXIF orientation (such as {turned[0].name}), which was ignored, as the run "
+            "did; --data.exif apply turns them"
+        )
     console.print(f"{len(paths)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
 
 

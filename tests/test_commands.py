@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cmim import checkpoint, evaluate, predict
+from cmim.config import load_config
 from cmim.data.labels import colour_map
 from cmim.engine.run import Run, load_trained
 from cmim.errors import UserError
@@ -178,6 +179,19 @@ def test_predict_may_be_repeated_where_it_wrote_before(run, tmp_path, capsys):
     assert found[0] == found[1] == found[2] and len(found[0]) == 6
     said = capsys.readouterr().out
     assert said.count("2 images: ") == 3 and said.count("4 files in ") == 2
+
+
+def test_predict_obeys_the_decision_on_exif(run, tmp_path, capsys):
+    image = Image.open(picture(tmp_path / "plain/a.png"))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    for more, size, notes in (([], (30, 20), 1), (["--data.exif", "apply"], (20, 30), 0)):
+        predict.main([str(run.folder), str(tmp_path / "turned.png"), "-o", str(tmp_path / f"out{notes}"), *more])
+        assert Image.open(tmp_path / f"out{notes}/masks/turned.png").size == size
+        assert Image.open(tmp_path / f"out{notes}/overlays/turned.png").size == size
+        assert capsys.readouterr().out.count("1 images have an EXIF orientation") == notes
+    assert load_config(run.config).data.exif == "ignore"
 
 
 def test_images_never_share_a_mask():

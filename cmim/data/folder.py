@@ -7,7 +7,6 @@ an image without a mask is unlabelled. What lies there and is not used is counte
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
-
 from pathlib import Path
 
 from cmim.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES

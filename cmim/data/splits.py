@@ -97,7 +97,8 @@ def load_files(settings: DataSettings, source: Source) -> Splits:
             + source.more_unlabelled
         )
     masks["unlabelled"] = [None] * len(images["unlabelled"])
-    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels) for name in images}
+    turn = settings.exif == "apply"
+    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, turn=turn) for name in images}
     known = [image for image, _ in training]
     by_path = dict(zip(known, short_names(known), strict=True))
     made["labelled"].names = [by_path[image] for image in images["labelled"]]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cmim.data.datasets import IGNORED, Splits
-from cmim.data.files import FileSet
+from cmim.data.files import SIDEWAYS, FileSet, image_size, orientation
 from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
@@ -57,6 +57,56 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
         return []
     _refuse_nonsense(counts, splits.class_names, settings)
     return _absent_classes(counts, splits.class_names)
+
+
+def decide_exif(splits: Splits) -> tuple[str | None, str | None]:
+    """Whether EXIF orientations are to be applied: what fits the sizes of the labelled and held-out masks.
+
+    Returns:
+        "apply" or "ignore", None for images that are drawn; and a line for the user where orientations occur.
+
+    Raises:
+        UserError: some masks fit the images as they are stored, others the turned ones.
+    """
+    sets, fits, turned = surveyed(splits), {"apply": [], "ignore": []}, []
+    if not sets:
+        return None, None
+    for image_set in sets.values():
+        with ThreadPoolExecutor(min(8, available_cores())) as pool:
+            orientations = list(pool.map(_orientation, image_set.images))
+        for image, mask, found in zip(image_set.images, image_set.masks, orientations, strict=True):
+            if found == 1:
+                continue
+            turned.append(image)
+            height, width = image_size(image)
+            if found in SIDEWAYS and height != width:
+                size = image_size(mask)
+                for choice, shape in (("ignore", (height, width)), ("apply", (width, height))):
+                    if size == shape:
+                        fits[choice].append(mask)
+    if fits["apply"] and fits["ignore"]:
+        raise UserError(
+            f"{fits['ignore'][0]} fits its image as it is stored, {fits['apply'][0]} fits it as its EXIF orientation turns "
+            "it: save the images anew without EXIF orientation, or give --data.exif apply or ignore"
+        )
+    if not turned:
+        return "ignore", None
+    count = f"{len(turned)} labelled, val and test images have an EXIF orientation (such as {turned[0].name})"
+    if fits["apply"]:
+        return "apply", f"{count}; the masks fit the turned images, so it is applied to all images (data.exif apply)"
+    if fits["ignore"]:
+        return "ignore", f"{count}; the masks fit the images as they are stored, so it is ignored (data.exif ignore)"
+    return "ignore", (
+        f"{count}, and the sizes of the masks cannot tell whether they were drawn on the turned images: it is ignored; give "
+        "--data.exif apply if they were"
+    )
+
+
+def _orientation(path):
+    try:
+        return orientation(path)
+    except UserError:
+        return 1  # the pass over all files says what is wrong
 
 
 def surveyed(splits: Splits) -> dict[str, FileSet]:
@@ -108,7 +158,7 @@ class Cache:
 
     def values(self, i: int) -> dict[int, int]:
         image, mask = self.image_set.images[i], self.image_set.masks[i]
-        stamp = [self.image_set.channels, *_stamp(image), *_stamp(mask)]
+        stamp = [self.image_set.channels, self.image_set.turn, *_stamp(image), *_stamp(mask)]
         key = f"{os.path.abspath(image)}\n{os.path.abspath(mask)}"
         try:
             if self.kept[key][0] == stamp:

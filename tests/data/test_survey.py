@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cmim.data import load_splits
 from cmim.data import survey as survey_module
-from cmim.data.survey import Cache, count, survey
+from cmim.data.survey import Cache, count, decide_exif, survey
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
@@ -113,3 +113,62 @@ def test_every_file_is_opened_before_the_first_step(split, tmp_path):
 def test_drawn_images_need_no_pass():
     settings = DataSettings(format="shapes")
     assert survey(load_splits(settings), settings) == []
+
+
+def write_turned(root, orientations, drawn_on_turned, square=False):
+    """Photographs with an EXIF orientation whose masks are drawn on the stored or on the turned pixels; a class is where the
+    picture is bright."""
+    rng = np.random.default_rng(0)
+    root.mkdir(parents=True)
+    (root / "classes.txt").write_text("dark\nbright\n")
+    for split, number in (("train", orientations), ("val", orientations[:1])):
+        for i, orientation in enumerate(number):
+            classes = rng.integers(0, 2, (6, 6 if square else 9), np.uint8)
+            image = Image.fromarray(classes * np.uint8(200)).convert("RGB")
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            for kind in ("images", "masks"):
+                (root / split / kind).mkdir(parents=True, exist_ok=True)
+            path = root / split / "images" / f"{split}{i}.{'webp' if i % 2 else 'png'}"
+            image.save(path, exif=exif, **({"lossless": True} if i % 2 else {}))
+            shown = ImageOps.exif_transpose(Image.open(path)) if drawn_on_turned else image
+            Image.fromarray((np.asarray(shown)[..., 0] > 100).astype(np.uint8)).save(
+                root / split / "masks" / f"{split}{i}.png"
+            )
+    return root
+
+
+def load_exif(root, exif=None):
+    return load_splits(DataSettings(format="folder", root=root, labelled=1.0, exif=exif))
+
+
+@pytest.mark.parametrize("drawn_on_turned, decision", [(True, "apply"), (False, "ignore")])
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_masks_lie_over_their_images_whatever_the_orientation(orientation, drawn_on_turned, decision, tmp_path):
+    root = write_turned(tmp_path / "data", [6, orientation, 1], drawn_on_turned)
+    exif, note = decide_exif(load_exif(root))
+    assert exif == decision and f"data.exif {decision}" in note
+    labelled = load_exif(root, exif).labelled
+    for i in range(3):
+        np.testing.assert_array_equal(labelled.image(i)[..., 0] > 100, labelled.label(i))
+    other = load_exif(root, {"apply": "ignore", "ignore": "apply"}[exif])
+    with pytest.raises(UserError, match=f"--data.exif {exif}"):
+        other.labelled.label(0)
+
+
+def test_orientations_that_sizes_cannot_tell_are_said(tmp_path):
+    for name, numbers, square in (("upside down", [3, 1, 3], False), ("square", [6, 8, 1], True)):
+        exif, note = decide_exif(load_exif(write_turned(tmp_path / name, numbers, True, square)))
+        assert exif == "ignore" and note.startswith("3 labelled, val and test images have an EXIF orientation")
+        assert "--data.exif apply if they were" in note
+    upright = write_turned(tmp_path / "upright", [1, 1], True)
+    assert decide_exif(load_exif(upright)) == ("ignore", None)
+    assert decide_exif(load_splits(DataSettings(format="shapes"))) == (None, None)
+
+
+def test_masks_of_both_kinds_are_refused(tmp_path):
+    root, other = write_turned(tmp_path / "a", [6], True), write_turned(tmp_path / "b", [6], False)
+    (root / "val").rename(root / "old")
+    (other / "val").rename(root / "val")
+    with pytest.raises(UserError, match="save the images anew without EXIF orientation"):
+        decide_exif(load_exif(root))
