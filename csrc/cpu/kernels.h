@@ -20,9 +20,8 @@ struct Kernels {
   void (*pack_classes)(ForEach, View labels, View masked, int64_t num_classes, View order, View inverse, View segment,
                        View offsets, View cu_seqlens);
 
-  // features (B, C, h, w) or (B, N, C); order (B, N), offsets (B, 2K + 2) int32, mean (B, K, 2, C) float32, count (B, K, 2)
-  // int32: dense.
-  void (*centroids_forward)(ForEach, View features, View order, View offsets, View mean, View count);
+  // features (B, C, h, w) or (B, N, C); labels, masked (B, N); mean (B, K, 2, C) float32, count (B, K, 2) int32: dense.
+  void (*centroids_forward)(ForEach, View features, View labels, View masked, View mean, View count);
 
   // x, out (B, C, h, w), labels (B, h, w), weight (C, k, k), bias (C); grad_weight, grad_bias: dense.
   void (*same_class_conv2d_forward)(ForEach, View x, View labels, View weight, MaybeView bias, int64_t num_classes, View out);
@@ -34,6 +33,18 @@ struct Kernels {
   void (*upsample_cross_entropy_backward)(ForEach, View grad, View logits, View target, View logsumexp, bool align_corners,
                                           View grad_logits);
   void (*upsample_pseudo_labels)(ForEach, View logits, bool align_corners, View label, View confidence);
+
+  // grad_mean (B, K, 2, C) float32, count dense, labels, masked (B, N), grad like features.
+  void (*centroids_backward)(ForEach, View grad_mean, View count, View labels, View masked, View grad);
+
+  // tokens, grad_tokens (B, N, C), packed, grad_packed (B, L, C), inverse, segment (B, N), mask_token (C), position (N, C).
+  // Dense: outputs, inverse, segment.
+  void (*gather_forward)(ForEach, View tokens, View inverse, View segment, MaybeView mask_token, MaybeView position, View out);
+  void (*gather_backward)(ForEach, View grad, View inverse, View segment, View grad_tokens, MaybeView grad_mask_token,
+                          MaybeView grad_position);
+  void (*scatter_forward)(ForEach, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
+  void (*scatter_backward)(ForEach, View grad, View inverse, View grad_packed, MaybeView grad_mask_token,
+                           MaybeView grad_position);
 };
 
 namespace baseline { extern const Kernels kernels; }

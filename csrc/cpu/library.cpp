@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("instruction_set(str name) -> str");
   m.def("pack_classes(Tensor labels, Tensor masked, int num_classes, Tensor(a!) order, Tensor(b!) inverse, Tensor(c!) "
         "segment, Tensor(d!) offsets, Tensor(e!) cu_seqlens) -> ()");
-  m.def("centroids_forward(Tensor features, Tensor order, Tensor offsets, Tensor(a!) mean, Tensor(b!) count) -> ()");
+  m.def("centroids_forward(Tensor features, Tensor labels, Tensor masked, Tensor(a!) mean, Tensor(b!) count) -> ()");
   m.def("same_class_conv2d_forward(Tensor x, Tensor labels, Tensor weight, Tensor? bias, int num_classes, Tensor(a!) out) -> ()");
   m.def("same_class_conv2d_backward(Tensor grad, Tensor x, Tensor labels, Tensor weight, int num_classes, Tensor(a!) grad_x, "
         "Tensor(b!) grad_weight, Tensor(c!)? grad_bias) -> ()");
@@ -78,6 +78,14 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("upsample_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor logsumexp, bool align_corners, "
         "Tensor(a!) grad_logits) -> ()");
   m.def("upsample_pseudo_labels(Tensor logits, bool align_corners, Tensor(a!) label, Tensor(b!) confidence) -> ()");
+  m.def("centroids_backward(Tensor grad_mean, Tensor count, Tensor labels, Tensor masked, Tensor(a!) grad) -> ()");
+  m.def("gather_forward(Tensor tokens, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position, Tensor(a!) out)"
+        " -> ()");
+  m.def("gather_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor(a!) grad_tokens, Tensor(b!)? grad_mask_token, "
+        "Tensor(c!)? grad_position) -> ()");
+  m.def("scatter_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position, Tensor(a!) out) -> ()");
+  m.def("scatter_backward(Tensor grad, Tensor inverse, Tensor(a!) grad_packed, Tensor(b!)? grad_mask_token, Tensor(c!)? "
+        "grad_position) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -90,6 +98,11 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(upsample_cross_entropy_forward);
   CMIM_IMPLEMENT(upsample_cross_entropy_backward);
   CMIM_IMPLEMENT(upsample_pseudo_labels);
+  CMIM_IMPLEMENT(centroids_backward);
+  CMIM_IMPLEMENT(gather_forward);
+  CMIM_IMPLEMENT(gather_backward);
+  CMIM_IMPLEMENT(scatter_forward);
+  CMIM_IMPLEMENT(scatter_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {

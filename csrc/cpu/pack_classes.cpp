@@ -1,5 +1,5 @@
 // Stable counting sort of the tokens of each image by (class, visible before masked).
-#include "vector.h"
+#include "labels.h"
 
 namespace cmim::cpu::CMIM_ISA {
 
@@ -13,14 +13,8 @@ void pack_classes(ForEach run, View labels, View masked, int64_t num_classes, Vi
     int32_t* const token_at = static_cast<int32_t*>(order.data) + b * tokens;
     int32_t* const segment_at = static_cast<int32_t*>(segment.data) + b * tokens;
     for (int64_t s = 0; s < segments; ++s) start[s] = 0;
-    for (int64_t n = 0; n < tokens; ++n) {
-      const int64_t label = load_label(labels, b * labels.strides[0] + n * labels.strides[1]);
-      const bool hidden = static_cast<const uint8_t*>(masked.data)[b * masked.strides[0] + n * masked.strides[1]];
-      const bool valid = label >= 0 && label < num_classes;
-      const int32_t s = static_cast<int32_t>(valid ? 2 * label + hidden : 2 * num_classes);
-      packed[n] = s;  // for the second pass
-      ++start[s];
-    }
+    read_segments(labels, masked, b, num_classes, static_cast<int32_t>(2 * num_classes), packed);
+    for (int64_t n = 0; n < tokens; ++n) ++start[packed[n]];
     int32_t sum = 0;
     for (int64_t s = 0; s < segments; ++s) {
       const int32_t count = start[s];

@@ -10,13 +10,18 @@ void same_class_conv2d_backward(ForEach, View, View, View, View, int64_t, View, 
 void upsample_cross_entropy_forward(ForEach, View, View, bool, View, View);
 void upsample_cross_entropy_backward(ForEach, View, View, View, View, bool, View);
 void upsample_pseudo_labels(ForEach, View, bool, View, View);
+void centroids_backward(ForEach, View, View, View, View, View);
+void gather_forward(ForEach, View, View, View, MaybeView, MaybeView, View);
+void gather_backward(ForEach, View, View, View, View, MaybeView, MaybeView);
+void scatter_forward(ForEach, View, View, MaybeView, MaybeView, View);
+void scatter_backward(ForEach, View, View, View, MaybeView, MaybeView);
 
 #define CMIM_NAME_OF(isa) #isa
 #define CMIM_NAME(isa) CMIM_NAME_OF(isa)
 
 extern const Kernels kernels{
     CMIM_NAME(CMIM_ISA), pack_classes, centroids_forward, same_class_conv2d_forward, same_class_conv2d_backward,
-    upsample_cross_entropy_forward, upsample_cross_entropy_backward, upsample_pseudo_labels,
+    upsample_cross_entropy_forward, upsample_cross_entropy_backward, upsample_pseudo_labels, centroids_backward, gather_forward, gather_backward, scatter_forward, scatter_backward,
 };
 
 }  // namespace cmim::cpu::CMIM_ISA

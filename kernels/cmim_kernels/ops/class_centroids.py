@@ -36,14 +36,14 @@ _forward = declare(
     "class_centroids_forward(Tensor features, Tensor labels, Tensor masked, SymInt num_classes, Tensor? order, "
     "Tensor? offsets) -> (Tensor, Tensor)",
     torch_backend=reference.class_centroids_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "class_centroids_backward(Tensor grad_mean, Tensor count, Tensor features, Tensor labels, Tensor masked, "
     "SymInt num_classes) -> Tensor",
     torch_backend=reference.class_centroids_backward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_backward_fake,
 )
 

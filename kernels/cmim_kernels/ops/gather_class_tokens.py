@@ -25,14 +25,14 @@ _forward = declare(
     "gather_class_tokens_forward(Tensor tokens, Tensor order, Tensor inverse, Tensor segment, Tensor? mask_token, "
     "Tensor? position, SymInt length) -> Tensor",
     torch_backend=reference.gather_class_tokens_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "gather_class_tokens_backward(Tensor grad, Tensor inverse, Tensor segment, Tensor? mask_token, Tensor? position) "
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.gather_class_tokens_backward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_backward_fake,
 )
 

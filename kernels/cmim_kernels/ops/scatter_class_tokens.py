@@ -24,14 +24,14 @@ def _backward_fake(grad, order, inverse, mask_token, position, length):
 _forward = declare(
     "scatter_class_tokens_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position) -> Tensor",
     torch_backend=reference.scatter_class_tokens_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "scatter_class_tokens_backward(Tensor grad, Tensor order, Tensor inverse, Tensor? mask_token, Tensor? position, "
     "SymInt length) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.scatter_class_tokens_backward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_backward_fake,
 )
 
