@@ -12,6 +12,12 @@ namespace cmim::cpu {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using ForEach = void (*)(int64_t n, int64_t grain, Body body, void* context);
 
+// A list of numbers.
+struct Numbers {
+  const double* data;
+  int64_t size;
+};
+
 // What one instruction set offers. Outputs are allocated by the caller; tensors may have any strides unless it says "dense".
 struct Kernels {
   const char* name;
@@ -45,6 +51,18 @@ struct Kernels {
   void (*scatter_forward)(ForEach, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
   void (*scatter_backward)(ForEach, View grad, View inverse, View grad_packed, MaybeView grad_mask_token,
                            MaybeView grad_position);
+
+  // labels (B, H, W), out (B, H / p, W / p) int32, dense.
+  void (*patch_labels)(ForEach, View labels, int64_t patch_size, int64_t num_classes, double min_share, View out);
+
+  // pred, grad (B, N, p p c) or (B, c, H, W), image (B, c, H, W), masked, labels (B, N). Dense: loss (), class_sum (K) float32,
+  // class_count (K) int32. `distance` is one of Distance; mean and std are empty, or have c numbers for an image of bytes.
+  void (*patch_loss_forward)(ForEach, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
+                             int64_t patch_size, int64_t distance, bool normalize, bool per_class, Numbers mean, Numbers std,
+                             View loss, View class_sum, View class_count);
+  void (*patch_loss_backward)(ForEach, View grad_loss, View grad_class_sum, View class_count, View pred, View image,
+                              View masked, MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance,
+                              bool normalize, bool per_class, Numbers mean, Numbers std, View grad);
 };
 
 namespace baseline { extern const Kernels kernels; }

@@ -7,6 +7,18 @@
 #include "../arguments.h"
 #include "kernels.h"
 
+namespace cmim {
+namespace {
+
+template <>
+struct Argument<cpu::Numbers> {
+  using Arrives = std::vector<double>;
+  static cpu::Numbers pass(const std::vector<double>& x) { return {x.data(), static_cast<int64_t>(x.size())}; }
+};
+
+}  // namespace
+}  // namespace cmim
+
 namespace cmim::cpu {
 namespace {
 
@@ -86,6 +98,13 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("scatter_forward(Tensor packed, Tensor inverse, Tensor? mask_token, Tensor? position, Tensor(a!) out) -> ()");
   m.def("scatter_backward(Tensor grad, Tensor inverse, Tensor(a!) grad_packed, Tensor(b!)? grad_mask_token, Tensor(c!)? "
         "grad_position) -> ()");
+  m.def("patch_labels(Tensor labels, int patch_size, int num_classes, float min_share, Tensor(a!) out) -> ()");
+  m.def("patch_loss_forward(Tensor pred, Tensor image, Tensor masked, Tensor? labels, int num_classes, int patch_size, int "
+        "distance, bool normalize, bool per_class, float[] mean, float[] std, Tensor(a!) loss, Tensor(b!) class_sum, "
+        "Tensor(c!) class_count) -> ()");
+  m.def("patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, Tensor "
+        "masked, Tensor? labels, int num_classes, int patch_size, int distance, bool normalize, bool per_class, float[] mean, "
+        "float[] std, Tensor(a!) grad) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
@@ -103,6 +122,9 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(gather_backward);
   CMIM_IMPLEMENT(scatter_forward);
   CMIM_IMPLEMENT(scatter_backward);
+  CMIM_IMPLEMENT(patch_labels);
+  CMIM_IMPLEMENT(patch_loss_forward);
+  CMIM_IMPLEMENT(patch_loss_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {

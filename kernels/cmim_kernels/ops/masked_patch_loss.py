@@ -44,14 +44,14 @@ _forward = declare(
     f"masked_patch_loss_forward(Tensor pred, Tensor image, Tensor masked, Tensor? labels, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     torch_backend=reference.masked_patch_loss_forward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "masked_patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, "
     f"Tensor masked, Tensor? labels, {_OPTIONS}) -> Tensor",
     torch_backend=reference.masked_patch_loss_backward,
-    kernels=("triton", "cuda"),
+    kernels=("triton", "cuda", "cpu"),
     fake=_backward_fake,
 )
 

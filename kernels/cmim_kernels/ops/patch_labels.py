@@ -16,7 +16,7 @@ def _fake(labels, patch_size, num_classes, min_share):
 _forward = declare(
     "patch_labels_forward(Tensor labels, SymInt patch_size, SymInt num_classes, float min_share) -> Tensor",
     torch_backend=reference.patch_labels_forward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_fake,
 )
 
