@@ -108,7 +108,7 @@ def _one_hot_sums(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "splits", "tokens_of_split"])
-def _one_hot_kernel(
+def _class_centroids_one_hot_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
     sums,  # (B, splits, 2K, C) float32
@@ -143,7 +143,7 @@ def _one_hot_kernel(
 
 
 @triton.jit(do_not_specialize=["segments", "splits"])
-def _mean_kernel(
+def _class_centroids_mean_kernel(
     sums,  # (B, splits, 2K, C) float32
     counts,  # (B, splits, 2K) int32
     mean,  # (B, 2K, C) float32
@@ -171,7 +171,7 @@ def _mean_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "runs"])
-def _run_kernel(
+def _class_centroids_run_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
     order, offsets,  # (B, N), (B, 2K + 2) int32, contiguous
@@ -222,7 +222,7 @@ def _run_kernel(
 
 
 @triton.jit(do_not_specialize=["segments", "runs"])
-def _run_mean_kernel(
+def _class_centroids_run_mean_kernel(
     offsets,  # (B, 2K + 2) int32, contiguous
     mean,  # (B, 2K, C) float32; in: the sum of the first RUN rows, out: the mean, of segments that are longer
     rest,  # (B, runs, C) float32
@@ -249,7 +249,7 @@ def _run_mean_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_classes", "width"])
-def _spread_kernel(
+def _class_centroids_spread_kernel(
     grad_mean,  # (B, K, 2, C) float32, any strides
     count,  # (B, K, 2) int32, contiguous
     labels, masked,  # (B, N), masked as uint8
@@ -295,11 +295,11 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
         counts = features.new_empty((batch, splits, segments), dtype=torch.int32)
         half = features.dtype != torch.float32
         dot = {torch.float16: tl.float16}.get(features.dtype, tl.bfloat16)
-        _one_hot_kernel[(batch * splits, triton.cdiv(channels, launch.CHANNELS))](
+        _class_centroids_one_hot_kernel[(batch * splits, triton.cdiv(channels, launch.CHANNELS))](
             features, labels, masked.view(torch.uint8), sums, counts, *sizes, splits, tokens_of_split, *all_strides,
             IS_GRID=is_grid, PARTS=1 if half else 3, DOT=tl.float32 if INTERPRETED else dot, **launch._asdict(),
         )  # fmt: skip
-        _mean_kernel[(batch, triton.cdiv(segments, 16), triton.cdiv(channels, 128))](
+        _class_centroids_mean_kernel[(batch, triton.cdiv(segments, 16), triton.cdiv(channels, 128))](
             sums, counts, mean, count, channels, segments, splits, SEGMENTS=16, CHANNELS=128, num_warps=4
         )
         return mean, count
@@ -309,11 +309,13 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
     runs, columns = triton.cdiv(tokens, launch.RUN), triton.cdiv(channels, launch.CHANNELS)
     rest = features.new_empty((batch, runs, channels), dtype=torch.float32)
     order, offsets = order.contiguous(), offsets.contiguous()
-    _run_kernel[(batch * (segments + runs), columns)](
+    _class_centroids_run_kernel[(batch * (segments + runs), columns)](
         features, labels, masked.view(torch.uint8), order, offsets, mean, count, rest, *sizes, runs, *all_strides,
         IS_GRID=is_grid, **launch._asdict(),
     )  # fmt: skip
-    _run_mean_kernel[(batch * segments, columns)](offsets, mean, rest, channels, segments, runs, **launch._asdict())
+    _class_centroids_run_mean_kernel[(batch * segments, columns)](
+        offsets, mean, rest, channels, segments, runs, **launch._asdict()
+    )
     return mean, count
 
 
@@ -323,7 +325,7 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
         batch, tokens = labels.shape
         strides, width, is_grid = _token_grid(grad)
         channels = grad_mean.shape[3]
-        _spread_kernel[(batch * triton.cdiv(tokens, 64), triton.cdiv(channels, 64))](
+        _class_centroids_spread_kernel[(batch * triton.cdiv(tokens, 64), triton.cdiv(channels, 64))](
             grad_mean, count.contiguous(), labels, masked.view(torch.uint8), grad, channels, tokens, num_classes, width,
             grad_mean.stride(), strides, labels.stride(), masked.stride(),
             IS_GRID=is_grid, TOKENS=64, CHANNELS=64, num_warps=8,

@@ -30,7 +30,7 @@ def pack_launch(num_classes):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
-def _count_kernel(
+def _pack_classes_count_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8
     counts,  # (B, tiles, SEGMENTS) int32
@@ -45,7 +45,7 @@ def _count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _scan_kernel(
+def _pack_classes_scan_kernel(
     counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all tiles before it
     totals,  # (B, SEGMENTS) int32
     num_tiles,
@@ -66,7 +66,7 @@ def _scan_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
-def _place_kernel(
+def _pack_classes_place_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8
     earlier,  # (B, tiles, SEGMENTS) int32
@@ -130,7 +130,9 @@ def pack_classes_forward(labels, masked, num_classes):
     masked, tiles = masked.view(torch.uint8), triton.cdiv(tokens, launch.TILE)
     counts, totals = new(batch, tiles, launch.SEGMENTS), new(batch, launch.SEGMENTS)
     sizes = (labels.stride(), masked.stride(), tokens, num_classes, tiles)
-    _count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
-    _scan_kernel[(batch, launch.SEGMENTS // 32)](counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4)
-    _place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
+    _pack_classes_count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
+    _pack_classes_scan_kernel[(batch, launch.SEGMENTS // 32)](
+        counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4
+    )
+    _pack_classes_place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
     return outputs

@@ -54,7 +54,7 @@ def rows_of_program(launch, blocks, height, like):
 
 
 @triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
-def _forward_kernel(
+def _upsample_cross_entropy_forward_kernel(
     logits,  # (B, K, h, w)
     target,  # (B, H, W)
     loss, logsumexp,  # (B, H, W) float32, contiguous
@@ -89,7 +89,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=[*AXES, "rows", "column_blocks", "row_blocks"])
-def _backward_kernel(
+def _upsample_cross_entropy_backward_kernel(
     grad,  # (B, H, W)
     logits,  # (B, K, h, w)
     target,  # (B, H, W)
@@ -177,7 +177,7 @@ def upsample_cross_entropy_forward(logits, target, align_corners):
         row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
         launch = tile_launch(pixels_of_span(row_axis))
         grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
-        _forward_kernel[grid](
+        _upsample_cross_entropy_forward_kernel[grid](
             logits, target, loss, logsumexp, logits.stride(), target.stride(), logits.shape[1], *tiles,
             *row_axis, *column_axis, **launch._asdict(),
         )  # fmt: skip
@@ -195,7 +195,7 @@ def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corne
     class_blocks, column_blocks = triton.cdiv(num_classes, launch.CLASSES), triton.cdiv(width, launch.SPANS - 1)
     rows = rows_of_program(launch, batch * class_blocks * column_blocks, height, logits)
     row_blocks = triton.cdiv(height, rows)
-    _backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
+    _upsample_cross_entropy_backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
         grad, logits, target, logsumexp, out,
         grad.stride(), logits.stride(), target.stride(), logsumexp.stride(), out.stride(),
         num_classes, pixels_of_span(column_axis), rows, class_blocks, column_blocks, row_blocks,

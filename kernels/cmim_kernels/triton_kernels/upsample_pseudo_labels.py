@@ -17,7 +17,7 @@ from cmim_kernels.triton_kernels.upsampling import (
 
 
 @triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
-def _label_kernel(
+def _upsample_pseudo_labels_kernel(
     logits,  # (B, K, h, w)
     label,  # (B, H, W) int32, contiguous
     confidence,  # (B, H, W) float32, contiguous
@@ -55,7 +55,7 @@ def upsample_pseudo_labels_forward(logits, size, align_corners):
         launch = tile_launch(pixels_of_span(row_axis))
         grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
         # Products and sums that are not fused round as in PyTorch: labels are the same, ties included.
-        _label_kernel[grid](
+        _upsample_pseudo_labels_kernel[grid](
             logits, label, confidence, logits.stride(), logits.shape[1], *tiles, *row_axis, *column_axis,
             enable_fp_fusion=False, **launch._asdict(),
         )  # fmt: skip

@@ -225,7 +225,7 @@ def _install():
     )
     original = torch.Tensor.data_ptr
     torch.Tensor.data_ptr = lambda tensor: _device_address(original, tensor)
-    backends.OBSTACLES["triton"] = lambda device: None
+    backends.UNAVAILABLE_REASONS["triton"] = lambda device: None
     for module, name in declared.triton_launchers():
         setattr(module, name, _noted(name, getattr(module, name)))
 
