@@ -66,8 +66,8 @@ def _class_attention_forward_kernel(
     q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once; each
-    block of BLOCK_Q queries reads k and v of its classes, from the cache after the first."""
+    """Memory traffic (minimum): q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once;
+    each block of BLOCK_Q queries reads k and v of its classes, from the cache after the first."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     place = (image * num_heads + head) * num_tokens + row
