@@ -167,6 +167,7 @@ def needs(gibibytes):
         pytest.skip(f"needs {gibibytes} GiB of free memory on the device")
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_tokens_times_channels(backend):
     """The last image of tensors beyond 2**31 elements gets what it gets alone."""
     needs(40)
@@ -187,6 +188,7 @@ def test_more_than_2_to_the_31_tokens_times_channels(backend):
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_entries_of_queries():
     """Forward and backward; the last image gets what it gets alone."""
     needs(40)
@@ -206,6 +208,7 @@ def test_more_than_2_to_the_31_entries_of_queries():
             assert torch.equal(got, want)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_predicted_entries(backend):
     needs(24)
     batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
@@ -223,6 +226,7 @@ def test_more_than_2_to_the_31_predicted_entries(backend):
     assert not got[1][0][:-1].any()
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_logits():
     """The last image, and its last class, get what they get alone."""
     needs(32)
