@@ -2,7 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys; sys.version_info[:2] in ((3, 11), (3, 12)) and print(1)' 2>/dev/null),$(p))))
 BIN := .venv/bin
 SEEDS ?= 0 1 2
-HIDDEN := ops reference triton_kernels cuda_kernels info cuda backends checks numerics
+HIDDEN := ops reference triton_kernels cuda_kernels cpu_kernels info libraries backends checks numerics
 OUT ?= bench/results/gpu
 BUDGET ?= 3600
 JOBS ?= 1
@@ -28,10 +28,11 @@ test-slow: .venv/installed-test
 cross-compile: .venv/installed-test
 	$(BIN)/python -m tests.backends.cross_compile
 
-# The kernels on other versions of Triton: interpreted against PyTorch, then compiled.
+# The kernels on other versions of Triton: interpreted against PyTorch, then compiled and launched on the stub driver.
 test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)
 	@for version in $(TRITONS); do echo "Triton $$version"; export PYTHONPATH=build/triton-$$version; \
-	  $(BIN)/python -m pytest tests/backends && $(BIN)/python -m tests.backends.cross_compile || exit 1; done
+	  $(BIN)/python -m pytest tests/backends && $(BIN)/python -m tests.backends.cross_compile && \
+	  $(BIN)/python -m pytest tests/backends/test_stub_driver.py -m slow -k "not oldest" || exit 1; done
 
 # The interpreter of Triton 3.6 needs an older NumPy.
 build/triton-%/installed: .venv/installed-test
@@ -71,22 +72,10 @@ cuda: .venv/installed
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
-mem# The reference of the public functions and of every setting: build/docs/index.html.
-docs: .venv/installed-test
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
-	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
-	  cmim.settings cmim.models.reconstruction cmim.method.objective
-
-check: .venv/installed-test
+memcheck: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
 
-race# The reference of the public functions and of every setting: build/docs/index.html.
-docs: .venv/installed-test
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
-	PYTHONPATH=.:kernels $(BIN)/pdoc -d google --no-show-source -o build/docs cmim_kernels $(HIDDEN:%='!cmim_kernels.%') \
-	  cmim.settings cmim.models.reconstruction cmim.method.objective
-
-check: .venv/installed-test
+racecheck: .venv/installed-test
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
 
 # The reference of the public functions and of every setting: build/docs/index.html.

@@ -54,7 +54,7 @@ BACKENDS = {FORMULAS: "torch", CUDA_CPP: "cuda"} if DEVICE.type == "cuda" else {
 
 def ours(function, *, csrc=False):
     """Name -> `function` as users get it and, on CUDA, on other backends; `csrc`: the op has kernels in CUDA C++."""
-    missing = set() if csrc and cuda.obstacle(DEVICE) is None else {"cuda"}
+    missing = set() if csrc and cuda.unavailable_reason(DEVICE) is None else {"cuda"}
     return {OURS: function} | {name: function for name, backend in BACKENDS.items() if backend not in missing}
 
 

@@ -1,3 +1,9 @@
 """Semi-supervised semantic segmentation with class-wise masked image modelling."""
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # the version of the distribution stands in cmim_kernels, whose import takes seconds
+        from cmim_kernels import __version__
+
+        return __version__
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

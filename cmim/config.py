@@ -5,6 +5,7 @@ line. What the settings are is in `cmim.settings`.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,7 +23,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: YAML file.
-        overrides: command-line words, `--section.key VALUE` or `--section.key=VALUE`; values are YAML.
+        overrides: command-line words, `--section.key VALUE` or `--section.key=VALUE`; values are YAML, but paths and
+            names are taken as they stand.
 
     Raises:
         UserError: an unreadable file, an unknown key (the nearest one is named), a value that does not fit, or
@@ -72,11 +74,13 @@ def default_config_path() -> Path:
 
 def _read_yaml(path):
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = _load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: brackets inside brackets without end") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as 'train:', got {values!r}")
     return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
@@ -98,14 +102,63 @@ def _pairs(words):
 
 def _parse(key, text):
     field = _fields(Config).get(key)
-    types = set(get_args(field.annotation) or [field.annotation]) - {NoneType} if field else set()
+    types = set(get_args(field.annotation) or [field.annotation]) if field else set()
+    if types and types <= {Path, str, NoneType}:
+        return _text(key, text, optional=NoneType in types)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = _load(text)
+    except (yaml.YAMLError, RecursionError):
+        if Path in types:
+            return text
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    # Text that looks like a number may be a name, such as a folder called 92 or 1_16.
-    a_name = types and types <= {Path, str} and not isinstance(value, str | NoneType)
-    return text if a_name or (isinstance(value, int | float) and "_" in text) else value
+    if Path in types and not isinstance(value, int | float):  # a path among numbers
+        return _text(key, text, optional=False)
+    # YAML drops underscores of numbers: 1_8 is a name, or a mistake.
+    return text if isinstance(value, int | float) and "_" in text else value
+
+
+def _text(key, text, optional):
+    """A path or a name is taken as it stands, since YAML would cut `run #2` and refuse `@home`. Quotes around the whole are
+    taken off, and `null` is none where no such file is there."""
+    if not text.strip():
+        raise UserError(f"--{key} is empty; give a value" + (", or null for none" if optional else ""))
+    if Path(text).exists():
+        return text
+    if text == "null":
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            unquoted = yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+        return unquoted if isinstance(unquoted, str) else text
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: yes, no, on and off are names, such as those of classes, and 12:30, 010 and 2024-01-01 are
+    no numbers. An underscore may still divide the digits of a number."""
+
+
+_PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [r for r in resolvers if r[0].rpartition(":")[2] not in (*_PLAIN, "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _load(text):
+    return yaml.load(text, _Loader)
 
 
 def _explain(error):

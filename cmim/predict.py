@@ -5,6 +5,8 @@
 IMAGES is a folder (searched for images at any depth) or one image. OUT/masks gets a palette PNG of class ids for
 each image, at its original resolution; OUT/overlays gets the classes laid over the image. Settings of `evaluation`
 (windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
+
+Only what predict itself wrote is ever written over, and what it wrote into a folder of images is not taken as an image.
 """
 
 from cmim import early
@@ -12,18 +14,20 @@ from cmim import early
 if __name__ == "__main__":
     early.begin("predict", __doc__)
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from cmim.command_line import parser_of
 from cmim.data.augmentation import resize
-from cmim.data.files import IMAGE_SUFFIXES, open_image
+from cmim.data.files import IMAGE_SUFFIXES, open_image, orientation
 from cmim.engine.device import autocast, choose_device, choose_precision
 from cmim.engine.inference import probabilities
 from cmim.engine.logging import Progress, console
@@ -33,10 +37,18 @@ from cmim.errors import UserError, run_command
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
+AUTHOR = "cmim.predict"
+"""What every written PNG names as its software."""
+
 
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("predict", __doc__).parse(arguments)
-    paths = find_images(given.images)
+    paths, earlier = find_images(given.images)
+    if earlier:
+        console.print(f"note: {earlier} files in {given.images} are earlier output of predict and no input")
+    root = given.images if given.images.is_dir() else given.images.parent
+    targets = name_targets(paths, root)
+    refuse_foreign(given.output, targets.values())
     trained = load_trained(given.run, given.checkpoint, overrides)
     config = trained.config
     device = choose_device(config.train.device)
@@ -44,20 +56,21 @@ def main(arguments: Sequence[str]) -> None:
     torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
-    root = given.images if given.images.is_dir() else given.images.parent
-    stems = Counter(path.with_suffix("") for path in paths)
+    turn, turned = config.data.exif == "apply", []
     with Progress("predict", len(paths), "images") as progress:
         for path in paths:
-            image = open_image(path, config.data.channels)
+            image = open_image(path, config.data.channels, turn)
+            if not turn and orientation(path) != 1:
+                turned.append(path)
             classes = predict(net, image, config, device, dtype)
-            name = path.relative_to(root)
-            # Where a.jpg and a.png lie in one folder, they keep their suffixes: two images, two masks.
-            name = name.with_name(name.name + ".png") if stems[path.with_suffix("")] > 1 else name.with_suffix(".png")
-            write_mask(given.output / "masks" / name, classes, colours)
-            target = given.output / "overlays" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            overlay(image, classes, colours).save(target)
+            write_mask(given.output / "masks" / targets[path], classes, colours)
+            write_png(given.output / "overlays" / targets[path], overlay(image, classes, colours))
             progress.advance()
+    if turned:
+        console.print(
+            f"note: {len(turned)} images have an EXIF orientation (such as {turned[0].name}), which was ignored, as the run "
+            "did; --data.exif apply turns them"
+        )
     console.print(f"{len(paths)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
 
 
@@ -77,18 +90,70 @@ def write_mask(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
     """A palette PNG."""
     mask = Image.fromarray(classes, mode="P")
     mask.putpalette(colours.flatten().tolist())
+    write_png(path, mask)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """A PNG that says that predict wrote it, never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    mask.save(path)
+    said = PngInfo()
+    said.add_text("Software", AUTHOR)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=said)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image of that path, or those of the folder at any depth."""
+def written_by_predict(path: Path) -> bool:
+    """Whether a file is a PNG of `write_png`."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == AUTHOR
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
+
+
+def name_targets(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
+    """The path of each image's mask under OUT/masks: its own under `root` with the suffix .png. Where several images would
+    share one, as a.jpg and a.png do, they keep their suffixes: a.jpg.png."""
+    whole = set()
+    while True:
+        names = {path: path.relative_to(root) for path in paths}
+        names = {p: n.with_name(n.name + ".png") if p in whole else n.with_suffix(".png") for p, n in names.items()}
+        uses = Counter(names.values())
+        shared = {path for path, name in names.items() if uses[name] > 1} - whole
+        if not shared:
+            return names
+        whole |= shared
+
+
+def refuse_foreign(output: Path, names: Iterable[Path]) -> None:
+    """Raise a UserError where a file that predict would write is there and is not its own."""
+    foreign = [
+        path for name in names for path in (output / "masks" / name, output / "overlays" / name)
+        if path.exists() and not written_by_predict(path)
+    ]  # fmt: skip
+    if foreign:
+        more = f", and {len(foreign) - 1} more files," if len(foreign) > 1 else ""
+        raise UserError(f"{foreign[0]}{more} would be overwritten, but predict did not write it; give another --output")
+
+
+def find_images(path: Path) -> tuple[list[Path], int]:
+    """The image of that path, or those of the folder at any depth; and how many files there were earlier output."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give an image or a folder of images")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p))
-    if not found:
-        raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    if path.is_file():
+        return [path], 0
+    found = sorted(p for p in path.rglob("*") if _is_image(p))
+    images = [p for p in found if not written_by_predict(p)]
+    if not images:
+        said = f"{len(found)} earlier outputs of predict, but no images" if found else "no images"
+        raise UserError(f"{path} holds {said} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return images, len(found) - len(images)
 
 
 def _is_image(path):

@@ -37,12 +37,13 @@ from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
+from cmim.data.survey import decide_exif, survey, surveyed
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import RunLog, by_class, console, print_table
+from cmim.engine.logging import Progress, RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
-from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, write_text
+from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, take_over, with_data, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.errors import UserError, run_command
 from cmim.method.objective import Objective
@@ -260,12 +261,20 @@ def main(arguments: Sequence[str]) -> None:
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
+    continues = given.resume and Run(given.output).config.exists()
+    if continues:
+        config = take_over(config, load_config(Run(given.output).config))
     check_sizes(config)
     splits = load_splits(config.data)
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     run = open_run(given.output or default_folder(config_path), config, given.resume)
-    describe(config, splits, run)
+    notes = []
+    if not continues:
+        config, splits, notes = settle(config, splits)
+    describe(config, splits, run, notes)
+    if distributed.world().rank == 0:  # the others wait for this process, or end with it
+        open_files(config, splits)
     objective = build_objective(config, len(splits.class_names), run)
     with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
         run = Run(distributed.from_rank0(str(run.folder)))
@@ -273,6 +282,28 @@ def main(arguments: Sequence[str]) -> None:
         if distributed.rank() == 0:
             start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
         trainer.train()
+
+
+def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
+    """Decide what a new run is not given, so that its config.yaml holds it: whether EXIF orientations count.
+
+    Returns:
+        config and splits that follow the decisions, and lines on them for the user.
+    """
+    notes = []
+    if config.data.exif is None:
+        exif, note = decide_exif(splits)
+        notes += [note] if note else []
+        config = with_data(config, exif=exif)
+        splits = load_splits(config.data) if exif == "apply" else splits
+    return config, splits, notes
+
+
+def open_files(config: Config, splits: Splits) -> None:
+    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
+    with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
+        for line in survey(splits, config.data, progress.advance):
+            console.print(f"warning: {line}")
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
@@ -287,7 +318,7 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     return objective
 
 
-def describe(config: Config, splits: Splits, run: Run) -> None:
+def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
     """Print what will be trained on what, and what the user should know of it."""
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
     processes = distributed.world().size
@@ -296,7 +327,7 @@ def describe(config: Config, splits: Splits, run: Run) -> None:
         f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
         + (f"; {processes} processes" if processes > 1 else "")
     )
-    for note in splits.notes:
+    for note in (*splits.notes, *notes):
         console.print(f"note: {note}")
     train, optimizer = config.train, config.optimizer
     if train.epochs is not None:

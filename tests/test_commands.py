@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cmim import checkpoint, evaluate, predict
+from cmim.config import load_config
 from cmim.data.labels import colour_map
 from cmim.engine.run import Run, load_trained
 from cmim.errors import UserError
@@ -144,6 +146,60 @@ def test_predict_writes_masks_and_overlays(undecided, tmp_path):
         overlay = np.asarray(Image.open(tmp_path / "out/overlays" / target)).astype(int)
         assert np.abs(overlay - (np.asarray(image) / 2 + coloured / 2)).max() <= 1
     assert len(seen) > 1
+
+
+def picture(path, seed=0, size=(20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)).save(path)
+    return path
+
+
+def test_predict_never_writes_over_the_ground_truth(run, tmp_path):
+    images = [picture(tmp_path / f"data/train/images/{name}.png", i) for i, name in enumerate("ab")]
+    truth = tmp_path / "data/train/masks/b.png"
+    truth.parent.mkdir()
+    Image.fromarray(np.full((20, 30), 2, np.uint8)).save(truth)
+    before = truth.read_bytes()
+    with pytest.raises(UserError, match=r"masks/b.png would be overwritten, but predict did not write it"):
+        predict.main([str(run.folder), str(images[0].parent), "-o", str(tmp_path / "data/train")])
+    assert truth.read_bytes() == before and not (truth.parent / "a.png").exists()
+    (tmp_path / "out/overlays").mkdir(parents=True)
+    (tmp_path / "out/overlays/a.png").write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"overlays/a\.png"):
+        predict.main([str(run.folder), str(images[0]), "-o", str(tmp_path / "out")])
+
+
+def test_predict_may_be_repeated_where_it_wrote_before(run, tmp_path, capsys):
+    for i, name in enumerate(("a.png", "deep/b.png")):
+        picture(tmp_path / name, i)
+    found = []
+    for _ in range(3):
+        predict.main([str(run.folder), str(tmp_path), "-o", str(tmp_path)])
+        found.append(sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.p*") if p.is_file()))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+    said = capsys.readouterr().out
+    assert said.count("2 images: ") == 3 and said.count("4 files in ") == 2
+
+
+def test_predict_obeys_the_decision_on_exif(run, tmp_path, capsys):
+    image = Image.open(picture(tmp_path / "plain/a.png"))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    for more, size, notes in (([], (30, 20), 1), (["--data.exif", "apply"], (20, 30), 0)):
+        predict.main([str(run.folder), str(tmp_path / "turned.png"), "-o", str(tmp_path / f"out{notes}"), *more])
+        assert Image.open(tmp_path / f"out{notes}/masks/turned.png").size == size
+        assert Image.open(tmp_path / f"out{notes}/overlays/turned.png").size == size
+        assert capsys.readouterr().out.count("1 images have an EXIF orientation") == notes
+    assert load_config(run.config).data.exif == "ignore"
+
+
+def test_images_never_share_a_mask():
+    names = [Path(name) for name in ("r/a.jpg", "r/a.png", "r/a.jpg.png", "r/b.png", "r/s/a.jpg")]
+    targets = predict.name_targets(names, Path("r"))
+    assert [targets[name].as_posix() for name in names] == [
+        "a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png", "s/a.png",
+    ]  # fmt: skip
 
 
 def test_predict_of_one_image(run, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmim.command_line import CommandLine
-from cmim.config import _fields, _is_choice, config_from, default_config_path, dump_config, load_config
+from cmim.config import _fields, _is_choice, _load, config_from, default_config_path, dump_config, load_config
 from cmim.errors import UserError
 from cmim.models.build import check_sizes, token_stride
 from cmim.settings import Config
@@ -156,6 +156,7 @@ def test_data_labelled_keeps_its_type():
         ("1: 2", "unknown key 1"),
         ("data: {format: shapes, 12: 2}", "unknown key data.12"),
         (b"\xff\xfe\x01", "not a text file"),
+        ("[" * 5000, "is not valid YAML"),
         ("train: 4", "train: expected settings of its own, got 4"),
     ],
 )
@@ -300,6 +301,66 @@ def test_a_name_that_looks_like_a_number_is_a_name(tmp_path):
     assert load_config(SHAPES, ["--data.split", "null", "--data.test", "null"]).data.test is None
     said = refused(path=write(tmp_path, "data: {format: voc, root: x, split: 92}"))
     assert said.endswith("data.split: expected text, got 92; write it in quotes")
+
+
+NAMES = [
+    "run #2",
+    "@at",
+    "*star",
+    "!bang",
+    "&amp",
+    "null",
+    "yes",
+    "~",
+    "{a}",
+    "[b",
+    "12:30",
+    "2024-01-01",
+    "a: b",
+    "- x",
+    "%",
+    "`",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_on_the_command_line_are_taken_as_they_stand(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    (tmp_path / "run").mkdir()
+    for form in ([f"--data.root={name}"], ["--data.root", name]):
+        assert load_config(SHAPES, form).data.root == Path(name)
+    for key in ("data.split", "data.labelled", "model.init_from", "model.weights", "data.val", "data.test"):
+        section, last = key.split(".")
+        if key == "data.split":  # shapes has no files
+            continue
+        assert str(getattr(getattr(load_config(SHAPES, [f"--{key}={name}"]), section), last)) == name
+    quoted = load_config(SHAPES, ["--data.root", "'a b'", "--data.val", '"c"']).data
+    assert (quoted.root, quoted.val) == (Path("a b"), "c")
+
+
+def test_numbers_are_those_that_people_read():
+    numbers = ["7", "-3", "1_000", "0.5", "1e-3", "1.5e+2", ".5", "2.", "-.inf"]
+    assert [_load(text) for text in numbers] == [7, -3, 1000, 0.5, 1e-3, 150, 0.5, 2, float("-inf")]
+    assert [_load(text) for text in ("010", "12:30", "0x1F", "2024-01-01")] == ["010", "12:30", "0x1F", "2024-01-01"]
+    assert "valid integer, got '1:30'" in refused("--train.steps", "1:30")
+
+
+def test_null_is_none_where_no_such_file_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = load_config(SHAPES, ["--data.root", "null", "--data.test", "null"]).data
+    assert (data.root, data.test) == (None, None)
+    assert "data.labelled: got None, expected: Labelled share" in refused("--data.labelled", "null")
+    assert refused("--data.root", "").startswith("--data.root is empty; give a value")
+
+
+@pytest.mark.parametrize("name", ["yes", "no", "on", "off", "y", "N"])
+def test_yes_and_no_are_names_of_classes(name, tmp_path):
+    assert load_config(SHAPES, ["--data.classes", f"[{name}, other]"]).data.classes == [name, "other"]
+    path = write(tmp_path, f"data: {{format: shapes, classes: [{name}, other]}}\ntrain: {{compile: true}}\n")
+    config = load_config(path)
+    assert config.data.classes == [name, "other"] and config.train.compile is True
+    assert load_config(write(tmp_path, dump_config(config))) == config
 
 
 @pytest.mark.parametrize(

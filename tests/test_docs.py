@@ -31,7 +31,23 @@ def test_programs_run(page):
 
 
 def test_every_command_of_the_makefile_that_a_page_names_is_there():
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.M))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z][a-z-]*):", makefile, flags=re.M)
+    assert len(targets) == len(set(targets))
+    assert {"train", "test", "memcheck", "racecheck", "check"} <= set(
+        re.search(r"\.PHONY:((?:.|\\\n)*)", makefile)[1].split()
+    )
+    targets = set(targets)
     for page in PAGES:
         named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "".join(re.findall(r"`[^`]+`", page.read_text()))))
         assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_the_version_stands_once():
+    import cmim
+    import cmim_kernels
+
+    assert cmim.__version__ == cmim_kernels.__version__
+    assert f"\nversion: {cmim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        cmim.nothing  # noqa: B018

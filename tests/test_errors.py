@@ -233,7 +233,7 @@ def test_resume_with_other_images_or_classes(tmp_path, capfd):
 def test_nothing_to_predict(run, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     say = lambda path: said_by(capfd, predict.main, run.folder, path, "-o", tmp_path / "out")  # noqa: E731
-    assert say(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no images (.bmp, .jpeg")
+    assert say(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no images (.bmp, .gif")
     assert say(tmp_path / "none") == f"{tmp_path / 'none'} does not exist; give an image or a folder of images"
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert say(tmp_path / "bad.png").startswith(f"cannot read {tmp_path / 'bad.png'}")

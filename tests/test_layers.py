@@ -12,7 +12,13 @@ PACKAGES = {"cmim": ROOT / "cmim", "cmim_kernels": ROOT / "kernels" / "cmim_kern
 GROUND = ("cmim.errors", "cmim.randomness", "cmim.distributed", "cmim.checkpoint")
 SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line", "cmim.early")
 COMMANDS = ("cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare")
-PUBLIC = {"cmim", "cmim.__version__", "cmim_kernels", *(f"cmim_kernels.{name}" for name in cmim_kernels.__all__)}
+PUBLIC = {
+    "cmim",
+    "cmim.__version__",
+    "cmim_kernels",
+    "cmim_kernels.__version__",
+    *(f"cmim_kernels.{name}" for name in cmim_kernels.__all__),
+}
 KERNELS = ("cmim_kernels.reference", "cmim_kernels.triton_kernels", "cmim_kernels.cuda_kernels")
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),

@@ -34,6 +34,7 @@ def train_as(words, port):
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # the group must not be destroyed while the other process still connects to it
     dist.destroy_process_group()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

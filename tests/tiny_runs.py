@@ -22,7 +22,8 @@ TINY = {
 
 def words(settings):
     """Settings as a command line gives them."""
-    return [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value))]
+    text = lambda value: value if isinstance(value, str) else json.dumps(value)  # noqa: E731
+    return [word for key, value in settings.items() for word in (f"--{key}", text(value))]
 
 
 def tiny(output, *more, **settings):

@@ -42,6 +42,7 @@ class Benchmark:
                     f"data.{key}: {settings.format} has its own classes; for others give data.format folder and data.split"
                 )
 
+    more_unlabelled = None
     held_out_remedy = "it is `val`, or a text file of ids or of lines `IMAGE MASK`, two paths under data.root"
 
     def unlabelled(self) -> list[Path]:

@@ -1,19 +1,23 @@
 """Files of images and of masks.
 
-Images are taken as they are stored (an EXIF orientation is not applied), because masks are drawn over stored pixels.
+An EXIF orientation of an image is applied or ignored, whichever fits the masks of the data set: `cmim.data.survey` decides.
+A TIFF is always turned, since its orientation belongs to the format.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from cmim.data.labels import Encoding, class_ids
 from cmim.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".npy",
+)  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TokenError, Image.DecompressionBombError)
@@ -27,6 +31,8 @@ class FileSet:
         masks: the path of each one's mask, None where there is none.
         encoding: function of a mask's path, the `cmim.data.labels.Encoding` of its values.
         channels: of the images.
+        names: of the images; by default their file names without suffix.
+        turn: whether EXIF orientations of the images are applied.
     """
 
     def __init__(
@@ -35,39 +41,57 @@ class FileSet:
         masks: Sequence[Path | None],
         encoding: Callable[[Path], Encoding],
         channels: int,
+        names: Sequence[str] | None = None,
+        turn: bool = False,
     ):
         self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
+        self.names, self.turn = names, turn
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        return self.images[i].stem
+        return self.names[i] if self.names else self.images[i].stem
 
     def image(self, i: int) -> np.ndarray:
-        return open_image(self.images[i], self.channels)
+        return open_image(self.images[i], self.channels, self.turn)
 
     def label(self, i: int) -> np.ndarray:
-        mask = self.masks[i]
-        values = open_mask(mask)
-        height, width = _size(self.images[i])
-        if values.shape != (height, width):
-            raise UserError(
-                f"{mask} is {values.shape[1]} x {values.shape[0]} pixels, its image {self.images[i].name} is "
-                f"{width} x {height}: export the mask at the size of the image"
-            )
-        encoding = self.encoding(mask)
-        ids, wrong = class_ids(values, encoding.table)
-        if wrong is not None:
-            raise UserError(f"{mask} holds the value {wrong}, which is no class: {encoding.remedy}")
+        ids, wrong = class_ids(self.values(i), self.encoding(self.masks[i]).table)
+        self.refuse_value(i, wrong)
         return ids
 
+    def values(self, i: int) -> np.ndarray:
+        """The stored numbers of the mask of image i, (H, W) integers."""
+        mask = self.masks[i]
+        values = open_mask(mask)
+        height, width = image_size(self.images[i], self.turn)
+        if values.shape != (height, width):
+            other = values.shape == image_size(self.images[i], not self.turn)
+            remedy = (
+                f"give --data.exif {'ignore' if self.turn else 'apply'}"
+                if other
+                else "export the mask at the size of the image"
+            )
+            raise UserError(
+                f"{mask} is {values.shape[1]} x {values.shape[0]} pixels, its image {self.images[i].name} is "
+                f"{width} x {height}{' by its EXIF orientation' * (other and self.turn)}: {remedy}"
+            )
+        return values
 
-def open_image(path: str | Path, channels: int) -> np.ndarray:
+    def refuse_value(self, i: int, wrong: int | None) -> None:
+        """Raise a UserError for the value of a mask that is no class; None is no such value."""
+        if wrong is not None:
+            mask = self.masks[i]
+            raise UserError(f"{mask} holds the value {wrong}, which is no class: {self.encoding(mask).remedy}")
+
+
+def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarray:
     """An image file as (H, W, channels) uint8.
 
     Three channels are RGB and one is grey, whatever the colours of the file. Four are the bands of a file that stores four
-    (RGBA, CMYK). Any number may come from a .npy file of (H, W, channels) uint8, other numbers only from there.
+    (RGBA, CMYK). Any number may come from a .npy file of (H, W, channels) uint8, other numbers only from there. With `turn`
+    the image is turned and mirrored as its EXIF orientation says.
 
     Raises:
         UserError: the file cannot be read, or holds another number of channels or more than 8 bits of each.
@@ -85,7 +109,11 @@ def open_image(path: str | Path, channels: int) -> np.ndarray:
     if channels == 4 and len(image.getbands()) != 4:
         raise UserError(f"{path} has channels {' '.join(image.getbands())}, but data.channels is 4: store 4, or change it")
     mode = {1: "L", 3: "RGB", 4: image.mode}[channels]
+    if image.format == "BMP" and (indices := _open_bmp(path, image)) is not None:
+        image = Image.fromarray(indices * np.uint8(255 if image.mode == "1" else 1))
     try:
+        if turn and orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
@@ -96,6 +124,8 @@ def open_mask(path: str | Path) -> np.ndarray:
     """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
     mask = _open(path)
     stored = _stored(mask)
+    if mask.format == "BMP" and (indices := _open_bmp(path, mask)) is not None:
+        return indices
     if "16" in stored and len(mask.getbands()) > 1:
         raise UserError(f"{path} has 16 bits per channel: save it as an indexed or grey PNG of class ids")
     try:
@@ -111,10 +141,52 @@ def open_mask(path: str | Path) -> np.ndarray:
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
-        values = np.asarray(mask) // {"L;2": 85, "L;4": 17}.get(stored, 1)  # Pillow scales 2 and 4 bits to 0 to 255: undo it
-        return values.astype(np.uint8) if mask.mode == "1" else values
+        return _as_stored(np.asarray(mask), mask.mode, stored)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _as_stored(values, mode, stored):
+    """Undo what Pillow does to grey pixels: it spreads 1, 2 and 4 bits over 0 to 255, and inverts TIFFs that count from
+    white."""
+    form = re.fullmatch(r"(?:1|L)(?:;([24])?(I)?R?)?", stored) if mode in ("1", "L") else None
+    bits, inverted = form.groups() if form else (None, None)
+    if mode == "1":
+        values, highest = values.astype(np.uint8), 1
+    elif bits:
+        highest = (1 << int(bits)) - 1
+        values = values // (255 // highest)
+    else:
+        highest = 255
+    return highest - values if inverted else values
+
+
+def _open_bmp(path, image):
+    """The stored numbers of a BMP of at most 8 bits a pixel whose palette Pillow takes for grey: it then reads as many bits
+    as the palette has colours. None where it reads such a file rightly."""
+    with open(path, "rb") as file:
+        head = file.read(34)
+    if len(head) < 34 or image.mode not in ("1", "L"):
+        return None
+    old = int.from_bytes(head[14:18], "little") == 12
+    bits = int.from_bytes(head[24:26] if old else head[28:30], "little")
+    compressed = not old and int.from_bytes(head[30:34], "little") != 0
+    if bits not in (1, 4, 8) or (image.mode, bits) in (("1", 1), ("L", 8)):
+        return None
+    if compressed:
+        raise UserError(f"{path} is a compressed BMP with a grey palette: save it as a PNG")
+    width, height = image.size
+    stride = (width * bits + 31) // 32 * 4
+    with open(path, "rb") as file:
+        file.seek(image.tile[0][2])
+        raw = file.read(stride * height)
+    if len(raw) < stride * height:
+        raise _unreadable(path, OSError(0, "the file is truncated"))
+    digits = np.unpackbits(np.frombuffer(raw, np.uint8).reshape(height, stride), axis=1)
+    digits = digits[:, : width * bits].reshape(height, width, bits)
+    values = np.packbits(digits, axis=2)[:, :, 0] >> (8 - bits)
+    upwards = image.tile[0][3][-1] == -1
+    return values[::-1] if upwards else values
 
 
 def _stored(image):
@@ -145,15 +217,38 @@ def _map_array(path):
         raise _unreadable(path, error) from None
 
 
-def _size(path):
-    """(height, width) of an image file, from its header."""
+def image_size(path: Path, turn: bool = False) -> tuple[int, int]:
+    """(height, width) of an image file, from its header; with `turn` as its EXIF orientation shows it."""
     if path.suffix.lower() == ".npy":
         array = _map_array(path)
         if array.ndim != 3:
             raise UserError(f"{path} holds an array of shape {array.shape}, expected (H, W, channels): save it so")
         return array.shape[:2]
     with _open(path) as image:
-        return image.size[::-1]
+        width, height = image.size
+        return (width, height) if turn and orientation(image) in SIDEWAYS else (height, width)
+
+
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+
+
+def orientation(image: Image.Image | Path) -> int:
+    """The EXIF orientation of an opened image or of a file, 1 (upright) to 8; 1 where there is none, and for a TIFF, which
+    is turned anyway."""
+    if isinstance(image, Path):
+        if image.suffix.lower() == ".npy":
+            return 1
+        with _open(image) as opened:
+            return orientation(opened)
+    # A PNG would be decoded for EXIF data that may follow its pixels.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data raises exceptions of many types
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _open(path):

@@ -1,8 +1,12 @@
 """`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt.
 
-A mask has the name of its image with another suffix. In train/ an image without a mask is unlabelled.
+A mask has the name of its image with another suffix, in the same folder below masks/ as the image below images/. In train/
+an image without a mask is unlabelled. What lies there and is not used is counted, and the user told.
 """
 
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from cmim.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES
@@ -11,10 +15,15 @@ from cmim.data.lists import Listing
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
+UNLABELLED = ("unlabeled", "unlabelled")
+LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
+MANY = 1000
+"""Images of a folder that is not used are counted up to here."""
+
 
 class Folder:
-    """A `Source`. The unlabelled images are the rest of train/ and those of unlabeled/ (or unlabelled/, each with or without
-    images/ inside); its held-out images lie in the folder of that name."""
+    """A `Source`. The unlabelled images are the rest of train/ and those of unlabeled/ or unlabelled/ (small or capital
+    letters, each with or without images/ inside); its held-out images lie in the folder of that name."""
 
     layout = "data.split names paths under data.root"
     mask_remedy = "add it, or take its line away"
@@ -22,31 +31,50 @@ class Folder:
         "a folder of data.root holds images/ and masks/, a text file lines `IMAGE MASK`, two paths under data.root"
     )
     known = None
+    more_unlabelled = "more images go into unlabeled/"
     split_example = "data.split is a folder of labeled.txt and unlabeled.txt, lines `IMAGE MASK`, two paths under data.root"
 
     def __init__(self, settings: DataSettings):
         self.root = settings.root
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
+        self.notes: list[str] = []
         self.class_names = class_names(settings, self.root)
         self.colours = colour_map(len(self.class_names))
+        self._used = ("train", settings.val, settings.test)
         self._encoding = Encoding(
             label_table(settings, len(self.class_names)),
             "map it with data.label_map, leave it out with data.ignore, or name more classes in data.classes or classes.txt",
         )
 
     def training(self) -> list[tuple[Path, Path | None]]:
-        return _pairs(self.root / "train")
+        return self._pairs(self.root / "train")
 
     def unlabelled(self) -> list[Path]:
-        folders = [self.root / name for name in ("unlabeled", "unlabelled") if (self.root / name).is_dir()]
-        return [path for folder in folders for path in _images(folder)]
+        found = []
+        for folder in sorted(path for path in self.root.iterdir() if path.name.lower() in UNLABELLED and path.is_dir()):
+            inner = folder / "images"
+            images, others = _files(inner if inner.is_dir() else folder, IMAGE_SUFFIXES, without="masks")
+            if inner.is_dir():
+                beside = [path for path in _walk(folder, without=("images", "masks")) if _suffix(path) in IMAGE_SUFFIXES]
+                self._note(beside, f"images of {folder}, beside images/, are not used")
+            self._note(others, f"files of {folder} are not used: no images that can be read")
+            if not images:
+                self.notes.append(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
+            found += images.values()
+        for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
+            if folder.name in self._used or folder.name.lower() in UNLABELLED or folder.name.startswith("."):
+                continue
+            images = sum(1 for _ in islice(_images_of(folder), MANY))
+            if images and folder.name not in ("val", "test"):
+                self.notes.append(f"{images}{' or more' * (images == MANY)} images of {folder} are not used")
+        return found
 
     def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
         folder = self.root / name
         if not folder.is_dir():
             return None
-        pairs = _pairs(folder)
+        pairs = self._pairs(folder)
         for image, mask in pairs:
             if mask is None:
                 raise UserError(f"{image} has no mask: put {image.stem}.png into {folder / 'masks'}, or take the image away")
@@ -59,37 +87,71 @@ class Folder:
         return self._encoding
 
     def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
-        return []
+        """What was found and is not used."""
+        return self.notes
 
-
-def _pairs(folder):
-    """The images of a split, sorted by name, and the mask of each (None without one)."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; it holds images/ and masks/")
-    if not (folder / "images").is_dir():
-        raise UserError(
-            f"there is no folder {folder / 'images'}: put the images of {folder.name} there, their masks in masks/"
-        )
-    images = _files(folder / "images", IMAGE_SUFFIXES)
-    masks = _files(folder / "masks", MASK_SUFFIXES) if (folder / "masks").is_dir() else {}
-    if not images:
-        raise UserError(f"{folder / 'images'} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
-    return [(path, masks.get(stem)) for stem, path in images.items()]
-
-
-def _images(folder):
-    return _files(folder / "images" if (folder / "images").is_dir() else folder, IMAGE_SUFFIXES).values()
-
-
-def _files(folder, suffixes):
-    """Paths of a folder by stem, sorted; hidden files are left out."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
-        if path.stem in files:
+    def _pairs(self, folder):
+        """The images of a split, sorted by name, and the mask of each (None without one)."""
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}; it holds images/ and masks/")
+        if not (folder / "images").is_dir():
             raise UserError(
-                f"{folder} holds {files[path.stem].name} and {path.name}: rename one, files are known by their stem"
+                f"there is no folder {folder / 'images'}: put the images of {folder.name} there, their masks in masks/"
             )
-        files[path.stem] = path
-    return files
+        images, others = _files(folder / "images", IMAGE_SUFFIXES)
+        if not images:
+            raise UserError(f"{folder / 'images'} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
+        self._note(others, f"files of {folder / 'images'} are not used: no images that can be read")
+        masks, others = _files(folder / "masks", MASK_SUFFIXES) if (folder / "masks").is_dir() else ({}, [])
+        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(MASK_SUFFIXES)}")
+        alone = [path for key, path in masks.items() if key not in images]
+        self._note(alone, f"masks of {folder / 'masks'} are not used: no image has their name")
+        pairs = [(path, masks.get(key)) for key, path in images.items()]
+        without = [image for image, mask in pairs if mask is None]
+        if folder.name == "train" and len(without) < len(pairs):
+            self._note(without, f"of {len(pairs)} images of {folder / 'images'} have no mask and are unlabelled")
+        return pairs
+
+    def _note(self, paths: Sequence[Path], what: str) -> None:
+        if paths:
+            self.notes.append(f"{len(paths)} {what} (such as {paths[0].name})")
+
+
+def _files(folder, suffixes, without=None):
+    """Paths of a folder, at any depth, by their path in it without suffix, sorted; and those of other suffixes. Hidden files
+    and what an operating system leaves behind count for nothing."""
+    files, others = {}, []
+    for path in _walk(folder, without=(without,)):
+        if _suffix(path) not in suffixes:
+            others.append(path)
+            continue
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        if key in files:
+            raise UserError(
+                f"{path.parent} holds {files[key].name} and {path.name}: rename one, files are known by their stem"
+            )
+        files[key] = path
+    return files, others
+
+
+def _images_of(folder):
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in names if _suffix(Path(name)) in IMAGE_SUFFIXES)
+
+
+def _walk(folder: Path, without: Sequence[str | None] = ()) -> Iterator[Path]:
+    """The files below a folder, sorted by path, through links to folders too; folders `without` at its top are left out."""
+    seen, found = set(), []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [n for n in folders if not n.startswith(".") and (place != str(folder) or n not in without)]
+        found += [Path(place, n) for n in names if not n.startswith(".") and n not in LEFT_BEHIND]
+    yield from sorted(found)
+
+
+def _suffix(path):
+    return path.suffix.lower()

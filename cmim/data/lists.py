@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 
@@ -67,19 +68,52 @@ def with_masks(pairs: list[tuple[Path, Path | None]], path: Path) -> list[tuple[
     return pairs
 
 
-def index_names(images: Iterable[Path]) -> dict[str, int]:
-    """Which image a file name, with or without suffix, means."""
-    return {key: i for i, image in enumerate(images) for key in (image.name, image.stem)}
+def index_names(images: Iterable[Path]) -> dict[str, list[tuple[int, Path]]]:
+    """Which images a file name, with or without suffix, may mean: their numbers and paths."""
+    index = {}
+    for i, image in enumerate(images):
+        for key in {image.name, image.stem}:
+            index.setdefault(key, []).append((i, image))
+    return index
 
 
-def find_name(line: str, index: dict[str, int], source: str | Path) -> int:
-    """What the line of a list means in an `index_names`; folders before the name do not count."""
+def find_name(line: str, index: dict[str, list[tuple[int, Path]]], source: str | Path) -> int:
+    """What the line of a list means in an `index_names`; folders before the name count only where images share a name."""
     name = PurePath(line).name
     if name not in index:
         nearest = difflib.get_close_matches(name, index, 1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UserError(f"{source} names {line[:80]}, which is no image of this data set{hint}")
-    return index[name]
+    found = index[name]
+    if len(found) > 1:
+        ends = [(i, image) for i, image in found if line in (_end(image, line), _end(image.with_suffix(""), line))]
+        if len(ends) != 1:
+            raise UserError(
+                f"{source} names {line[:80]}, which {len(found)} images are called, such as {found[0][1]} and "
+                f"{found[1][1]}: write it with its folder"
+            )
+        found = ends
+    return found[0][0]
+
+
+def _end(path, line):
+    """The last parts of a path, as many as `line` has."""
+    return "/".join(path.parts[-len(PurePath(line).parts) :])
+
+
+def short_names(images: Sequence[Path]) -> list[str]:
+    """A name for each image by which `find_name` finds it: without folder and suffix, or with as many of its folders as
+    tell it from the others."""
+    names = [image.stem for image in images]
+    for depth in range(2, max((len(image.parts) for image in images), default=0) + 1):
+        uses = Counter(names)
+        if len(uses) == len(names):
+            break
+        names = [
+            "/".join(image.with_suffix("").parts[-depth:]) if uses[name] > 1 else name
+            for image, name in zip(images, names, strict=True)
+        ]
+    return names
 
 
 class Listing:

@@ -10,7 +10,17 @@ import numpy as np
 from cmim.data.datasets import Splits
 from cmim.data.files import FileSet
 from cmim.data.labels import Encoding
-from cmim.data.lists import Listing, find_name, index_names, read_images, read_lines, read_pairs, require, with_masks
+from cmim.data.lists import (
+    Listing,
+    find_name,
+    index_names,
+    read_images,
+    read_lines,
+    read_pairs,
+    require,
+    short_names,
+    with_masks,
+)
 from cmim.errors import UserError
 from cmim.randomness import numpy_generator
 from cmim.settings import DataSettings
@@ -29,6 +39,8 @@ class Source(Protocol):
     """What `data.split` should be."""
     held_out_remedy: str
     """What `data.val` and `data.test` should be."""
+    more_unlabelled: str | None
+    """Where a user may put more unlabelled images; None for a data set that is complete."""
     known: Callable[[], list[tuple[Path, Path]]] | None
     """The pairs that a list may name by their ids; None where it has to give paths."""
 
@@ -48,7 +60,8 @@ class Source(Protocol):
         """What the values of a mask stand for."""
 
     def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
-        """Open or count the masks {split: paths} before `encoding` is asked for; notes for the user."""
+        """Open or count the masks {split: paths} before `encoding` is asked for; notes for the user on them, and on files
+        that were found and are not used."""
 
 
 def load_files(settings: DataSettings, source: Source) -> Splits:
@@ -59,8 +72,10 @@ def load_files(settings: DataSettings, source: Source) -> Splits:
     """
     if settings.split is not None:
         labelled, unlabelled = _read_split(settings, source)
+        training = labelled
     else:
-        labelled, rest = divide(source.training(), settings)
+        training = source.training()
+        labelled, rest = divide(training, settings)
         unlabelled = rest + source.unlabelled()
     sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}
     sets = {name: pairs for name, pairs in sets.items() if pairs is not None}
@@ -75,10 +90,19 @@ def load_files(settings: DataSettings, source: Source) -> Splits:
         require(masks[name], listing, "mask", source.mask_remedy)
         if name != "labelled":
             refuse_shared_images(images["labelled"], images[name], name)
-    notes = source.inspect_masks(masks)
+    notes = list(source.inspect_masks(masks))
+    if not unlabelled and source.more_unlabelled:
+        notes.append(
+            "no unlabelled image was found: the labelled ones serve as unlabelled, without their masks; "
+            + source.more_unlabelled
+        )
     masks["unlabelled"] = [None] * len(images["unlabelled"])
-    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels) for name in images}
-    about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(notes)}
+    turn = settings.exif == "apply"
+    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, turn=turn) for name in images}
+    known = [image for image, _ in training]
+    by_path = dict(zip(known, short_names(known), strict=True))
+    made["labelled"].names = [by_path[image] for image in images["labelled"]]
+    about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(dict.fromkeys(notes))}
     return Splits(**{"test": None} | made | about)
 
 

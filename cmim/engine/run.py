@@ -19,6 +19,9 @@ from cmim.settings import Config
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"))
 
+SETTLED = ("exif", "mean", "std")
+"""Keys of `data` that a new run decides where they are not given, and a continued one takes over."""
+
 
 class Run:
     """Paths of a run folder."""
@@ -68,8 +71,22 @@ def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
     write_text(run.labelled, names)
 
 
+def take_over(config: Config, old: Config) -> Config:
+    """`config` with what the run with the config `old` decided at its start and `config` leaves open."""
+    if old.data.exif is None and old.data.format != "shapes":  # runs of before this was a setting ignored orientations
+        old = with_data(old, exif="ignore")
+    return with_data(config, **{key: getattr(old.data, key) for key in SETTLED if getattr(config.data, key) is None})
+
+
+def with_data(config: Config, **values: object) -> Config:
+    """`config` with other values in its section `data`."""
+    return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+
 def changed_setting(old: Config, new: Config) -> str | None:
     """The first key, of those that matter, in which two configs differ; None where there is none."""
+    new = take_over(new, old)
+    old = take_over(old, old)
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section in old:
         if not isinstance(old[section], dict):

@@ -72,24 +72,24 @@ def _choose(option, kernels, device):
     if option == "torch":
         return Choice("torch", "asked for")
     if option in kernels:
-        obstacle = OBSTACLES[option](device)
-        if obstacle:
-            raise RuntimeError(f"CMIM_KERNELS_BACKEND={option} cannot run on {device}: {obstacle}")
+        reason = UNAVAILABLE_REASONS[option](device)
+        if reason:
+            raise RuntimeError(f"CMIM_KERNELS_BACKEND={option} cannot run on {device}: {reason}")
         return Choice(option, "asked for")
     # Triton's kernels, interpreted, are for those who ask for them.
     automatic = "cpu" if device.type == "cpu" and option != "triton" else "triton"
     if automatic not in kernels:
         return Choice("torch", f"has no kernels for {'the CPU' if automatic == 'cpu' else 'Triton'}")
     if automatic == "cpu":
-        obstacle = libraries.cpu.obstacle(device)
-        return Choice("torch", obstacle) if obstacle else Choice("cpu", "the tensors are on the CPU")
-    obstacle = triton_obstacle(device)
-    if obstacle:
-        return Choice("torch", obstacle)
+        reason = libraries.cpu.unavailable_reason(device)
+        return Choice("torch", reason) if reason else Choice("cpu", "the tensors are on the CPU")
+    reason = triton_unavailable_reason(device)
+    if reason:
+        return Choice("torch", reason)
     return Choice("triton", "the device supports it" + ("; not yet measured against cuda" if "cuda" in kernels else ""))
 
 
-def triton_obstacle(device):
+def triton_unavailable_reason(device):
     """Why the Triton kernels cannot run on tensors of a `torch.device`; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -97,7 +97,11 @@ def triton_obstacle(device):
         from triton import knobs
 
         return None if knobs.runtime.interpret else "no GPU; set TRITON_INTERPRET=1 to interpret the kernels on the CPU"
-    return libraries.device_obstacle(device)
+    return libraries.device_unavailable_reason(device)
 
 
-OBSTACLES = {"triton": triton_obstacle, "cuda": libraries.cuda.obstacle, "cpu": libraries.cpu.obstacle}
+UNAVAILABLE_REASONS = {
+    "triton": triton_unavailable_reason,
+    "cuda": libraries.cuda.unavailable_reason,
+    "cpu": libraries.cpu.unavailable_reason,
+}

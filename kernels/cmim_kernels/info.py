@@ -20,9 +20,9 @@ def report():
         f"device: {_describe(device)}",
         f"CMIM_KERNELS_BACKEND={backends.requested()}",
         "backend torch: runs everywhere",
-        f"backend triton: {backends.triton_obstacle(device) or 'can run'}",
-        f"backend cuda: {libraries.cuda.obstacle(device) or 'can run'}{built(libraries.cuda)}",
-        f"backend cpu: {libraries.cpu.obstacle(torch.device('cpu')) or 'can run'}{built(libraries.cpu)}",
+        f"backend triton: {backends.triton_unavailable_reason(device) or 'can run'}",
+        f"backend cuda: {libraries.cuda.unavailable_reason(device) or 'can run'}{built(libraries.cuda)}",
+        f"backend cpu: {libraries.cpu.unavailable_reason(torch.device('cpu')) or 'can run'}{built(libraries.cpu)}",
         "",
     ]
     rows = [("op", "backend", "why")]

@@ -24,7 +24,7 @@ class Library:
         report = self.file.with_suffix(".txt")
         return report.read_text().strip() if report.exists() else "not built: this copy was never installed"
 
-    def load_obstacle(self):
+    def load_failure(self):
         """Load the library once; None, or why it could not be loaded."""
         if self.file not in self._outcomes:
             try:
@@ -34,16 +34,16 @@ class Library:
                 self._outcomes[self.file] = f"{self.file} could not be loaded: {error.__cause__ or error}"
         return self._outcomes[self.file]
 
-    def obstacle(self, device):
+    def unavailable_reason(self, device):
         """Why the kernels cannot run on tensors of a `torch.device`; None if they can."""
         if not self.file.exists():
             return f"the {self.name} kernels were {self.build_report()}"
         if device.type not in self.devices:
             return "no GPU" if device.type == "cpu" else f"its kernels are for tensors on the {self.name}"
-        return self.load_obstacle() or (device_obstacle(device) if device.type == "cuda" else None)
+        return self.load_failure() or (device_unavailable_reason(device) if device.type == "cuda" else None)
 
 
-def device_obstacle(device):
+def device_unavailable_reason(device):
     """Why no kernels, whoever compiles them, can run on a CUDA device; None if they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for CUDA"

@@ -1,6 +1,7 @@
 """Dtypes, layouts, sums and precision: what the ops and their backends share."""
 
 import contextlib
+import threading
 
 import torch
 
@@ -58,19 +59,41 @@ def segment_count(segment, num_segments):
     return ones.new_zeros(num_segments).index_add_(0, segment, ones)
 
 
+class _FullPrecision:
+    """Products and convolutions of float32 without TF32, as long as some thread asks for it.
+
+    The settings belong to the process. The first thread that comes keeps them, the last that goes puts them back.
+    """
+
+    def __init__(self):
+        self.lock, self.users, self.kept = threading.Lock(), 0, []
+
+    def __enter__(self):
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+                self.kept = [setting.fp32_precision for setting in self.settings]
+                for setting in self.settings:
+                    setting.fp32_precision = "ieee"
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.users -= 1
+            if self.users:
+                return
+            # "none" inherits. Writing back an inherited precision would cut the setting off from later global changes.
+            for setting, precision in zip(self.settings, self.kept, strict=True):
+                setting.fp32_precision = "none"
+                if setting.fp32_precision != precision:
+                    setting.fp32_precision = precision
+
+
+_full_precision = _FullPrecision()
+
+
 @contextlib.contextmanager
 def full_float32(device):
     """Products and convolutions of float32 in float32 inside a backend, which autocast and TF32 would otherwise reach."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-    before = [s.fp32_precision for s in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        # "none" inherits. Writing back an inherited precision would cut the setting off from later global changes.
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = "none"
-            if setting.fp32_precision != precision:
-                setting.fp32_precision = precision
+    with _full_precision, torch.autocast(device.type, enabled=False):
+        yield

@@ -34,12 +34,12 @@ def missing(backend):
     if backend == "cpu":
         if not cpu.file.exists():
             cpu.file = cpu_library() or cpu.file
-        return cpu.obstacle(DEVICE)
+        return cpu.unavailable_reason(DEVICE)
     if INTERPRETED:
         if emulated_library() is None:
             return "no C++ compiler to emulate the CUDA kernels on the CPU"
         cuda.file, cuda.devices = emulated_library(), ("cpu",)
-    return cuda.obstacle(DEVICE)
+    return cuda.unavailable_reason(DEVICE)
 
 
 def assert_like_torch(function, inputs, *, gradient=True, tolerance=TOLERANCE):

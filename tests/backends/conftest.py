@@ -3,29 +3,31 @@ import torch
 
 from tests.backends import against_torch
 from tests.backends.against_torch import DEVICE, INTERPRETED
+from tests.backends.declared import OPS
 from tests.kernels.conftest import poisoned_empty  # noqa: F401
 
-BACKENDS = {
-    name: ["triton", "cuda"]
-    for name in (
-        "test_pack_classes", "test_gather_scatter", "test_masked_patch_loss", "test_class_centroids",
-        "test_same_class_conv2d", "test_gpu",
-    )
-} | {"test_cuda_kernels": ["cuda"]}  # fmt: skip
-"""The backends that a module tests, where Triton is not the only one."""
-ON_THE_CPU = {"test_pack_classes", "test_masked_patch_loss", "test_patch_labels", "test_gather_scatter", "test_class_centroids", "test_same_class_conv2d", "test_upsample_cross_entropy", "test_upsample_pseudo_labels"}
-"""The modules that test the kernels for the CPU as well."""
+NOT_ON_A_DEVICE = ("test_cross_compile", "test_declared", "test_stub_driver")
+
+
+def backends_of(module):
+    """The backends that have kernels of a module's `OPS`, or those that it names itself; it is run with each."""
+    found = set().union(*(OPS.get(op, ()) for op in getattr(module, "OPS", ())))
+    return sorted(getattr(module, "BACKENDS", found), reverse=True)
 
 
 def pytest_generate_tests(metafunc):
-    module = metafunc.module.__name__.rsplit(".")[-1]
-    backends = BACKENDS.get(module, ["triton"]) + ["cpu"] * (module in ON_THE_CPU)
-    metafunc.parametrize("backend", backends, indirect=True, scope="module")
+    chosen = any("backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    backends = backends_of(metafunc.module)
+    if backends and not chosen:
+        metafunc.parametrize("backend", backends, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def backend(request):
     """The backend whose kernels `assert_like_torch` holds against PyTorch."""
+    if not hasattr(request, "param"):
+        yield None
+        return
     reason = against_torch.missing(request.param)
     if reason is not None:
         pytest.skip(reason)
@@ -35,8 +37,8 @@ def backend(request):
 
 
 def pytest_collection_modifyitems(items):
-    """On a device every test of this folder is a test of the device."""
-    here = [item for item in items if "tests/backends" in item.path.as_posix()]
+    """On a device every test of this folder that runs kernels is a test of the device."""
+    here = [i for i in items if "tests/backends" in i.path.as_posix() and i.path.stem not in NOT_ON_A_DEVICE]
     if not INTERPRETED:
         for item in here:
             item.add_marker(pytest.mark.gpu)

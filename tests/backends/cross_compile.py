@@ -9,6 +9,8 @@ Runs without TRITON_INTERPRET, in a process of its own.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("error: unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -25,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from tests.backends import launches
+from cmim_kernels.ops.library import KERNELS
+from tests.backends import declared, launches
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
@@ -120,12 +124,24 @@ def distinct(cases):
     return list(found.values())
 
 
+def missing_launchers(kernels):
+    """The declared ops whose Triton launcher no case calls."""
+    called = set()
+    noting = lambda name, original: lambda *arguments: called.add(name) or original(*arguments)  # noqa: E731
+    with contextlib.ExitStack() as patches:
+        for module, name in declared.triton_launchers():
+            patches.enter_context(mock.patch.object(module, name, noting(name, getattr(module, name))))
+        for case in itertools.chain(*launches.cases().values()):
+            record(case)
+    return sorted({name for name, backends in kernels.items() if "triton" in backends} - called)
+
+
 def missing_configurations():
     """The launch configurations that no case makes, in words."""
-    missing = []
-    for op, cases in launches.cases().items():
-        made = [launch.kwargs for case in cases for launch in record(case)]
-        for configuration in launches.CONFIGURATIONS[op]:
+    missing = [f"{name}: no configurations" for name in launches.cases().keys() - launches.CONFIGURATIONS.keys()]
+    for op, configurations in launches.CONFIGURATIONS.items():
+        made = [launch.kwargs for case in launches.cases()[op] for launch in record(case)]
+        for configuration in configurations:
             if not any(configuration._asdict().items() <= kwargs.items() for kwargs in made):
                 missing.append(f"{op}: {configuration}")
     return missing
@@ -134,13 +150,13 @@ def missing_configurations():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--op", help="only this op")
-    parser.add_argument("--list-missing", action="store_true", help="only list the configurations that no case makes")
+    parser.add_argument("--list-missing", action="store_true", help="only list ops and configurations without a case")
     parser.add_argument("--few", action="store_true", help="only one case of each op")
     parser.add_argument("--cubins", type=Path, help="a folder for the compiled kernels, to be read with nvdisasm -c")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     options = parser.parse_args()
     if options.list_missing:
-        missing = missing_configurations()
+        missing = [f"{name}: no case" for name in missing_launchers(KERNELS)] + missing_configurations()
         print("\n".join(missing))
         return 1 if missing else 0
     wrong = 0

@@ -43,8 +43,8 @@ def pairwise(**options):
     return chosen
 
 
-def pack_classes(classes, dtype, contiguous):
-    x = lambda dtype: meta(8, 6400, dtype=dtype) if contiguous else meta(6400, 8, dtype=dtype).T  # noqa: E731
+def pack_classes(classes, dtype, contiguous, batch=8):
+    x = lambda dtype: meta(batch, 6400, dtype=dtype) if contiguous else meta(6400, batch, dtype=dtype).T  # noqa: E731
     pack.pack_classes_forward(x(dtype), x(torch.bool), classes)
 
 
@@ -58,61 +58,65 @@ def gather_and_scatter(batch, channels, dtype, parameters, mask_token, position,
     scatter.scatter_class_tokens_backward(tokens, index, index, mask_token, position, length)
 
 
-def masked_patch_loss(size, classes, layout, image_channels_last, dtype, image_dtype, labels, distance, normalize, balance):
-    image = meta(8, 3, 14 * size, 14 * size, dtype=image_dtype, channels_last=image_channels_last)
-    pred = meta(8, 196, 3 * size * size, dtype=dtype)
+def masked_patch_loss(
+    size, classes, layout, image_channels_last, dtype, image_dtype, labels, distance, normalize, balance, batch=8
+):
+    image = meta(batch, 3, 14 * size, 14 * size, dtype=image_dtype, channels_last=image_channels_last)
+    pred = meta(batch, 196, 3 * size * size, dtype=dtype)
     if layout != "tokens":
         pred = meta(*image.shape, dtype=dtype, channels_last=layout == "channels_last")
-    masked = meta(8, 196, dtype=torch.bool)
-    labels, classes = (None, 1) if labels is None else (meta(8, 196, dtype=labels), classes)
+    masked = meta(batch, 196, dtype=torch.bool)
+    labels, classes = (None, 1) if labels is None else (meta(batch, 196, dtype=labels), classes)
     numbers = [[0.4, 0.5, 0.6], [0.2, 0.2, 0.3]] if image_dtype == torch.uint8 else [None, None]
     options = (classes, size, distance, normalize, balance, *numbers)
     sums = loss.masked_patch_loss_forward(pred, image, masked, labels, *options)
     loss.masked_patch_loss_backward(*sums, pred, image, masked, labels, *options)
 
 
-def class_centroids(classes, channels, layout, dtype, label_dtype, packed):
+def class_centroids(classes, channels, layout, dtype, label_dtype, packed, batch=8):
     width = 80 if layout == "slice" else 82
-    features = meta(8, channels, 80, 82, dtype=dtype, channels_last=layout == "channels_last")[..., :width]
+    features = meta(batch, channels, 80, 82, dtype=dtype, channels_last=layout == "channels_last")[..., :width]
     if layout == "tokens":
-        features = meta(8, 80 * width, channels, dtype=dtype)
+        features = meta(batch, 80 * width, channels, dtype=dtype)
     tokens = 80 * width
-    labels, masked = meta(8, tokens, dtype=label_dtype), meta(8, tokens, dtype=torch.bool)
-    layout = (meta(8, tokens, dtype=torch.int32), meta(8, 2 * classes + 2, dtype=torch.int32)) if packed else (None, None)
+    labels, masked = meta(batch, tokens, dtype=label_dtype), meta(batch, tokens, dtype=torch.bool)
+    layout = (None, None)
+    if packed:
+        layout = meta(batch, tokens, dtype=torch.int32), meta(batch, 2 * classes + 2, dtype=torch.int32)
     mean, count = centroids.class_centroids_forward(features, labels, masked, classes, *layout)
     centroids.class_centroids_backward(mean, count, features, labels, masked, classes)
 
 
-def patch_labels(size, classes, dtype, contiguous):
-    labels = meta(8, 40 * size, 40 * size, dtype=dtype)
+def patch_labels(size, classes, dtype, contiguous, batch=8):
+    labels = meta(batch, 40 * size, 40 * size, dtype=dtype)
     patches.patch_labels_forward(labels if contiguous else labels.mT, size, classes, 0.5)
 
 
-def same_class_conv2d(size, features, dtype, weight_dtype, label_dtype, bias):
+def same_class_conv2d(size, features, dtype, weight_dtype, label_dtype, bias, batch=8):
     channels, layout = features
-    x = meta(8, channels, 80, 82, dtype=dtype, channels_last=layout == CL)
+    x = meta(batch, channels, 80, 82, dtype=dtype, channels_last=layout == CL)
     x = x[..., :80] if layout == "slice" else x
-    labels, weight = meta(8, *x.shape[2:], dtype=label_dtype), meta(channels, size, size, dtype=weight_dtype)
+    labels, weight = meta(batch, *x.shape[2:], dtype=label_dtype), meta(channels, size, size, dtype=weight_dtype)
     bias = meta(channels, dtype=weight_dtype) if bias else None
     grad = convolution.same_class_conv2d_forward(x, labels, weight, bias, 21)
     convolution.same_class_conv2d_backward(grad, x, labels, weight, bias, 21)
 
 
-def upsampled_logits(classes, size, layout, dtype, align_corners):
+def upsampled_logits(classes, size, layout, dtype, align_corners, batch):
     source, size = size
-    logits = meta(4, classes, source, source, dtype=dtype, channels_last=layout == "channels_last")
+    logits = meta(batch, classes, source, source, dtype=dtype, channels_last=layout == "channels_last")
     return (logits.mT if layout == "strided" else logits), (size, size), align_corners
 
 
-def upsample_cross_entropy(label_dtype, **options):
-    logits, size, align_corners = upsampled_logits(**options)
-    target = meta(4, *size, dtype=label_dtype)
+def upsample_cross_entropy(label_dtype, batch=4, **options):
+    logits, size, align_corners = upsampled_logits(batch=batch, **options)
+    target = meta(batch, *size, dtype=label_dtype)
     loss, logsumexp = cross_entropy.upsample_cross_entropy_forward(logits, target, align_corners)
     cross_entropy.upsample_cross_entropy_backward(loss, logits, target, logsumexp, align_corners)
 
 
-def upsample_pseudo_labels(**options):
-    pseudo_labels.upsample_pseudo_labels_forward(*upsampled_logits(**options))
+def upsample_pseudo_labels(batch=4, **options):
+    pseudo_labels.upsample_pseudo_labels_forward(*upsampled_logits(batch=batch, **options))
 
 
 UPSAMPLING = dict(
@@ -121,11 +125,13 @@ UPSAMPLING = dict(
 )  # fmt: skip
 
 
-def class_attention(dim, dtypes, layout):
-    shape = {"contiguous": (8, 8, 1296, dim), "by token": (8, 1296, 8, dim), "strided": (8, 8, dim, 1296)}[layout]
+def class_attention(dim, dtypes, layout, batch=8):
+    shape = {"contiguous": (batch, 8, 1296, dim), "by token": (batch, 1296, 8, dim), "strided": (batch, 8, dim, 1296)}[
+        layout
+    ]
     x = [meta(*shape, dtype=dtype) for dtype in (*dtypes, dtypes[0])]
     q, k, v, grad = (t.transpose(*{"contiguous": (0, 0), "by token": (1, 2), "strided": (2, 3)}[layout]) for t in x)
-    index = meta(8, 1296, dtype=torch.int32), meta(8, 44, dtype=torch.int32)
+    index = meta(batch, 1296, dtype=torch.int32), meta(batch, 44, dtype=torch.int32)
     out, logsumexp = attention.class_attention_forward(q, k, v, *index)
     attention.class_attention_backward(grad, q, k, v, out, logsumexp, *index)
 

@@ -14,6 +14,8 @@ from tests.kernels.op_checks import run
 
 from .against_torch import DEVICE, DTYPES, INTERPRETED, TOLERANCE, assert_like_torch, random_labels, strided
 
+OPS = ("class_attention",)
+
 # Gradients are small differences of sums.
 TOLERANCES = {dtype: dict(TOLERANCE[dtype], atol=max(TOLERANCE[dtype]["atol"], 1e-5)) for dtype in DTYPES}
 

@@ -10,6 +10,8 @@ from cmim_kernels.triton_kernels import class_centroids as kernels
 
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, few, random_labels, strided
 
+OPS = ("class_centroids",)
+
 
 def runs_from(classes):
     """Tokens in class order from that number of classes on: many segments take the interpreter long."""

@@ -21,6 +21,8 @@ from cmim_kernels.cuda_kernels import constant
 
 from .against_torch import DEVICE, DTYPES, INTERPRETED, assert_like_torch, random_labels
 
+BACKENDS = ("cuda",)
+
 random = lambda *shape, seed=0: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)  # noqa: E731
 
 

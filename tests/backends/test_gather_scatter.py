@@ -10,6 +10,8 @@ from cmim_kernels.triton_kernels import rows
 
 from .against_torch import DEVICE, DTYPES, assert_like_torch, few, random_labels, strided
 
+OPS = ("gather_class_tokens", "scatter_class_tokens")
+
 
 def make(batch, tokens, channels, dtype=torch.float32, parameters=torch.float32, classes=3, seed=0):
     """tokens, mask_token, position, layout."""

@@ -10,8 +10,6 @@ from cmim_kernels import (
     gather_class_tokens,
     masked_patch_loss,
     pack_classes,
-    patch_labels,
-    same_class_conv2d,
     scatter_class_tokens,
     upsample_cross_entropy,
     upsample_pseudo_labels,
@@ -19,63 +17,16 @@ from cmim_kernels import (
 from cmim_kernels.backends import use_backend
 from tests.kernels.op_checks import assert_equal, run
 
+from . import declared
 from .against_torch import INTERPRETED, random_labels
+from .calls import CLASSES, PAIRS, call
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device without TRITON_INTERPRET"),
 ]
-BATCH, SIDE, CHANNELS, CLASSES, PATCH = 4, 24, 96, 11, 4
-
-
-def calls(dtype=torch.float32, classes=CLASSES):
-    """Name -> (function, inputs): every op that has kernels, on inputs of one dtype."""
-    g = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=g).to("cuda", dtype)  # noqa: E731
-    tokens = SIDE * SIDE
-    labels, masked = random_labels((BATCH, tokens), classes)
-    layout = pack_classes(labels, masked, classes)
-    x, mask_token, position = random(BATCH, tokens, CHANNELS), random(CHANNELS), random(tokens, CHANNELS)
-    grid = labels.unflatten(1, (SIDE, SIDE))
-    image = random(BATCH, 3, SIDE * PATCH, SIDE * PATCH).to(memory_format=torch.channels_last)
-    logits, target = random(BATCH, classes, SIDE, SIDE), random_labels((BATCH, SIDE * PATCH, SIDE * PATCH), classes)[0]
-    return {
-        "pack": (lambda labels, masked: pack_classes(labels, masked, classes), [labels, masked]),
-        "gather": (lambda x, m, p: gather_class_tokens(x, layout, mask_token=m, position=p), [x, mask_token, position]),
-        "scatter": (
-            lambda x, m, p: scatter_class_tokens(x, layout, mask_token=m, position=p),
-            [x[:, : tokens // 3], mask_token, position],
-        ),
-        "loss": (
-            lambda pred: masked_patch_loss(
-                pred, image, masked, labels, classes, patch_size=PATCH, distance="mse", normalize=True, balance="class"
-            ),
-            [random(BATCH, tokens, 3 * PATCH * PATCH)],
-        ),
-        "centroids": (lambda x: class_centroids(x, labels, masked, classes), [x]),
-        "centroids of many classes": (lambda x: class_centroids(x, labels, masked, 100), [x]),
-        "centroids of images": (
-            lambda x: class_centroids(x, labels, masked, classes),
-            [x.transpose(1, 2).contiguous().unflatten(2, (SIDE, SIDE))],
-        ),
-        "patch labels": (lambda labels: patch_labels(labels, 4, classes), [grid]),
-        "convolution": (
-            lambda x, weight, bias: same_class_conv2d(x, grid, weight, bias, num_classes=classes),
-            [x.unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2), random(CHANNELS, 7, 7), random(CHANNELS)],
-        ),
-        "cross-entropy": (lambda x: upsample_cross_entropy(x, target), [logits]),
-        "pseudo-labels": (lambda x: upsample_pseudo_labels(x, target.shape[1:]), [logits]),
-        "attention": (
-            lambda q, k, v: class_attention(q, k, v, layout),
-            [random(BATCH, 2, tokens, CHANNELS // 2) for _ in range(3)],
-        ),
-    }
-
-
-NAMES = (
-    "pack", "gather", "scatter", "loss", "centroids", "centroids of many classes", "centroids of images", "patch labels",
-    "convolution", "cross-entropy", "pseudo-labels", "attention",
-)  # fmt: skip
+OPS = declared.OPS
+each_call = pytest.mark.parametrize(("name", "backend"), PAIRS, indirect=["backend"])
 
 
 def test_automatic_choice_runs_the_kernels(monkeypatch):
@@ -86,18 +37,18 @@ def test_automatic_choice_runs_the_kernels(monkeypatch):
     monkeypatch.setattr(
         "cmim_kernels.triton_kernels.gather_class_tokens.row_launch", lambda *a: seen.append(a) or original(*a)
     )
-    function, inputs = calls()["gather"]
+    function, inputs = call("gather")
     with use_backend("auto"):
         run(function, inputs)
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_at_most_twice_the_error_of_pytorch(name, dtype, backend):
     """Against float64, each output and gradient has at most twice the error of the same formulas on the same inputs in
     PyTorch, or one rounding of its own dtype."""
-    function, inputs = calls(dtype)[name]
+    function, inputs = call(name, dtype)
     as_float64 = [x.double() if x.is_floating_point() else x for x in inputs]
     with use_backend("torch"):
         theirs, exact = run(function, inputs), run(function, as_float64)
@@ -111,20 +62,20 @@ def test_at_most_twice_the_error_of_pytorch(name, dtype, backend):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(name, dynamic, backend):
-    function, inputs = calls()[name]
+    function, inputs = call(name)
     torch._dynamo.reset()
     with use_backend(backend):
         compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
         assert_equal(run(compiled, inputs), run(function, inputs))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 def test_graph_capture_and_replay(name, backend):
     """A captured graph, forward and backward, replays to the bits of an eager run on inputs that it has not seen."""
-    function, inputs = calls()[name]
+    function, inputs = call(name)
     fresh = [x.flip(0) if x.is_floating_point() else x.clone() for x in inputs]
     with use_backend(backend):
         want = run(function, fresh)
@@ -143,9 +94,9 @@ def test_graph_capture_and_replay(name, backend):
     assert_equal(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 def test_two_streams(name, backend):
-    function, inputs = calls()[name]
+    function, inputs = call(name)
     with use_backend(backend):
         want = run(function, inputs)
         torch.cuda.synchronize()
@@ -159,9 +110,9 @@ def test_two_streams(name, backend):
         assert_equal(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 def test_autocast_changes_nothing(name, backend):
-    function, inputs = calls()[name]
+    function, inputs = call(name)
     with use_backend(backend):
         want = run(function, inputs)
         with torch.autocast("cuda", torch.bfloat16):
@@ -169,11 +120,54 @@ def test_autocast_changes_nothing(name, backend):
     assert_equal(got, want, rtol=0, atol=0)
 
 
+def bias(got, exact):
+    """Mean error, relative to what float64 gives: what rounds up as often as down is not in it."""
+    return ((got.double() - exact) / exact).mean().abs().item()
+
+
+MANY = 40_000
+
+
+def around_one(*shape, device="cuda"):
+    """Sums of it grow with every term, so that cutting off what does not fit makes each of them smaller."""
+    return 1 + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def bias_of_centroids(x, classes=1):
+    labels = torch.arange(x.shape[1], device=x.device)[None] % classes
+    mean = class_centroids(x, labels, labels < 0, classes).mean[:, :, 0]
+    return bias(mean, torch.stack([x.double()[:, k::classes].mean(1) for k in range(classes)], 1))
+
+
+def bias_of_attention(v, grad):
+    """Of its output and of the gradient of v, where all weights are the same: what both mean is known."""
+    labels = torch.zeros(v.shape[0], v.shape[2], dtype=torch.int64, device=v.device)
+    q, v = torch.zeros_like(v), v.requires_grad_()
+    out = class_attention(q, q, v, pack_classes(labels, labels < 0, 1))
+    (grad_v,) = torch.autograd.grad(out, v, grad)
+    mean = lambda x: x.detach().double().mean(2, keepdim=True).expand_as(x)  # noqa: E731
+    return bias(out.detach(), mean(v)), bias(grad_v, mean(grad))
+
+
+@pytest.mark.parametrize("classes", [1, 21, 40])
+def test_centroids_of_many_tokens_have_no_bias(classes, backend):
+    with use_backend(backend):
+        assert bias_of_centroids(around_one(1, MANY, 64), classes) < 1e-6
+        assert bias_of_centroids(around_one(16, MANY // 4, 512), classes) < 1e-6  # fewer, longer sums in one program
+
+
+def test_attention_over_many_tokens_has_no_bias():
+    with use_backend("triton"):
+        for error in bias_of_attention(around_one(1, 1, MANY, 64), around_one(1, 1, MANY, 64)):
+            assert error < 1e-6
+
+
 def needs(gibibytes):
     if torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of free memory on the device")
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_tokens_times_channels(backend):
     """The last image of tensors beyond 2**31 elements gets what it gets alone."""
     needs(40)
@@ -194,6 +188,7 @@ def test_more_than_2_to_the_31_tokens_times_channels(backend):
             torch.testing.assert_close(mean, class_centroids(x[-1:], labels[-1:], masked[-1:], classes).mean)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_entries_of_queries():
     """Forward and backward; the last image gets what it gets alone."""
     needs(40)
@@ -213,6 +208,7 @@ def test_more_than_2_to_the_31_entries_of_queries():
             assert torch.equal(got, want)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_predicted_entries(backend):
     needs(24)
     batch, side, size = 3, 16384, 16  # 3 x 3 x 16384 x 16384 entries
@@ -230,6 +226,7 @@ def test_more_than_2_to_the_31_predicted_entries(backend):
     assert not got[1][0][:-1].any()
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_2_to_the_31_logits():
     """The last image, and its last class, get what they get alone."""
     needs(32)

@@ -8,6 +8,8 @@ from cmim_kernels.triton_kernels import masked_patch_loss as kernels
 
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, few, random_labels
 
+OPS = ("masked_patch_loss",)
+
 DISTANCES = ("l1", "mse", "smooth_l1")
 LAYOUTS = ("tokens", "slice", "contiguous", "channels_last")
 

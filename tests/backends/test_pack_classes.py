@@ -8,6 +8,8 @@ from cmim_kernels.triton_kernels.pack_classes import MAX_CLASSES
 
 from .against_torch import DEVICE, LABELS, assert_like_torch, few, random_labels, strided
 
+OPS = ("pack_classes",)
+
 
 def check(labels, masked, classes):
     return assert_like_torch(lambda labels, masked: pack_classes(labels, masked, classes), [labels, masked], gradient=False)

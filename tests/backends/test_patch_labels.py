@@ -8,6 +8,8 @@ from cmim_kernels.triton_kernels import patch_labels as kernels
 
 from .against_torch import DEVICE, LABELS, assert_like_torch, few, random_labels, strided
 
+OPS = ("patch_labels",)
+
 
 def check(labels, patch_size, classes, min_share=0.0):
     op = lambda labels: patch_labels(labels, patch_size, classes, min_share=min_share)  # noqa: E731

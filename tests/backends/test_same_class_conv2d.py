@@ -8,6 +8,8 @@ from cmim_kernels.triton_kernels import same_class_conv2d as kernels
 
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, few, random_labels
 
+OPS = ("same_class_conv2d",)
+
 LAYOUTS = ("contiguous", "channels_last", "slice", "transposed")
 
 

@@ -14,6 +14,8 @@ from tests.kernels.op_checks import run
 from . import against_torch
 from .against_torch import DEVICE, DTYPES, LABELS, assert_like_torch, random_labels, strided
 
+OPS = ("upsample_cross_entropy",)
+
 LAYOUTS = ("contiguous", "channels_last", "strided", "slice")
 
 

@@ -14,6 +14,8 @@ from . import against_torch
 from .against_torch import DTYPES, assert_like_torch
 from .test_upsample_cross_entropy import LAYOUTS, make
 
+OPS = ("upsample_pseudo_labels",)
+
 
 def check(logits, size, align_corners=False):
     op = lambda x: upsample_pseudo_labels(x, size, align_corners=align_corners)  # noqa: E731

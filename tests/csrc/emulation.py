@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -24,12 +25,12 @@ FLAGS = (
 def cpu_library():
     """The path of the library for the CPU, compiled where it is older than its sources; None without a C++ compiler."""
     folder = ROOT / "build" / "cpu"
-    library = folder / "libcmim_cpu.so"
+    library, new = folder / "libcmim_cpu.so", folder / f"libcmim_cpu.{os.getpid()}"  # other processes test, too
     try:
-        csrc.build_cpu(library.with_suffix(".new"), folder, torch=Path(torch.__file__).parent)
+        csrc.build_cpu(new, folder, torch=Path(torch.__file__).parent)
     except csrc.BuildError:
         return None
-    library.with_suffix(".new").rename(library)  # another process may have loaded the one that was there
+    new.rename(library)  # another process may have loaded the one that was there
     return library
 
 

@@ -265,6 +265,62 @@ def test_stray_files_are_no_images(root):
     assert names(splits.labelled) == ["a", "b", "c", "d"] and names(splits.unlabelled) == ["e", "f", "u"]
 
 
+@pytest.mark.parametrize("place", ["unlabeled/a/b/{}.png", "Unlabeled/{}.png", "UNLABELLED/images/x/{}.jpg"])
+def test_unlabelled_images_are_found_wherever_they_lie(root, place):
+    (root / "unlabeled/u.bmp").unlink(), (root / "unlabeled").rmdir()
+    for name in "pq":
+        save(root / place.format(name), np.zeros((6, 8, 3)))
+    save(root / place.split("/")[0] / "masks/p.png", np.zeros((6, 8)))
+    splits = load(root, labelled=1.0)
+    assert names(splits.unlabelled) == ["e", "f", "p", "q"] and "serve as unlabelled" not in " ".join(splits.notes)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".ppm", ".jfif", ".pgm"])
+def test_more_formats_of_images(root, suffix):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(pixels).convert({".gif": "P", ".pgm": "L"}.get(suffix, "RGB"))
+    image.save(root / f"unlabeled/v{suffix}")
+    splits = load(root, labelled=1.0)
+    assert names(splits.unlabelled) == ["e", "f", "u", "v"] and splits.unlabelled.image(3).shape == (6, 8, 3)
+
+
+def test_nested_folders_are_searched_and_names_stay_apart(root):
+    for i, place in enumerate(("day", "night")):
+        for kind, shape in (("images", (6, 8, 3)), ("masks", (6, 8))):
+            save(root / f"train/{kind}/{place}/a.png", np.full(shape, i + (kind == "images") * 50))
+    splits = load(root, labelled=1.0)
+    assert names(splits.labelled) == ["images/a", "b", "c", "d", "day/a", "night/a"]
+    assert splits.labelled.label(5).max() == 1 and splits.labelled.image(5).max() == 51
+    (root / "list.txt").write_text("\n".join(names(splits.labelled)))
+    assert names(load(root, labelled=str(root / "list.txt")).labelled) == names(splits.labelled)
+    (root / "list.txt").write_text("a\n")
+    assert "names a, which 3 images are called" in mistake(root, labelled=str(root / "list.txt"))
+
+
+def test_what_is_found_and_not_used_is_said(root):
+    said = lambda: "\n".join(load(root, labelled=1.0).notes)  # noqa: E731
+    assert said() == "2 of 6 images of " + f"{root / 'train/images'} have no mask and are unlabelled (such as e.jpg)"
+    for name in "ab":
+        (root / f"train/masks/{name}.png").rename(root / f"train/masks/{name}_mask.png")
+    for path in ("unlabeled/p.heic", "train/masks/c.xml", "val/images/notes.md", "extra/one.jpg", "extra/two.jpg"):
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_bytes(b"x")
+    text = said()
+    for line in (
+        "4 of 6 images of .*train/images have no mask and are unlabelled", r"2 masks of .*no image .*such as a_mask\.png",
+        r"1 files of .*unlabeled are not used.*p\.heic", r"1 files of .*train/masks are not used.*c\.xml",
+        r"1 files of .*val/images are not used.*notes\.md", "2 images of .*extra are not used",
+    ):  # fmt: skip
+        assert re.search(line, text), line
+
+
+def test_an_empty_folder_of_unlabelled_images_is_said(root):
+    for path in ("train/images/e.jpg", "train/images/f.PNG", "unlabeled/u.bmp"):
+        (root / path).unlink()
+    notes = load(root, labelled=1.0).notes
+    assert "unlabeled holds no image" in notes[0] and "the labelled ones serve as unlabelled" in notes[1]
+
+
 CAMVID = os.environ.get("CMIM_TEST_CAMVID")
 
 

@@ -44,9 +44,9 @@ def test_cuda_by_name_says_why_it_cannot_run_on_the_cpu():
 
 def test_a_library_that_does_not_load_says_why(tmp_path):
     library = libraries.Library("CUDA", tmp_path / "libcmim_kernels.so", ("cpu",))
-    assert library.obstacle(CPU) == "the CUDA kernels were not built: this copy was never installed"
+    assert library.unavailable_reason(CPU) == "the CUDA kernels were not built: this copy was never installed"
     library.file.write_bytes(b"no library")
-    assert library.obstacle(CPU).startswith(f"{library.file} could not be loaded: ")
+    assert library.unavailable_reason(CPU).startswith(f"{library.file} could not be loaded: ")
 
 
 def test_an_unknown_backend():

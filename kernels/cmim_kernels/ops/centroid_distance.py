@@ -3,12 +3,12 @@
 from typing import Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
 from cmim_kernels.ops.class_centroids import ClassCentroids
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import centroid_distance as reference
 
 
@@ -45,7 +45,7 @@ _backward = declare(
 )
 
 
-class _CentroidDistance(torch.autograd.Function):
+class _CentroidDistance(Function):
     @staticmethod
     def forward(mean, count, distance, detach, min_tokens):
         return _forward(mean, count, distance, min_tokens)
@@ -57,8 +57,7 @@ class _CentroidDistance(torch.autograd.Function):
         ctx.mark_non_differentiable(pair_count)
         ctx.save_for_backward(pair_count, mean, count)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad_loss, grad_pair_sum, _):
         return _backward(grad_loss, grad_pair_sum, *ctx.saved_tensors, *ctx.options), None, None, None, None
 

@@ -1,12 +1,11 @@
 """Attention within each (image, class): schema, fake tensors, autograd, public function."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import class_attention as reference
 
@@ -34,7 +33,7 @@ _backward = declare(
 )
 
 
-class _ClassAttention(torch.autograd.Function):
+class _ClassAttention(Function):
     @staticmethod
     def forward(q, k, v, segment, offsets):
         return _forward(q, k, v, segment, offsets)
@@ -45,8 +44,7 @@ class _ClassAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(logsumexp)
         ctx.save_for_backward(*inputs[:3], out, logsumexp, *inputs[3:])
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad, _):
         return *_backward(grad, *ctx.saved_tensors), None, None
 

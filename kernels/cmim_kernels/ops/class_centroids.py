@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype, empty_like_layout
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import class_centroids as reference
 
@@ -48,7 +48,7 @@ _backward = declare(
 )
 
 
-class _ClassCentroids(torch.autograd.Function):
+class _ClassCentroids(Function):
     @staticmethod
     def forward(features, labels, masked, num_classes, order, offsets):
         return _forward(features, labels, masked, num_classes, order, offsets)
@@ -60,8 +60,7 @@ class _ClassCentroids(torch.autograd.Function):
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(count, features, labels, masked)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad_mean, _):
         return _backward(grad_mean, *ctx.saved_tensors, ctx.num_classes), None, None, None, None, None
 

@@ -1,11 +1,10 @@
 """Tokens to packed order: schema, fake tensors, autograd, public function."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import gather_class_tokens as reference
 
@@ -38,7 +37,7 @@ _backward = declare(
 )
 
 
-class _GatherClassTokens(torch.autograd.Function):
+class _GatherClassTokens(Function):
     @staticmethod
     def forward(tokens, order, inverse, segment, mask_token, position, length):
         return _forward(tokens, order, inverse, segment, mask_token, position, length)
@@ -48,8 +47,7 @@ class _GatherClassTokens(torch.autograd.Function):
         _, _, inverse, segment, mask_token, position, _ = inputs
         ctx.save_for_backward(inverse, segment, mask_token, position)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad):
         inverse, segment, mask_token, position = ctx.saved_tensors
         grad_tokens, grad_mask_token, grad_position = _backward(grad, inverse, segment, mask_token, position)

@@ -59,11 +59,3 @@ def _choosing(name, torch_backend):
 def _launcher(backend, name):
     op = name.removesuffix("_forward").removesuffix("_backward")
     return getattr(importlib.import_module(f"cmim_kernels.{backend}_kernels.{op}"), name)
-
-
-def differentiable(function, *arguments):
-    """`function.apply(*arguments)` of an `autograd.Function`, or its forward alone where nobody asks for a gradient:
-    `torch.compile` fails on an `autograd.Function` with `setup_context` that none of whose inputs requires one."""
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        return function.apply(*arguments)
-    return function.forward(*arguments)

@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype, empty_like_layout
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import masked_patch_loss as reference
 
 
@@ -56,7 +56,7 @@ _backward = declare(
 )
 
 
-class _MaskedPatchLoss(torch.autograd.Function):
+class _MaskedPatchLoss(Function):
     @staticmethod
     def forward(pred, image, masked, labels, *options):
         return _forward(pred, image, masked, labels, *options)
@@ -68,8 +68,7 @@ class _MaskedPatchLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(class_count)
         ctx.save_for_backward(class_count, pred, image, masked, labels)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad_loss, grad_class_sum, _):
         grad = _backward(grad_loss, grad_class_sum, *ctx.saved_tensors, *ctx.options)
         return grad, None, None, None, *[None] * len(ctx.options)

@@ -1,12 +1,11 @@
 """Class-gated depthwise convolution: schema, fake tensors, autograd, public function."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import empty_like_layout
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import same_class_conv2d as reference
 
 
@@ -34,7 +33,7 @@ _backward = declare(
 )
 
 
-class _SameClassConv2d(torch.autograd.Function):
+class _SameClassConv2d(Function):
     @staticmethod
     def forward(x, labels, weight, bias, num_classes):
         return _forward(x, labels, weight, bias, num_classes)
@@ -44,8 +43,7 @@ class _SameClassConv2d(torch.autograd.Function):
         x, labels, weight, bias, ctx.num_classes = inputs
         ctx.save_for_backward(x, labels, weight, bias)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad):
         x, labels, weight, bias = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = _backward(grad, x, labels, weight, bias, ctx.num_classes)

@@ -1,11 +1,10 @@
 """Packed tokens to the original order: schema, fake tensors, autograd, public function."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.ops.pack_classes import ClassLayout, check_layout
 from cmim_kernels.reference import scatter_class_tokens as reference
 
@@ -37,7 +36,7 @@ _backward = declare(
 )
 
 
-class _ScatterClassTokens(torch.autograd.Function):
+class _ScatterClassTokens(Function):
     @staticmethod
     def forward(packed, order, inverse, mask_token, position):
         return _forward(packed, inverse, mask_token, position)
@@ -48,8 +47,7 @@ class _ScatterClassTokens(torch.autograd.Function):
         ctx.length = packed.shape[1]
         ctx.save_for_backward(order, inverse, mask_token, position)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad):
         order, inverse, mask_token, position = ctx.saved_tensors
         grad_packed, grad_mask_token, grad_position = _backward(grad, order, inverse, mask_token, position, ctx.length)

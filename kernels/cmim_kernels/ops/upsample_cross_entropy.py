@@ -1,12 +1,11 @@
 """Cross-entropy of bilinearly upsampled logits: schema, fake tensors, autograd, public function."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmim_kernels import checks
 from cmim_kernels.numerics import accumulation_dtype, empty_like_layout
-from cmim_kernels.ops.library import declare, differentiable
+from cmim_kernels.ops.autograd import Function, differentiable, first_derivative
+from cmim_kernels.ops.library import declare
 from cmim_kernels.reference import upsample_cross_entropy as reference
 
 
@@ -34,7 +33,7 @@ _backward = declare(
 )
 
 
-class _UpsampleCrossEntropy(torch.autograd.Function):
+class _UpsampleCrossEntropy(Function):
     @staticmethod
     def forward(logits, target, align_corners):
         return _forward(logits, target, align_corners)
@@ -46,8 +45,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(logsumexp)
         ctx.save_for_backward(logits, target, logsumexp)
 
-    @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, grad, _):
         return _backward(grad, *ctx.saved_tensors, ctx.align_corners), None, None
 

@@ -31,8 +31,8 @@ PRECISION = tl.constexpr("tf32x3")
 
 
 class AttentionLaunch(NamedTuple):
-    ROWS: int
-    COLUMNS: int
+    BLOCK_Q: int
+    BLOCK_KV: int
     DIM: int
     num_warps: int
     num_stages: int
@@ -56,19 +56,19 @@ def _launch(dim, short, columns):
     return AttentionLaunch(rows, 16, dim, num_warps, num_stages=1)
 
 
-@triton.jit
-def _forward_kernel(
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
+def _class_attention_forward_kernel(
     q, k, v,  # (B, heads, N, d)
     segment,  # (B, N) int32, contiguous
     offsets,  # (B, 2K + 2) int32, contiguous
     out,  # (B, heads, N, d), contiguous
     logsumexp,  # (B, heads, N) float32, contiguous
     q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
-    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Must move q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once; each block of ROWS
-    queries reads k and v of its classes, from the cache after the first."""
-    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    """Memory traffic (minimum): q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once;
+    each block of BLOCK_Q queries reads k and v of its classes, from the cache after the first."""
+    image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     place = (image * num_heads + head) * num_tokens + row
     k += image * k_strides[0] + head * k_strides[1]
@@ -76,15 +76,15 @@ def _forward_kernel(
     q_rows = _load(q + image * q_strides[0] + head * q_strides[1], row, channel, q_strides, 0, num_tokens, dim, DOT)
     ignored = (row < num_tokens) & (row_begin == row_end)
     tl.store(logsumexp + place, float("-inf"), mask=ignored)
-    _store(out, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
+    _store(out, place, channel, tl.zeros((BLOCK_Q, DIM), tl.float32), ignored, dim)
     begin, end = first, last
     while begin < end:
-        largest = tl.full((ROWS,), float("-inf"), tl.float32)
-        shift = tl.zeros((ROWS,), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        result = tl.zeros((ROWS, DIM), tl.float32)
-        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        shift = tl.zeros((BLOCK_Q,), tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
+        result = tl.zeros((BLOCK_Q, DIM), tl.float32)
+        for start in range(_block_start(first, begin, BLOCK_KV), end, BLOCK_KV):
+            column = start + tl.arange(0, BLOCK_KV)
             k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
             v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
             score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
@@ -102,17 +102,17 @@ def _forward_kernel(
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
 
 
-@triton.jit
-def _backward_rows_kernel(
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
+def _class_attention_backward_queries_kernel(
     grad,  # (B, heads, N, d)
     q, k, v, segment, offsets, out, logsumexp,  # as above
     delta,  # (B, heads, N) float32, contiguous: sum over d of grad * out, for the other kernel
     grad_q,  # (B, heads, N, d), contiguous
     grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
-    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Rows are queries. Must move grad, q, k, v, out, logsumexp, the segments, and the outputs; k and v as above."""
-    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     place = (image * num_heads + head) * num_tokens + row
     k += image * k_strides[0] + head * k_strides[1]
@@ -126,12 +126,12 @@ def _backward_rows_kernel(
     row_delta = tl.sum(grad_rows.to(tl.float32) * out_rows, axis=1)
     tl.store(delta + place, row_delta, mask=inside)
     row_shift = tl.load(logsumexp + place, mask=inside, other=0.0) * LOG2_E
-    _store(grad_q, place, channel, tl.zeros((ROWS, DIM), tl.float32), inside & (row_begin == row_end), dim)
+    _store(grad_q, place, channel, tl.zeros((BLOCK_Q, DIM), tl.float32), inside & (row_begin == row_end), dim)
     begin, end = first, last
     while begin < end:
-        result = tl.zeros((ROWS, DIM), tl.float32)
-        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        result = tl.zeros((BLOCK_Q, DIM), tl.float32)
+        for start in range(_block_start(first, begin, BLOCK_KV), end, BLOCK_KV):
+            column = start + tl.arange(0, BLOCK_KV)
             k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
             v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
             score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
@@ -144,17 +144,17 @@ def _backward_rows_kernel(
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
 
 
-@triton.jit
-def _backward_columns_kernel(
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_classes"])
+def _class_attention_backward_keys_kernel(
     grad, q, k, v, segment, offsets, logsumexp, delta,  # as above
     grad_k, grad_v,  # (B, heads, N, d), contiguous
     grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
-    DOT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Rows are keys and values, columns queries. Must move grad, q, k, v, logsumexp, delta, the segments, and the outputs.
-    Reads k and v and writes the outputs once; each block of ROWS keys reads the rest, of its classes, from the cache
+    Reads k and v and writes the outputs once; each block of BLOCK_Q keys reads the rest, of its classes, from the cache
     after the first."""
-    image, head, row, channel = _place(num_heads, num_tokens, ROWS, DIM)
+    image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     first_place = (image * num_heads + head) * num_tokens
     place = first_place + row
@@ -163,14 +163,14 @@ def _backward_columns_kernel(
     k_rows = _load(k + image * k_strides[0] + head * k_strides[1], row, channel, k_strides, 0, num_tokens, dim, DOT)
     v_rows = _load(v + image * v_strides[0] + head * v_strides[1], row, channel, v_strides, 0, num_tokens, dim, DOT)
     ignored = (row < num_tokens) & (row_begin == row_end)
-    _store(grad_k, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
-    _store(grad_v, place, channel, tl.zeros((ROWS, DIM), tl.float32), ignored, dim)
+    _store(grad_k, place, channel, tl.zeros((BLOCK_Q, DIM), tl.float32), ignored, dim)
+    _store(grad_v, place, channel, tl.zeros((BLOCK_Q, DIM), tl.float32), ignored, dim)
     begin, end = first, last
     while begin < end:
-        k_result = tl.zeros((ROWS, DIM), tl.float32)
-        v_result = tl.zeros((ROWS, DIM), tl.float32)
-        for start in range(_block_start(first, begin, COLUMNS), end, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        k_result = tl.zeros((BLOCK_Q, DIM), tl.float32)
+        v_result = tl.zeros((BLOCK_Q, DIM), tl.float32)
+        for start in range(_block_start(first, begin, BLOCK_KV), end, BLOCK_KV):
+            column = start + tl.arange(0, BLOCK_KV)
             inside = (column >= begin) & (column < end)
             q_columns = _load(q, column, channel, q_strides, begin, end, dim, DOT)
             grad_columns = _load(grad, column, channel, grad_strides, begin, end, dim, DOT)
@@ -191,12 +191,12 @@ def _backward_columns_kernel(
 
 
 @triton.jit
-def _place(num_heads, num_tokens, ROWS: tl.constexpr, DIM: tl.constexpr):
+def _place(num_heads, num_tokens, BLOCK_Q: tl.constexpr, DIM: tl.constexpr):
     """int64 image and head, packed positions and channels of this program."""
-    blocks = tl.cdiv(num_tokens, ROWS)
+    blocks = tl.cdiv(num_tokens, BLOCK_Q)
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     image, head = (head // num_heads).to(tl.int64), (head % num_heads).to(tl.int64)
-    return image, head, block * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    return image, head, block * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, DIM)
 
 
 @triton.jit
@@ -212,9 +212,9 @@ def _classes(segment, offsets, image, row, num_tokens, num_classes):
 
 
 @triton.jit
-def _block_start(first, begin, COLUMNS: tl.constexpr):
+def _block_start(first, begin, BLOCK_KV: tl.constexpr):
     """Where the block of columns that `begin` is in starts."""
-    return first + (begin - first) // COLUMNS * COLUMNS
+    return first + (begin - first) // BLOCK_KV * BLOCK_KV
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def class_attention_forward(q, k, v, segment, offsets):
     out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
         launch = forward_launch(q.shape[-1], _short(q, k, v))
-        _forward_kernel[_grid(q, launch)](
+        _class_attention_forward_kernel[_grid(q, launch)](
             q, k, v, segment.contiguous(), offsets.contiguous(), out, logsumexp,
             q.stride(), k.stride(), v.stride(), *_sizes(q, offsets), DOT=_dot_dtype(q, k, v), **launch._asdict(),
         )  # fmt: skip
@@ -286,10 +286,10 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
         delta = torch.empty_like(logsumexp)
         sizes = (grad.stride(), q.stride(), k.stride(), v.stride(), *_sizes(q, offsets))
         options = dict(DOT=_dot_dtype(q, k, v), **launch._asdict())
-        _backward_rows_kernel[_grid(q, launch)](
+        _class_attention_backward_queries_kernel[_grid(q, launch)](
             grad, q, k, v, segment, offsets, out, logsumexp, delta, grad_q, *sizes, **options
         )
-        _backward_columns_kernel[_grid(q, launch)](
+        _class_attention_backward_keys_kernel[_grid(q, launch)](
             grad, q, k, v, segment, offsets, logsumexp, delta, grad_k, grad_v, *sizes, **options
         )
     return grad_q, grad_k, grad_v
@@ -318,7 +318,7 @@ def _dot_dtype(q, k, v):
 
 def _grid(q, launch):
     batch, heads, tokens, _ = q.shape
-    return (batch * heads * triton.cdiv(tokens, launch.ROWS),)
+    return (batch * heads * triton.cdiv(tokens, launch.BLOCK_Q),)
 
 
 def _sizes(q, offsets):

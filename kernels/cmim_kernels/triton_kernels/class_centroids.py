@@ -23,12 +23,14 @@ class OneHotLaunch(NamedTuple):
     TOKENS: int
     CHANNELS: int
     num_warps: int
+    maxnreg: int
 
 
 def one_hot_launch(segments, itemsize):
-    """Rows of 128 bytes; float32, which takes three products, gets half the channels."""
+    """Rows of 128 bytes; float32, which takes three products, gets half the channels. Programs are about twice as many as
+    multiprocessors: registers for two of them, or a few more."""
     segments = power_of_two(segments, low=16, high=MAX_ONE_HOT)
-    return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8)
+    return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8, maxnreg=144)
 
 
 def one_hot_splits(batch, tokens, channels, segments, launch, like):
@@ -69,7 +71,9 @@ def _one_hot_sums(
     """Sums (SEGMENTS, CHANNELS) and counts (SEGMENTS,) of the tokens from `first` to `stop`.
 
     float32 features go through the tensor cores in three parts of 8 bits, whose sum they are exactly; the one-hot side
-    is exact in any type. A product with 0 spreads inf and NaN over all segments. CAREFUL keeps them where they belong.
+    is exact in any type. Tensor cores cut off what does not fit where they add, which over thousands of tokens of non-zero
+    mean is a bias: they add up one block of tokens, and ordinary sums, which round, the blocks. A product with 0 spreads inf
+    and NaN over all segments. CAREFUL keeps them where they belong.
     """
     segment_id = tl.arange(0, SEGMENTS)
     total = tl.zeros((SEGMENTS, CHANNELS), tl.float32)
@@ -90,18 +94,21 @@ def _one_hot_sums(
                 own = tl.sum(tl.where((segment == s)[:, None] & ~finite, x, 0.0), axis=0)
                 total += tl.where((segment_id == s)[:, None], own[None, :], 0.0)
             x = tl.where(finite, x, 0.0)
+        block = tl.zeros((SEGMENTS, CHANNELS), tl.float32)
         for part in tl.static_range(PARTS):
             leading = x
             if part < PARTS - 1:
                 # Truncated, not rounded: what is left is exact, and nothing overflows.
                 leading = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                 x -= leading
-            total = tl.dot(one_hot, leading.to(DOT), total)
+            block = tl.dot(one_hot, leading.to(DOT), block)
+        # Selected, or the compiler would let the tensor cores add to `total`.
+        total += tl.where((segment_id < 2 * num_classes)[:, None], block, 0.0)
     return total, count
 
 
-@triton.jit
-def _one_hot_kernel(
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "splits", "tokens_of_split"])
+def _class_centroids_one_hot_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
     sums,  # (B, splits, 2K, C) float32
@@ -135,8 +142,8 @@ def _one_hot_kernel(
         tl.store(counts + row, count, mask=segment < 2 * num_classes)
 
 
-@triton.jit
-def _mean_kernel(
+@triton.jit(do_not_specialize=["segments", "splits"])
+def _class_centroids_mean_kernel(
     sums,  # (B, splits, 2K, C) float32
     counts,  # (B, splits, 2K) int32
     mean,  # (B, 2K, C) float32
@@ -163,8 +170,8 @@ def _mean_kernel(
         tl.store(count + row, tokens, mask=there)
 
 
-@triton.jit
-def _run_kernel(
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width", "runs"])
+def _class_centroids_run_kernel(
     features,  # (B, C, h, w), any strides
     labels, masked,  # (B, N), masked as uint8
     order, offsets,  # (B, N), (B, 2K + 2) int32, contiguous
@@ -214,8 +221,8 @@ def _run_kernel(
         tl.store(rest + (b * runs + run) * num_channels + channel, result, mask=inside)
 
 
-@triton.jit
-def _run_mean_kernel(
+@triton.jit(do_not_specialize=["segments", "runs"])
+def _class_centroids_run_mean_kernel(
     offsets,  # (B, 2K + 2) int32, contiguous
     mean,  # (B, 2K, C) float32; in: the sum of the first RUN rows, out: the mean, of segments that are longer
     rest,  # (B, runs, C) float32
@@ -241,8 +248,8 @@ def _run_mean_kernel(
         tl.store(address, result / (end - begin).to(tl.float32), mask=inside)
 
 
-@triton.jit
-def _spread_kernel(
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "width"])
+def _class_centroids_spread_kernel(
     grad_mean,  # (B, K, 2, C) float32, any strides
     count,  # (B, K, 2) int32, contiguous
     labels, masked,  # (B, N), masked as uint8
@@ -288,11 +295,11 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
         counts = features.new_empty((batch, splits, segments), dtype=torch.int32)
         half = features.dtype != torch.float32
         dot = {torch.float16: tl.float16}.get(features.dtype, tl.bfloat16)
-        _one_hot_kernel[(batch * splits, triton.cdiv(channels, launch.CHANNELS))](
+        _class_centroids_one_hot_kernel[(batch * splits, triton.cdiv(channels, launch.CHANNELS))](
             features, labels, masked.view(torch.uint8), sums, counts, *sizes, splits, tokens_of_split, *all_strides,
             IS_GRID=is_grid, PARTS=1 if half else 3, DOT=tl.float32 if INTERPRETED else dot, **launch._asdict(),
         )  # fmt: skip
-        _mean_kernel[(batch, triton.cdiv(segments, 16), triton.cdiv(channels, 128))](
+        _class_centroids_mean_kernel[(batch, triton.cdiv(segments, 16), triton.cdiv(channels, 128))](
             sums, counts, mean, count, channels, segments, splits, SEGMENTS=16, CHANNELS=128, num_warps=4
         )
         return mean, count
@@ -302,11 +309,13 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
     runs, columns = triton.cdiv(tokens, launch.RUN), triton.cdiv(channels, launch.CHANNELS)
     rest = features.new_empty((batch, runs, channels), dtype=torch.float32)
     order, offsets = order.contiguous(), offsets.contiguous()
-    _run_kernel[(batch * (segments + runs), columns)](
+    _class_centroids_run_kernel[(batch * (segments + runs), columns)](
         features, labels, masked.view(torch.uint8), order, offsets, mean, count, rest, *sizes, runs, *all_strides,
         IS_GRID=is_grid, **launch._asdict(),
     )  # fmt: skip
-    _run_mean_kernel[(batch * segments, columns)](offsets, mean, rest, channels, segments, runs, **launch._asdict())
+    _class_centroids_run_mean_kernel[(batch * segments, columns)](
+        offsets, mean, rest, channels, segments, runs, **launch._asdict()
+    )
     return mean, count
 
 
@@ -316,7 +325,7 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
         batch, tokens = labels.shape
         strides, width, is_grid = _token_grid(grad)
         channels = grad_mean.shape[3]
-        _spread_kernel[(batch * triton.cdiv(tokens, 64), triton.cdiv(channels, 64))](
+        _class_centroids_spread_kernel[(batch * triton.cdiv(tokens, 64), triton.cdiv(channels, 64))](
             grad_mean, count.contiguous(), labels, masked.view(torch.uint8), grad, channels, tokens, num_classes, width,
             grad_mean.stride(), strides, labels.stride(), masked.stride(),
             IS_GRID=is_grid, TOKENS=64, CHANNELS=64, num_warps=8,

@@ -31,7 +31,7 @@ def token_class(labels, masked, image, token, labels_strides, masked_strides, nu
     return label, is_masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_rows_kernel(
     rows,  # (R, C) float32
     out,  # (C,)

@@ -17,7 +17,7 @@ from cmim_kernels.triton_kernels.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length"])
 def _gather_forward_kernel(
     tokens,  # (B, N, C)
     inverse, segment,  # (B, N) int32, contiguous
@@ -27,7 +27,7 @@ def _gather_forward_kernel(
     tokens_strides, mask_token_strides, position_strides, batch, num_tokens, length, num_channels,
     IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: the tokens that are kept and not replaced, the output, `inverse`, `segment` where there is a
+    """Memory traffic (minimum): the tokens that are kept and not replaced, the output, `inverse`, `segment` where there is a
     mask token, and the positions (once for each IMAGES images)."""
     image, place = tile_of(tl.program_id(0), num_tokens, IMAGES, PLACES)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
@@ -48,7 +48,7 @@ def _gather_forward_kernel(
     store_rows(out, image, packed, channel, length, num_channels, out_rows, write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length", "blocks_in_group"])
 def _gather_backward_kernel(
     grad,  # (B, L, C)
     inverse, segment,  # (B, N) int32, contiguous
@@ -58,7 +58,7 @@ def _gather_backward_kernel(
     grad_strides, batch, num_tokens, length, num_channels, blocks_in_group,
     IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: the gradient of the output and of each input once, `inverse`, and `segment` where there is
+    """Memory traffic (minimum): the gradient of the output and of each input once, `inverse`, and `segment` where there is
     a mask token; a (C,) row of partial sums for each group besides."""
     group = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)

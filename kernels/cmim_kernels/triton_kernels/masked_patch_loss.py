@@ -39,8 +39,8 @@ def sum_launch(num_classes):
     return SumLaunch(TOKENS=128, CLASSES=16 if num_classes <= 16 else 64, PROGRAMS=128, num_warps=4)
 
 
-@triton.jit
-def _error_kernel(
+@triton.jit(do_not_specialize=["batch", "num_tokens", "columns", "num_classes", "num_counters"])
+def _masked_patch_loss_error_kernel(
     pred,  # (B, N, p p c) or (B, c, H, W)
     image,  # (B, c, H, W), float or uint8
     masked,  # (B, N) uint8
@@ -53,7 +53,7 @@ def _error_kernel(
     MEAN: tl.constexpr, STD: tl.constexpr, DISTANCE: tl.constexpr, NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: prediction and image of the tokens that count, all masks and labels, the errors. With
+    """Memory traffic (minimum): prediction and image of the tokens that count, all masks and labels, the errors. With
     NORMALIZE the image is read twice, the second time from the cache."""
     if tl.program_id(0) == 0:
         for first in range(0, num_counters, 32):
@@ -82,8 +82,8 @@ def _error_kernel(
     tl.store(error + token, total / SIZE, mask=counts)
 
 
-@triton.jit
-def _class_sum_kernel(
+@triton.jit(do_not_specialize=["batch", "num_tokens", "num_classes", "tokens_of_program"])
+def _masked_patch_loss_class_sum_kernel(
     error,  # (B, N) float32
     masked,  # (B, N) uint8
     labels,  # (B, N) or None
@@ -99,8 +99,8 @@ def _class_sum_kernel(
     The last program of a block of classes adds up what all of them found, in the order of the programs; the last block
     of classes computes the loss. Who is last is left to chance, what it computes is not.
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    k = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    k = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     found_sum = tl.zeros((CLASSES,), tl.float32)
     found_count = tl.zeros((CLASSES,), tl.int32)
     for first in range(0, tokens_of_program, TOKENS):
@@ -113,14 +113,14 @@ def _class_sum_kernel(
     tl.store(sums + program * num_classes + k, found_sum, mask=k < num_classes)
     tl.store(counts + program * num_classes + k, found_count, mask=k < num_classes)
     tl.debug_barrier()  # every thread's stores come before the counter
-    if tl.atomic_add(finished + tl.program_id(1), 1, sem="acq_rel") == programs - 1:
+    if tl.atomic_add(finished + tl.program_id(0), 1, sem="acq_rel") == programs - 1:
         row = tl.arange(0, PROGRAMS)
         inside = (row < programs)[:, None] & (k < num_classes)[None, :]
         cell = row[:, None] * num_classes + k[None, :]
         tl.store(class_sum + k, tl.sum(tl.load(sums + cell, mask=inside, other=0.0), axis=0), mask=k < num_classes)
         tl.store(class_count + k, tl.sum(tl.load(counts + cell, mask=inside, other=0), axis=0), mask=k < num_classes)
         tl.debug_barrier()
-        if tl.atomic_add(finished + tl.num_programs(1), 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        if tl.atomic_add(finished + tl.num_programs(0), 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tokens, present = _totals(class_count, num_classes, CLASSES)
             result = tl.zeros((CLASSES,), tl.float32)
             for first in range(0, num_classes, CLASSES):
@@ -132,8 +132,8 @@ def _class_sum_kernel(
             tl.store(loss, tl.sum(result, axis=0) / tl.maximum(present if PER_CLASS else tokens, 1.0))
 
 
-@triton.jit
-def _gradient_kernel(
+@triton.jit(do_not_specialize=["batch", "num_tokens", "columns", "num_classes"])
+def _masked_patch_loss_gradient_kernel(
     grad_loss,  # () float32
     grad_class_sum,  # (K,) float32
     class_count,  # (K,) int32
@@ -146,7 +146,7 @@ def _gradient_kernel(
     MEAN: tl.constexpr, STD: tl.constexpr, DISTANCE: tl.constexpr, NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: what the forward pass reads, and the whole gradient; the counts for each program besides."""
+    """Memory traffic (minimum): what the forward pass reads, and the whole gradient; the counts for each program besides."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     counts, b, n, label = _tokens(token, masked, labels, masked_strides, labels_strides, batch, num_tokens, num_classes)
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
@@ -307,11 +307,11 @@ def masked_patch_loss_forward(
     masked = masked.view(torch.uint8)
     labels_strides = (0, 0) if labels is None else labels.stride()
     grid, sizes, options = _patch_grid(pred, image, masked, patch_size, distance, normalize, mean, std)
-    _error_kernel[grid](
+    _masked_patch_loss_error_kernel[grid](
         pred, image, masked, labels, error, finished, pred.stride(), image.stride(), masked.stride(), labels_strides,
         *sizes, num_classes, class_blocks + 1, **options,
     )  # fmt: skip
-    _class_sum_kernel[(programs, class_blocks)](
+    _masked_patch_loss_class_sum_kernel[(class_blocks, programs)](
         error, masked, labels, sums, counts, class_sum, class_count, loss, finished, masked.stride(), labels_strides,
         batch, tokens, num_classes, tokens_of_program, PER_CLASS=balance == "class", **launch._asdict(),
     )  # fmt: skip
@@ -327,7 +327,7 @@ def masked_patch_loss_backward(
         masked = masked.view(torch.uint8)
         labels_strides = (0, 0) if labels is None else labels.stride()
         grid, sizes, options = _patch_grid(pred, image, masked, patch_size, distance, normalize, mean, std)
-        _gradient_kernel[grid](
+        _masked_patch_loss_gradient_kernel[grid](
             grad_loss, grad_class_sum, class_count, pred, image, masked, labels, grad,
             grad_class_sum.stride(), pred.stride(), image.stride(), masked.stride(), labels_strides, grad.stride(),
             *sizes, num_classes, PER_CLASS=balance == "class", **options,

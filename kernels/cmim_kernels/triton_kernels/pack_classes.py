@@ -29,8 +29,8 @@ def pack_launch(num_classes):
     return PackLaunch(TILE=128, SEGMENTS=power_of_two(2 * num_classes + 2, low=32, high=4096), num_warps=4)
 
 
-@triton.jit
-def _count_kernel(
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
+def _pack_classes_count_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8
     counts,  # (B, tiles, SEGMENTS) int32
@@ -44,8 +44,8 @@ def _count_kernel(
     tl.store(counts + program * SEGMENTS + tl.arange(0, SEGMENTS), tl.histogram(segment, SEGMENTS))
 
 
-@triton.jit
-def _scan_kernel(
+@triton.jit(do_not_specialize=["num_tiles"])
+def _pack_classes_scan_kernel(
     counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all tiles before it
     totals,  # (B, SEGMENTS) int32
     num_tiles,
@@ -65,8 +65,8 @@ def _scan_kernel(
     tl.store(totals + image * SEGMENTS + bins, carry)
 
 
-@triton.jit
-def _place_kernel(
+@triton.jit(do_not_specialize=["num_tokens", "num_classes", "num_tiles"])
+def _pack_classes_place_kernel(
     labels,  # (B, N)
     masked,  # (B, N) uint8
     earlier,  # (B, tiles, SEGMENTS) int32
@@ -130,7 +130,9 @@ def pack_classes_forward(labels, masked, num_classes):
     masked, tiles = masked.view(torch.uint8), triton.cdiv(tokens, launch.TILE)
     counts, totals = new(batch, tiles, launch.SEGMENTS), new(batch, launch.SEGMENTS)
     sizes = (labels.stride(), masked.stride(), tokens, num_classes, tiles)
-    _count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
-    _scan_kernel[(batch, launch.SEGMENTS // 32)](counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4)
-    _place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
+    _pack_classes_count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())
+    _pack_classes_scan_kernel[(batch, launch.SEGMENTS // 32)](
+        counts, totals, tiles, launch.SEGMENTS, ROWS=128, BINS=32, num_warps=4
+    )
+    _pack_classes_place_kernel[(batch * tiles,)](labels, masked, counts, totals, *outputs, *sizes, **launch._asdict())
     return outputs

@@ -41,8 +41,8 @@ def patch_labels_launch(patch_size, num_classes):
     return ManyPixelsLaunch(side, power_of_two(num_classes, low=32, high=256), 1 if side <= 16 else 4)
 
 
-@triton.jit
-def _few_pixels_kernel(
+@triton.jit(do_not_specialize=["rows", "columns", "blocks", "num_classes", "votes_needed"])
+def _patch_labels_few_pixels_kernel(
     labels,  # (B, H, W)
     out,  # (B, H / p, W / p) int32, contiguous
     labels_strides, rows, columns, blocks, patch_size, num_classes, votes_needed,
@@ -68,8 +68,8 @@ def _few_pixels_kernel(
     tl.store(out + row.to(tl.int64) * columns + column, tl.where(most >= votes_needed, winner, -1), mask=column < columns)
 
 
-@triton.jit
-def _many_pixels_kernel(
+@triton.jit(do_not_specialize=["rows", "columns", "num_classes", "votes_needed"])
+def _patch_labels_many_pixels_kernel(
     labels, out,  # as above
     labels_strides, rows, columns, patch_size, num_classes, votes_needed,
     SIDE: tl.constexpr, BINS: tl.constexpr,
@@ -120,11 +120,11 @@ def patch_labels_forward(labels, patch_size, num_classes, min_share):
         needed = votes_needed(patch_size**2, min_share)
         if isinstance(launch, FewPixelsLaunch):
             blocks = triton.cdiv(columns, launch.PATCHES)
-            _few_pixels_kernel[(batch * rows * blocks,)](
+            _patch_labels_few_pixels_kernel[(batch * rows * blocks,)](
                 labels, out, labels.stride(), rows, columns, blocks, patch_size, num_classes, needed, **launch._asdict()
             )
         else:
-            _many_pixels_kernel[(out.numel(),)](
+            _patch_labels_many_pixels_kernel[(out.numel(),)](
                 labels, out, labels.stride(), rows, columns, patch_size, num_classes, needed, **launch._asdict()
             )
     return out

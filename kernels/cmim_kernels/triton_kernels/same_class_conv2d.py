@@ -51,8 +51,8 @@ def weight_launch(size, channels, channels_last):
     return WeightLaunch(taps, power_of_two(elements // (taps * wide), low=1, high=32), wide, num_warps=4)
 
 
-@triton.jit
-def _frame_kernel(
+@triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach", "num_classes"])
+def _same_class_conv2d_frame_kernel(
     labels,  # (B, h, w)
     framed,  # (B, rows, columns) int32
     labels_strides, batch, height, width, rows, columns, reach, num_classes,
@@ -68,8 +68,8 @@ def _frame_kernel(
     tl.store(framed + place, label.to(tl.int32), mask=image < batch)
 
 
-@triton.jit
-def _convolve_kernel(
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns", "next_tap"])
+def _same_class_conv2d_convolve_kernel(
     x,  # (B, C, h, w)
     framed,  # (B, rows, columns) int32
     weight,  # (k, k, C), contiguous; the first tap
@@ -103,8 +103,8 @@ def _convolve_kernel(
     tl.store(out + place[:, None] + channel[None, :] * out_strides[1], total.to(out.dtype.element_ty), mask=write)
 
 
-@triton.jit
-def _weight_kernel(
+@triton.jit(do_not_specialize=["num_rows", "rows_of_chunk", "height", "width", "rows", "columns"])
+def _same_class_conv2d_weight_kernel(
     grad, x,  # (B, C, h, w)
     framed,  # (B, rows, columns) int32
     weight_sums,  # (chunks, k, k, C) float32: what each chunk of rows of pixels adds to the gradient of the weight
@@ -166,7 +166,7 @@ def _frame(labels, size, rows, columns, num_classes):
     batch, height, width = labels.shape
     shape = [triton.cdiv(n, step) * step + size - 1 for n, step in ((height, rows), (width, columns))]
     framed = labels.new_empty((batch, *shape), dtype=torch.int32)
-    _frame_kernel[(triton.cdiv(framed.numel(), 1024),)](
+    _same_class_conv2d_frame_kernel[(triton.cdiv(framed.numel(), 1024),)](
         labels, framed, labels.stride(), batch, height, width, *shape, size // 2, num_classes, BLOCK=1024, num_warps=4
     )
     return framed
@@ -177,7 +177,7 @@ def _convolve(x, framed, taps, bias, out, launch, *, flipped=False):
     (batch, channels, height, width), size = x.shape, len(taps)
     first_tap, next_tap = (taps[-1, -1], -1) if flipped else (taps, 1)
     tiles = batch * triton.cdiv(height, launch.ROWS) * triton.cdiv(width, launch.COLUMNS)
-    _convolve_kernel[(tiles, triton.cdiv(channels, launch.CHANNELS))](
+    _same_class_conv2d_convolve_kernel[(tiles, triton.cdiv(channels, launch.CHANNELS))](
         x, framed, first_tap, bias, out, x.stride(), out.stride(), strides_of(bias, 1), channels, height, width,
         *framed.shape[1:], next_tap, SIZE=size, **launch._asdict(),
     )  # fmt: skip
@@ -209,7 +209,7 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
     chunks = triton.cdiv(lines, of_chunk)
     weight_sums = x.new_empty((chunks, size, size, channels), dtype=torch.float32)
     bias_sums = None if bias is None else x.new_empty((chunks, channels), dtype=torch.float32)
-    _weight_kernel[(chunks * size, blocks)](
+    _same_class_conv2d_weight_kernel[(chunks * size, blocks)](
         grad, x, framed, weight_sums, bias_sums, grad.stride(), x.stride(), lines, of_chunk, channels, height, width,
         *framed.shape[1:], SIZE=size, **launch._asdict(),
     )  # fmt: skip

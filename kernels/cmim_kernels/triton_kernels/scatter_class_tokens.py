@@ -18,7 +18,7 @@ from cmim_kernels.triton_kernels.rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length"])
 def _scatter_forward_kernel(
     packed,  # (B, L, C)
     inverse,  # (B, N) int32, contiguous
@@ -28,7 +28,7 @@ def _scatter_forward_kernel(
     packed_strides, mask_token_strides, position_strides, batch, num_tokens, length, num_channels,
     IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: the packed rows, the output, `inverse`, and the positions (once for each IMAGES images)."""
+    """Memory traffic (minimum): the packed rows, the output, `inverse`, and the positions (once for each IMAGES images)."""
     image, place = tile_of(tl.program_id(0), num_tokens, IMAGES, PLACES)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -45,7 +45,7 @@ def _scatter_forward_kernel(
     store_rows(out, image, place, channel, num_tokens, num_channels, rows, write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_tokens", "length", "blocks_in_group"])
 def _scatter_backward_kernel(
     grad,  # (B, N, C)
     inverse,  # (B, N) int32, contiguous
@@ -55,7 +55,7 @@ def _scatter_backward_kernel(
     grad_strides, batch, num_tokens, length, num_channels, blocks_in_group,
     IMAGES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move, and moves: the gradient of the output (with neither parameter, only the rows that were packed) and of
+    """Memory traffic (minimum): the gradient of the output (with neither parameter, only the rows that were packed) and of
     each input once, and `inverse`; a (C,) row of partial sums for each group besides."""
     group = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)

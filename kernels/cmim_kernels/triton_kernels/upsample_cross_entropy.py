@@ -13,6 +13,7 @@ import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.triton_kernels.upsampling import (
+    AXES,
     LOG2E,
     add_exponential,
     axes,
@@ -52,16 +53,20 @@ def rows_of_program(launch, blocks, height, like):
     return next((rows for rows in (16, 8, 4, 2) if blocks * triton.cdiv(height, rows) >= wanted), 1)
 
 
-@triton.jit
-def _forward_kernel(
+@triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
+def _upsample_cross_entropy_forward_kernel(
     logits,  # (B, K, h, w)
     target,  # (B, H, W)
     loss, logsumexp,  # (B, H, W) float32, contiguous
-    logits_strides, target_strides, num_classes, row_axis, column_axis, tiles_down, tiles_along,
+    logits_strides, target_strides, num_classes, tiles_down, tiles_along,
+    row_cells, row_pixels, row_step, row_start, row_unit,
+    column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Must move logits, target, loss and logsumexp once, and does; a cell is read for every tile around it, from caches but
     for the first time. The state of a pixel is 8 bytes, whatever the number of classes."""
+    row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
+    column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
         logits_strides, row_axis, column_axis, tiles_down, tiles_along, ROWS, COLUMNS
     )
@@ -83,15 +88,17 @@ def _forward_kernel(
     tl.store(logsumexp + pixel, largest + rest, mask=inside)
 
 
-@triton.jit
-def _backward_kernel(
+@triton.jit(do_not_specialize=[*AXES, "rows", "column_blocks", "row_blocks"])
+def _upsample_cross_entropy_backward_kernel(
     grad,  # (B, H, W)
     logits,  # (B, K, h, w)
     target,  # (B, H, W)
     logsumexp,  # (B, H, W) float32
     out,  # (B, K, h, w)
     grad_strides, logits_strides, target_strides, logsumexp_strides, out_strides,
-    num_classes, row_axis, column_axis, most_columns, rows, class_blocks, column_blocks, row_blocks,
+    num_classes, most_columns, rows, class_blocks, column_blocks, row_blocks,
+    row_cells, row_pixels, row_step, row_start, row_unit,
+    column_cells, column_pixels, column_step, column_start, column_unit,
     CLASSES: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """Must move grad, logits, target and logsumexp once, and the gradient of the logits once; does, but for caches, and for
@@ -101,6 +108,8 @@ def _backward_kernel(
     the four corners. A cell is complete when the spans above it, which were left to wait, and below it have been visited,
     both those to its left and those to its right, which are two elements' side by side.
     """
+    row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
+    column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     program = tl.program_id(0)
     class_block, program = program % class_blocks, program // class_blocks
     column_block, program = program % column_blocks, program // column_blocks
@@ -168,9 +177,9 @@ def upsample_cross_entropy_forward(logits, target, align_corners):
         row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
         launch = tile_launch(pixels_of_span(row_axis))
         grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
-        _forward_kernel[grid](
-            logits, target, loss, logsumexp, logits.stride(), target.stride(), logits.shape[1], row_axis, column_axis,
-            *tiles, **launch._asdict(),
+        _upsample_cross_entropy_forward_kernel[grid](
+            logits, target, loss, logsumexp, logits.stride(), target.stride(), logits.shape[1], *tiles,
+            *row_axis, *column_axis, **launch._asdict(),
         )  # fmt: skip
     return loss, logsumexp
 
@@ -186,10 +195,10 @@ def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corne
     class_blocks, column_blocks = triton.cdiv(num_classes, launch.CLASSES), triton.cdiv(width, launch.SPANS - 1)
     rows = rows_of_program(launch, batch * class_blocks * column_blocks, height, logits)
     row_blocks = triton.cdiv(height, rows)
-    _backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
+    _upsample_cross_entropy_backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
         grad, logits, target, logsumexp, out,
         grad.stride(), logits.stride(), target.stride(), logsumexp.stride(), out.stride(),
-        num_classes, row_axis, column_axis, pixels_of_span(column_axis), rows, class_blocks, column_blocks, row_blocks,
-        **launch._asdict(),
+        num_classes, pixels_of_span(column_axis), rows, class_blocks, column_blocks, row_blocks,
+        *row_axis, *column_axis, **launch._asdict(),
     )  # fmt: skip
     return out

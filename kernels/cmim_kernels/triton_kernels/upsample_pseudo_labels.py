@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.triton_kernels.upsampling import (
+    AXES,
     add_exponential,
     axes,
     pixels_of_span,
@@ -15,16 +16,20 @@ from cmim_kernels.triton_kernels.upsampling import (
 )
 
 
-@triton.jit
-def _label_kernel(
+@triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
+def _upsample_pseudo_labels_kernel(
     logits,  # (B, K, h, w)
     label,  # (B, H, W) int32, contiguous
     confidence,  # (B, H, W) float32, contiguous
-    strides, num_classes, row_axis, column_axis, tiles_down, tiles_along,
+    strides, num_classes, tiles_down, tiles_along,
+    row_cells, row_pixels, row_step, row_start, row_unit,
+    column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Must move logits, labels and confidences once, and does; a cell is read for every tile around it, from caches but
     for the first time. The state of a pixel is 12 bytes, whatever the number of classes."""
+    row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
+    column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
         strides, row_axis, column_axis, tiles_down, tiles_along, ROWS, COLUMNS
     )
@@ -50,8 +55,8 @@ def upsample_pseudo_labels_forward(logits, size, align_corners):
         launch = tile_launch(pixels_of_span(row_axis))
         grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
         # Products and sums that are not fused round as in PyTorch: labels are the same, ties included.
-        _label_kernel[grid](
-            logits, label, confidence, logits.stride(), logits.shape[1], row_axis, column_axis, *tiles,
+        _upsample_pseudo_labels_kernel[grid](
+            logits, label, confidence, logits.stride(), logits.shape[1], *tiles, *row_axis, *column_axis,
             enable_fp_fusion=False, **launch._asdict(),
         )  # fmt: skip
     return label, confidence

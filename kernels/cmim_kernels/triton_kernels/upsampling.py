@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+AXES = [f"row_{name}" for name in ("cells", "pixels", "step", "start", "unit")]
+AXES += [f"column_{name}" for name in ("cells", "step", "start", "unit")]
+"""The parameters that hold two axes and are not to be specialised, or many a size of images would compile its own variant.
+Not tuples, which Triton always specialises. Without `column_pixels`, the length of rows in memory: it aligns addresses."""
 
 
 def axes(logits, size, align_corners):

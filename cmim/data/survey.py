@@ -1,0 +1,246 @@
+"""The pass before the first step: every image and mask that has to be readable is opened once, and the pixels of each class
+are counted.
+
+What was found in a file is kept in the user's cache by its path, size and time of change, so that the next run opens only
+what is new. The cache is never needed: a folder that cannot be written costs the time of a pass.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cmim.data.datasets import IGNORED, Splits
+from cmim.data.files import SIDEWAYS, FileSet, image_size, orientation
+from cmim.distributed import available_cores
+from cmim.errors import UserError
+from cmim.settings import DataSettings
+
+FORM = 1
+"""Raised when what is kept of a file changes its meaning."""
+
+
+class Counts:
+    """Pixels of each class in the masks of an `ImageSet` of files.
+
+    Attributes:
+        classes: (K,) int64.
+        ignored: pixels without a class.
+        values: the mask values that occur.
+    """
+
+    def __init__(self, num_classes: int):
+        self.classes, self.ignored, self.values = np.zeros(num_classes, np.int64), 0, set()
+
+
+def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] = lambda: None) -> list[str]:
+    """Open every labelled and held-out image and mask once.
+
+    Args:
+        splits: of `load_splits`; those that are drawn need no pass.
+        settings: where they come from.
+        advance: called after each image.
+
+    Returns:
+        Lines that the user should know: classes without a pixel.
+
+    Raises:
+        UserError: a file that cannot be read or does not fit, or masks whose 255 is meant as a class.
+    """
+    sets = surveyed(splits)
+    counts = {name: count(image_set, len(splits.class_names), advance) for name, image_set in sets.items()}
+    if not counts:
+        return []
+    _refuse_nonsense(counts, splits.class_names, settings)
+    return _absent_classes(counts, splits.class_names)
+
+
+def decide_exif(splits: Splits) -> tuple[str | None, str | None]:
+    """Whether EXIF orientations are to be applied: what fits the sizes of the labelled and held-out masks.
+
+    Returns:
+        "apply" or "ignore", None for images that are drawn; and a line for the user where orientations occur.
+
+    Raises:
+        UserError: some masks fit the images as they are stored, others the turned ones.
+    """
+    sets, fits, turned = surveyed(splits), {"apply": [], "ignore": []}, []
+    if not sets:
+        return None, None
+    for image_set in sets.values():
+        with ThreadPoolExecutor(min(8, available_cores())) as pool:
+            orientations = list(pool.map(_orientation, image_set.images))
+        for image, mask, found in zip(image_set.images, image_set.masks, orientations, strict=True):
+            if found == 1:
+                continue
+            turned.append(image)
+            height, width = image_size(image)
+            if found in SIDEWAYS and height != width:
+                size = image_size(mask)
+                for choice, shape in (("ignore", (height, width)), ("apply", (width, height))):
+                    if size == shape:
+                        fits[choice].append(mask)
+    if fits["apply"] and fits["ignore"]:
+        raise UserError(
+            f"{fits['ignore'][0]} fits its image as it is stored, {fits['apply'][0]} fits it as its EXIF orientation turns "
+            "it: save the images anew without EXIF orientation, or give --data.exif apply or ignore"
+        )
+    if not turned:
+        return "ignore", None
+    count = f"{len(turned)} labelled, val and test images have an EXIF orientation (such as {turned[0].name})"
+    if fits["apply"]:
+        return "apply", f"{count}; the masks fit the turned images, so it is applied to all images (data.exif apply)"
+    if fits["ignore"]:
+        return "ignore", f"{count}; the masks fit the images as they are stored, so it is ignored (data.exif ignore)"
+    return "ignore", (
+        f"{count}, and the sizes of the masks cannot tell whether they were drawn on the turned images: it is ignored; give "
+        "--data.exif apply if they were"
+    )
+
+
+def _orientation(path):
+    try:
+        return orientation(path)
+    except UserError:
+        return 1  # the pass over all files says what is wrong
+
+
+def surveyed(splits: Splits) -> dict[str, FileSet]:
+    """The sets that `survey` opens, by name."""
+    sets = {"labelled": splits.labelled, "val": splits.val, "test": splits.test}
+    return {name: image_set for name, image_set in sets.items() if isinstance(image_set, FileSet)}
+
+
+def count(image_set: FileSet, num_classes: int, advance: Callable[[], None] = lambda: None) -> Counts:
+    """The `Counts` of a set, from the cache where its files did not change.
+
+    Raises:
+        UserError: the first image or mask, in order, that cannot be read or does not fit.
+    """
+    counts, cache = Counts(num_classes), Cache(image_set)
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:  # decoders run side by side
+        found = pool.map(cache.values, range(len(image_set)))
+        try:
+            for i, values in enumerate(found):
+                table = image_set.encoding(image_set.masks[i]).table
+                ids = {v: int(table[v]) if 0 <= v < len(table) else -1 for v in values}
+                image_set.refuse_value(i, min((v for v, k in ids.items() if k < 0), default=None))
+                for value, pixels in values.items():
+                    counts.values.add(value)
+                    if ids[value] == IGNORED:
+                        counts.ignored += pixels
+                    else:
+                        counts.classes[ids[value]] += pixels
+                advance()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            cache.write()
+    return counts
+
+
+class Cache:
+    """{mask value: pixels} of the masks of a set, each image and mask opened unless neither changed since the last time.
+    One file of the user's cache for each folder of images."""
+
+    def __init__(self, image_set: FileSet):
+        self.image_set, self.new = image_set, False
+        folder = os.path.abspath(image_set.images[0].parent)
+        self.path = cache_folder() / f"masks-{hashlib.blake2b(os.fsencode(folder), digest_size=12).hexdigest()}.json"
+        try:
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            self.kept = kept["files"] if kept["form"] == FORM else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.kept = {}
+
+    def values(self, i: int) -> dict[int, int]:
+        image, mask = self.image_set.images[i], self.image_set.masks[i]
+        stamp = [self.image_set.channels, self.image_set.turn, *_stamp(image), *_stamp(mask)]
+        key = f"{os.path.abspath(image)}\n{os.path.abspath(mask)}"
+        try:
+            if self.kept[key][0] == stamp:
+                return {int(value): int(pixels) for value, pixels in self.kept[key][1].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            pass  # new, or somebody else wrote the file
+        self.image_set.image(i)
+        found = _count_values(self.image_set.values(i))
+        self.kept[key], self.new = [stamp, found], True
+        return found
+
+    def write(self) -> None:
+        if not self.new:
+            return
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"form": FORM, "files": self.kept}), encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError:
+            partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+
+
+def cache_folder() -> Path:
+    """CMIM_CACHE, or the folder `cmim` of the user's cache."""
+    given = os.environ.get("CMIM_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "cmim"
+
+
+def _stamp(path):
+    try:
+        status = path.stat()
+    except OSError:
+        return [0, 0]  # reading it says what is wrong
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _count_values(values):
+    if values.dtype == np.uint8:
+        pixels = np.bincount(values.ravel(), minlength=256)
+        return {int(v): int(pixels[v]) for v in np.flatnonzero(pixels)}
+    found, pixels = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), pixels.tolist(), strict=True))
+
+
+def _refuse_nonsense(counts, names, settings):
+    """Masks in which 255, which stands for no class, is meant as one; and masks without any class."""
+    labelled, every = counts["labelled"], set().union(*(c.values for c in counts.values()))
+    meant = IGNORED in every and settings.ignore == IGNORED and IGNORED not in settings.label_map
+    pixels = sum(c.classes for c in counts.values())
+    if meant and len(names) == 2 and pixels[1] == 0:
+        raise UserError(
+            f"the masks hold 255, which stands for no class, and no pixel of class 1 ({names[1]}): if 255 is {names[1]}, "
+            "give --data.label_map '{255: 1}'; if it is no class, label an image with class 1, or say so: "
+            "--data.label_map '{255: 255}'"
+        )
+    if labelled.classes.sum() == 0:
+        values = ", ".join(map(str, sorted(labelled.values)[:10]))
+        raise UserError(
+            f"not one pixel of the labelled masks has a class: they hold {values} only; map values to classes with "
+            "data.label_map, or label other images"
+        )
+
+
+def _absent_classes(counts, names):
+    lines = []
+    for name, c in counts.items():
+        absent = [names[k] for k in np.flatnonzero(c.classes == 0)]
+        if not absent:
+            continue
+        shown = enumerate_names(absent)
+        if name == "labelled":
+            lines.append(
+                f"{len(absent)} of {len(names)} classes have no labelled pixel, so that nothing teaches them: {shown}; "
+                "raise data.labelled, or change data.classes and data.label_map"
+            )
+        elif name == "val":
+            lines.append(f"{len(absent)} of {len(names)} classes have no pixel in val: {shown}")
+    return lines
+
+
+def enumerate_names(names: Sequence[str] | Iterable[str], most: int = 12) -> str:
+    """Names with commas, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
