@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <tuple>
+
 #include "../arguments.h"
 #include "checks.h"
 #include "kernels.h"
@@ -71,8 +73,9 @@ struct Op;
 template <typename... Arguments, void (*Kernels::*member)(ForEach, Arguments...), void (*check)(Arguments...)>
 struct Op<member, check> {
   static void call(typename Argument<Arguments>::Arrives... arguments) {
-    check(Argument<Arguments>::pass(arguments)...);
-    (chosen->*member)(for_each, Argument<Arguments>::pass(arguments)...);
+    const std::tuple<Arguments...> passed{Argument<Arguments>::pass(arguments)...};
+    std::apply(check, passed);
+    std::apply([](const Arguments&... own) { (chosen->*member)(for_each, own...); }, passed);
   }
 };
 

@@ -24,7 +24,7 @@ def tensor(op, name, value, *, dtypes, shape=None, like=None):
         raise TypeError(f"{op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected one of {expected}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device} like the first argument")
-    if shape is not None:
+    if shape is not None and value.shape != shape:
         fits = value.dim() == len(shape) and all(
             isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
         )

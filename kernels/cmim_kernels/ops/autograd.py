@@ -43,9 +43,30 @@ def _levels(x):
 def differentiable(function, *arguments):
     """`function.apply(*arguments)` of a `Function`, or its forward alone where nobody asks for a gradient: `torch.compile`
     fails on an `autograd.Function` with `setup_context` that none of whose inputs requires one."""
-    if _follows(arguments):
+    if not _follows(arguments):
+        return function.forward(*arguments)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return function.forward(*arguments)
+    return _quick(function).apply(*arguments)
+
+
+@functools.cache
+def _quick(function):
+    """The same `Function` in the older form, whose `forward` gets the context: to call `setup_context`, `apply` of the other
+    form reads the signature of `forward` each time, which takes longer than all else of a small call. `torch.func` and
+    `torch.compile` know only the other form."""
+
+    class Quick(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            output = function.forward(*arguments)
+            function.setup_context(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(function.backward)
+
+    Quick.__name__ = Quick.__qualname__ = function.__name__
+    return Quick
 
 
 def _follows(arguments):

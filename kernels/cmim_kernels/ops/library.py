@@ -5,7 +5,6 @@ Python. A public function (in `ops/<op>.py`) validates its arguments and calls o
 the pair. Nothing else reaches an implementation, so a backend is added in `declare` and nowhere else.
 """
 
-import contextlib
 import functools
 import importlib
 
@@ -42,15 +41,18 @@ def _choosing(name, torch_backend):
     """The implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always runs in PyTorch."""
 
     def implementation(*arguments):
-        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in arguments):
-            return torch_backend(*arguments)
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and a.dtype is torch.float64:
+                return torch_backend(*arguments)
         device = arguments[0].device
         backend = backends.choose(KERNELS[name], device).backend
         if backend == "torch":
             return torch_backend(*arguments)
-        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with current:  # launches go to the current device
-            return _launcher(backend, name)(*arguments)
+        launcher = _launcher(backend, name)
+        if device.type != "cuda":
+            return launcher(*arguments)
+        with torch.cuda.device(device):  # launches go to the current device
+            return launcher(*arguments)
 
     return implementation
 
