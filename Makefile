@@ -12,7 +12,7 @@ TRITONS := 3.6.0 3.9.0
 # The oldest PyTorch that the project supports.
 TORCHES := 2.11.0
 
-.PHONY: train test test-slow test-triton-versions test-torch-versions cross-compile cuda memcheck racecheck bench bench-compare gpu docs check \
+.PHONY: train test test-slow test-triton-versions test-torch-versions cross-compile cuda memcheck racecheck asan bench bench-compare gpu docs check \
   shapes-table camvid-table clean
 
 train: .venv/installed
@@ -72,7 +72,11 @@ cuda: .venv/installed
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
-memcheck: .venv/installed-test
+mem# The kernels for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+asan: .venv/installed-test
+	$(BIN)/python -m tests.csrc.sanitize
+
+check: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
 
 racecheck: .venv/installed-test

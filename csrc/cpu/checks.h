@@ -151,6 +151,34 @@ struct Checks {
     require(is_dense(grad_mask_token) && is_dense(grad_position), "a parameter's gradient");
   }
 
+  static void attention(const View& q, const View& k, const View& v, const View& offsets, const View& logsumexp) {
+    require(is_float(q) && q.dimensions == 4 && q.sizes[3] > 0, "q");
+    require(is_float(k) && like(k, q) && is_float(v) && like(v, q), "k or v");
+    require(dense(offsets, Dtype::int32, {q.sizes[0], offsets.sizes[1]}) && offsets.sizes[1] >= 4, "offsets");
+    require(dense(logsumexp, Dtype::float32, {q.sizes[0], q.sizes[1], q.sizes[2]}), "logsumexp");
+    // No class may reach beyond the tokens, whoever made the packing.
+    const int64_t starts = offsets.sizes[1];
+    for (int64_t b = 0; b < q.sizes[0]; ++b) {
+      const int32_t* const start = offsets.as<const int32_t>() + b * starts;
+      bool rises = start[0] == 0 && start[starts - 2] <= q.sizes[2];
+      for (int64_t i = 2; i < starts; i += 2) rises = rises && start[i - 2] <= start[i];
+      require(rises, "offsets");
+    }
+  }
+  static bool dense_like(const View& x, const View& other) {
+    return like(x, other) && x.dtype == other.dtype && is_dense(x);
+  }
+  static void attention_forward(View q, View k, View v, View offsets, View out, View logsumexp) {
+    attention(q, k, v, offsets, logsumexp);
+    require(dense_like(out, q), "out");
+  }
+  static void attention_backward(View grad, View q, View k, View v, View out, View logsumexp, View offsets, View grad_q,
+                                 View grad_k, View grad_v) {
+    attention(q, k, v, offsets, logsumexp);
+    require(is_float(grad) && like(grad, q) && is_float(out) && like(out, q), "grad or out");
+    require(dense_like(grad_q, q) && dense_like(grad_k, k) && dense_like(grad_v, v), "grad_q, grad_k or grad_v");
+  }
+
   static void patch_labels(View labels, int64_t size, int64_t classes, double, View out) {
     require(is_label(labels) && labels.dimensions == 3, "labels");
     require(size > 0 && classes > 0, "patch_size or num_classes");

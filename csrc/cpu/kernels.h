@@ -63,6 +63,11 @@ struct Kernels {
   void (*patch_loss_backward)(ForEach, View grad_loss, View grad_class_sum, View class_count, View pred, View image,
                               View masked, MaybeView labels, int64_t num_classes, int64_t patch_size, int64_t distance,
                               bool normalize, bool per_class, Numbers mean, Numbers std, View grad);
+
+  // q, k, v, grad (B, heads, N, d), offsets (B, 2K + 2) int32; out and gradients like them, logsumexp (B, heads, N) float32: dense.
+  void (*attention_forward)(ForEach, View q, View k, View v, View offsets, View out, View logsumexp);
+  void (*attention_backward)(ForEach, View grad, View q, View k, View v, View out, View logsumexp, View offsets, View grad_q,
+                             View grad_k, View grad_v);
 };
 
 namespace baseline { extern const Kernels kernels; }

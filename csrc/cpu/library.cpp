@@ -110,6 +110,9 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
   m.def("patch_loss_backward(Tensor grad_loss, Tensor grad_class_sum, Tensor class_count, Tensor pred, Tensor image, Tensor "
         "masked, Tensor? labels, int num_classes, int patch_size, int distance, bool normalize, bool per_class, float[] mean, "
         "float[] std, Tensor(a!) grad) -> ()");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor(a!) out, Tensor(b!) logsumexp) -> ()");
+  m.def("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor offsets, "
+        "Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v) -> ()");
 }
 
 #define CMIM_IMPLEMENT(op) \
@@ -131,6 +134,8 @@ STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(patch_labels);
   CMIM_IMPLEMENT(patch_loss_forward);
   CMIM_IMPLEMENT(patch_loss_backward);
+  CMIM_IMPLEMENT(attention_forward);
+  CMIM_IMPLEMENT(attention_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CompositeExplicitAutograd, m) {

@@ -20,13 +20,15 @@ void patch_loss_forward(ForEach, View, View, View, MaybeView, int64_t, int64_t, 
                         View, View);
 void patch_loss_backward(ForEach, View, View, View, View, View, View, MaybeView, int64_t, int64_t, int64_t, bool, bool, Numbers,
                          Numbers, View);
+void attention_forward(ForEach, View, View, View, View, View, View);
+void attention_backward(ForEach, View, View, View, View, View, View, View, View, View, View);
 
 #define CMIM_NAME_OF(isa) #isa
 #define CMIM_NAME(isa) CMIM_NAME_OF(isa)
 
 extern const Kernels kernels{
     CMIM_NAME(CMIM_ISA), pack_classes, centroids_forward, same_class_conv2d_forward, same_class_conv2d_backward,
-    upsample_cross_entropy_forward, upsample_cross_entropy_backward, upsample_pseudo_labels, centroids_backward, gather_forward, gather_backward, scatter_forward, scatter_backward, patch_labels, patch_loss_forward, patch_loss_backward,
+    upsample_cross_entropy_forward, upsample_cross_entropy_backward, upsample_pseudo_labels, centroids_backward, gather_forward, gather_backward, scatter_forward, scatter_backward, patch_labels, patch_loss_forward, patch_loss_backward, attention_forward, attention_backward,
 };
 
 }  // namespace cmim::cpu::CMIM_ISA

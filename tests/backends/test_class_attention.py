@@ -12,6 +12,7 @@ from cmim_kernels.reference import class_attention as reference
 from cmim_kernels.triton_kernels import class_attention as kernels
 from tests.kernels.op_checks import run
 
+from . import against_torch
 from .against_torch import DEVICE, DTYPES, INTERPRETED, TOLERANCE, assert_like_torch, random_labels, strided
 
 OPS = ("class_attention",)
@@ -79,7 +80,7 @@ def test_strided_inputs(dim, dtypes):
     inputs = [strided(q), k.transpose(0, 2).contiguous().transpose(0, 2), torch.stack([v, v], -1)[..., 0]]
     assert [x.stride() for x in inputs] != [q.stride()] * 3
     op = lambda *qkv: class_attention(*qkv, layout)  # noqa: E731
-    with use_backend("triton"):
+    with use_backend(against_torch.kernels_of):
         got, want = run(op, inputs), run(op, [q, k, v])
     # Another launch configuration: other blocks, other rounding.
     for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
@@ -118,7 +119,7 @@ def test_no_bit_of_another_class_changes(poison, poisoned, dtype, where):
     bad = torch.isin(layout.segment // 2, torch.tensor(poisoned, device=DEVICE))[:, None, :, None]
     dirty = [torch.where(bad & (where in (name, "all")), poison, x) for name, x in zip("qkv", qkv, strict=True)]
     factor = torch.where(bad & (where in ("grad", "all")), poison, 1.0).to(dtype)
-    with use_backend("triton"):
+    with use_backend(against_torch.kernels_of):
         clean = run(lambda *qkv: class_attention(*qkv, layout), qkv)
         got = run(lambda *qkv: class_attention(*qkv, layout) * factor, dirty)
     valid = bad & (layout.segment < 12)[:, None, :, None]

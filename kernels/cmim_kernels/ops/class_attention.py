@@ -21,14 +21,14 @@ def _backward_fake(grad, q, k, v, out, logsumexp, segment, offsets):
 _forward = declare(
     "class_attention_forward(Tensor q, Tensor k, Tensor v, Tensor segment, Tensor offsets) -> (Tensor, Tensor)",
     torch_backend=reference.class_attention_forward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_forward_fake,
 )
 _backward = declare(
     "class_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor segment, "
     "Tensor offsets) -> (Tensor, Tensor, Tensor)",
     torch_backend=reference.class_attention_backward,
-    kernels=("triton",),
+    kernels=("triton", "cpu"),
     fake=_backward_fake,
 )
 
