@@ -172,3 +172,12 @@ def test_the_library_refuses_options_that_it_does_not_know():
             op(*arguments[: place(name)], value, *arguments[place(name) + 1 :])
     with pytest.raises(RuntimeError, match="has no mmx"):
         torch.ops.cmim_cpu.instruction_set.default("mmx")
+
+
+def test_logits_whose_exponentials_overflow_leave_no_trace_at_ignored_pixels(instruction_set):
+    """Each size of the logits gives another pattern of bits where an exponential would be infinite."""
+    target = torch.full((1, 8, 8), -1)
+    target[:, ::2, ::2] = 1
+    for size in (88.0, 88.9, 89.1, 177.5, 3e4, 3e38):
+        _, (grad,) = assert_like_torch(lambda x: upsample_cross_entropy(x, target), [torch.full((1, 3, 4, 4), size)])
+        assert grad.isfinite().all()
