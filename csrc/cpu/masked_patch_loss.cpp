@@ -33,12 +33,13 @@ struct Patches {
   const View& x;
   const Layout at;
   const int64_t size, channels;
+  const bool channel_first;            // as the entries of a row are ordered
   const int64_t channel, row, column;  // steps in the row
   int64_t run;                         // entries that are neighbours in the same order in both: of a patch, of a row of it, ...
 
   Patches(const View& x, int64_t size, int64_t channels, int64_t columns, bool channel_first)
       : x(x), at(x.strides, x.dimensions == 4, columns, size, channels), size(size), channels(channels),
-        channel(channel_first ? size * size : 1), row(channel_first ? size : size * channels),
+        channel_first(channel_first), channel(channel_first ? size * size : 1), row(channel_first ? size : size * channels),
         column(channel_first ? 1 : channels), run(0) {
     if (at.column == column && (channel_first || at.channel == channel)) {
       run = row;
@@ -53,7 +54,7 @@ struct Patches {
   template <typename F>
   ALWAYS_INLINE void over_runs(int64_t start, const F& f) const {
     if (run == size * size * channels) return f(start, int64_t{0});
-    const int64_t across = run ? 1 : size, planes = run && channel == 1 ? 1 : channels;
+    const int64_t across = run ? 1 : size, planes = run && !channel_first ? 1 : channels;
     for (int64_t y = 0; y < size; ++y)
       for (int64_t c = 0; c < planes; ++c)
         for (int64_t x = 0; x < across; ++x)
