@@ -37,19 +37,18 @@ from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
-from cmim.data.survey import decide_exif, survey, surveyed
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import Progress, RunLog, by_class, console, print_table
+from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
-from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, take_over, with_data, write_text
+from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
+from cmim.engine.start import describe, open_files, settle
 from cmim.errors import UserError, run_command
 from cmim.method.objective import Objective
 from cmim.models.batch_norm import synchronise_batch_norm
-from cmim.models.build import check_sizes, token_stride
-from cmim.models.reconstruction import receptive_warning
+from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config
 
@@ -284,28 +283,6 @@ def main(arguments: Sequence[str]) -> None:
         trainer.train()
 
 
-def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
-    """Decide what a new run is not given, so that its config.yaml holds it: whether EXIF orientations count.
-
-    Returns:
-        config and splits that follow the decisions, and lines on them for the user.
-    """
-    notes = []
-    if config.data.exif is None:
-        exif, note = decide_exif(splits)
-        notes += [note] if note else []
-        config = with_data(config, exif=exif)
-        splits = load_splits(config.data) if exif == "apply" else splits
-    return config, splits, notes
-
-
-def open_files(config: Config, splits: Splits) -> None:
-    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
-    with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
-        for line in survey(splits, config.data, progress.advance):
-            console.print(f"warning: {line}")
-
-
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     """With the weights that a run starts from; those of a continued run come from its checkpoint."""
     torch.manual_seed(config.seed)
@@ -316,35 +293,6 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     if objective.note:
         console.print(f"note: {objective.note}")
     return objective
-
-
-def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
-    """Print what will be trained on what, and what the user should know of it."""
-    test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
-    processes = distributed.world().size
-    console.print(
-        f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images, "
-        f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
-        + (f"; {processes} processes" if processes > 1 else "")
-    )
-    for note in (*splits.notes, *notes):
-        console.print(f"note: {note}")
-    train, optimizer = config.train, config.optimizer
-    if train.epochs is not None:
-        steps = total_steps(train, len(splits.unlabelled))
-        console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
-    lr = scaled_lr(optimizer, train)
-    if lr != optimizer.lr:
-        console.print(
-            f"note: the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
-            f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
-        )
-    reconstruction = config.reconstruction
-    if "pix" in config.preset.masked and reconstruction.decoder == "conv":
-        stride = token_stride(config)
-        note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
-        if note:
-            console.print(f"note: {note}")
 
 
 if __name__ == "__main__":
