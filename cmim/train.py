@@ -125,14 +125,15 @@ class Trainer:
 
                 if report:
                     log.write(self.step, self.lr * factor)
-                if save or evaluate:
-                    self.refuse_broken_weights()
-                if evaluate:
-                    self.evaluate(log)
-                if picture and self.rank == 0:
-                    self.picture()
-                if save and self.rank == 0:
-                    self.save()
+                with log.paused():
+                    if save or evaluate:
+                        self.refuse_broken_weights()
+                    if evaluate:
+                        self.evaluate(log)
+                    if picture and self.rank == 0:
+                        self.picture()
+                    if save and self.rank == 0:
+                        self.save()
             self.report_result(log)
 
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
