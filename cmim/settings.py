@@ -68,6 +68,8 @@ class DataSettings(Section):
     exif: Literal["apply", "ignore"] | None = None
     """Whether images are turned as their EXIF orientation says. By default whichever fits the sizes of the masks, decided at
     the start; `ignore` where they cannot tell."""
+    strict: bool = False
+    """Stop at an unlabelled image that cannot be read, instead of taking another one in its place."""
     labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled."""

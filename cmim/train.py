@@ -42,7 +42,7 @@ from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
-from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, take_over, write_text
+from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.engine.start import describe, open_files, settle
 from cmim.errors import UserError, run_command
@@ -81,13 +81,17 @@ class Trainer:
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best_miou, self.val_result = 0, 0.0, None
+        self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
             raise UserError(f"not every process sees {run.last}; put the run folder where all machines can read it")
-        if self.rank == 0:
-            cut_metrics(run.metrics, self.step)
+        kept = cut_metrics(run.metrics, self.step) if self.rank == 0 else []
+        evaluations = {line["step"]: line["miou"] for line in kept if line.get("split") == "val"}
+        self.best_miou = max([self.best_miou, *evaluations.values()])
+        # The checkpoint of a step comes before its evaluation, which an interruption may have prevented.
+        due = self.step > 0 and (self.step % config.train.evaluate_every == 0 or self.step == self.steps)
+        self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
 
     def train(self) -> None:
         config, settings = self.config, self.config.train
@@ -96,6 +100,8 @@ class Trainer:
         loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
         images = settings.labelled_batch + settings.unlabelled_batch * config.preset.uses_unlabelled
         with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
+            if self.evaluation_is_due:
+                self.evaluate(log)
             while self.step < self.steps:
                 evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
                 # Report before each checkpoint: a loss term that is not finite stops the run and is named.
@@ -128,13 +134,14 @@ class Trainer:
                 with log.paused():
                     if save or evaluate:
                         self.refuse_broken_weights()
+                    if save and self.rank == 0:
+                        self.save()
                     if evaluate:
                         self.evaluate(log)
                     if picture and self.rank == 0:
                         self.picture()
-                    if save and self.rank == 0:
-                        self.save()
             self.report_result(log)
+            self.report_unreadable()
 
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
         """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
@@ -149,17 +156,24 @@ class Trainer:
         start = time.perf_counter()
         batch = next(loader)
         log.data_wait += time.perf_counter() - start
+        for i in batch.pop("replaced", torch.empty(0)).tolist():
+            if not self.unreadable:
+                log.warn(
+                    f"the unlabelled image {self.splits.unlabelled.name(i)} cannot be read; another one stands in, here and "
+                    "wherever this happens again (data.strict stops instead)"
+                )
+            self.unreadable.add(i)
         return batch
 
     def evaluate(self, log: RunLog) -> None:
-        """On data.val; keeps the best weights."""
+        """On data.val; keeps the best weights. The line of metrics.jsonl comes last: it says that the evaluation is done."""
         self.val_result = result = self.measure(self.splits.val, "val")
-        log.evaluation(self.step, result, "val", self.splits.class_names)
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
             self.best_miou = result.scores.miou
             if self.rank == 0:
                 checkpoint.save({"net": self.objective.evaluated().state_dict(), **self.about()}, self.run.best)
+        log.evaluation(self.step, result, "val", self.splits.class_names)
 
     def measure(self, image_set: ImageSet, name: str) -> Evaluation:
         net = self.objective.evaluated()
@@ -187,6 +201,15 @@ class Trainer:
         print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
+
+    def report_unreadable(self) -> None:
+        mask = torch.zeros(len(self.splits.unlabelled), device=self.device)
+        mask[list(self.unreadable)] = 1
+        count = int((distributed.sum_over_ranks(mask) > 0).sum())
+        if count:
+            console.print(
+                f"warning: {count} unlabelled images could not be read, and others stood in; repair or remove them"
+            )
 
     def picture(self) -> None:
         path = self.run.pictures / f"step_{self.step:06d}.png"
@@ -261,27 +284,31 @@ def main(arguments: Sequence[str]) -> None:
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
-    continues = given.resume and Run(given.output).config.exists()
+    earlier = Run(given.output) if given.resume else None
+    continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
-        config = take_over(config, load_config(Run(given.output).config))
+        config = take_over(config, load_config(earlier.config))
     check_sizes(config)
-    splits = load_splits(config.data)
+    splits = load_splits(config.data, earlier.labelled if continues and earlier.labelled.exists() else None)
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
-    run = open_run(given.output or default_folder(config_path), config, given.resume)
-    notes = []
-    if not continues:
-        config, splits, notes = settle(config, splits)
-    describe(config, splits, run, notes)
-    if distributed.world().rank == 0:  # the others wait for this process, or end with it
-        open_files(config, splits)
-    objective = build_objective(config, len(splits.class_names), run)
-    with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
-        run = Run(distributed.from_rank0(str(run.folder)))
-        trainer = Trainer(config, splits, run, objective, device)
-        if distributed.rank() == 0:
-            start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
-        trainer.train()
+    folder = given.output or default_folder(config_path)
+    run = open_run(folder, config, given.resume)
+    with locked(run) if distributed.world().rank == 0 else nullcontext():
+        open_run(folder, config, given.resume)  # what another process did until now
+        notes = []
+        if not continues:
+            config, splits, notes = settle(config, splits)
+        describe(config, splits, run, notes)
+        if distributed.world().rank == 0:  # the others wait for this process, or end with it
+            open_files(config, splits)
+        objective = build_objective(config, len(splits.class_names), run)
+        with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
+            run = Run(distributed.from_rank0(str(run.folder)))
+            trainer = Trainer(config, splits, run, objective, device)
+            if distributed.rank() == 0:
+                start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
+            trainer.train()
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:

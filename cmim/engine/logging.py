@@ -180,6 +180,13 @@ class RunLog:
             + f"  {clock(left)} left"
         )
 
+    def warn(self, text: str) -> None:
+        """Print a warning of any process."""
+        rank = distributed.rank()
+        quiet, console.quiet = console.quiet, False
+        console.print(f"warning: {text}" if rank == 0 else f"warning of process {rank}: {text}")
+        console.quiet = quiet
+
     def evaluation(self, step: int, evaluation: "Evaluation", split: str, class_names: Sequence[str]) -> None:
         """Store an evaluation."""
         result = {"step": step, "split": split, "miou": evaluation.scores.miou}
