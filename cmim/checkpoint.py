@@ -49,6 +49,11 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
             f"{path} belongs to another model: {len(missing)} tensors missing, {len(unexpected)} unknown, "
             f"{len(other_shape)} of another shape, first {key}; use the config it was trained with"
         )
+    broken = [k for k, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds weights that are not finite, {len(broken)} tensors, first {broken[0]}; use another checkpoint"
+        )
     module.load_state_dict(state)
 
 

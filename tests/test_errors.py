@@ -299,3 +299,23 @@ def test_a_pass_of_a_single_image(compile, tmp_path, monkeypatch):
 
 def test_an_error_is_one_line_without_colours():
     assert str(UserError("two\n  lines, \x1b[1;31mred\x1b[0m")) == "two lines, red"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, run, copy, images, tmp_path, capfd):
+    state = checkpoint.load(copy.last)
+    next(v for k, v in state["objective"].items() if k.startswith("teacher.") and v.dim() == 4)[0] = value
+    checkpoint.save(state, copy.last)
+    for main, words in (
+        (evaluate.main, [copy.folder]),
+        (predict.main, [copy.folder, images, "-o", tmp_path / "out"]),
+        (train.main, tiny(tmp_path / "warm", model__init_from=str(copy.folder), method__preset="supervised")),
+        (train.main, ["--output", copy.folder, "--resume", "--train.steps", "2"]),
+    ):
+        assert f"{copy.last} holds weights that are not finite, 1 tensors" in said_by(capfd, main, *words)
+
+
+def test_a_seed_or_preset_twice_is_refused(tmp_path, capfd):
+    for option, values in (("--seeds", ["0", "1", "0"]), ("--presets", ["mim", "mim"])):
+        said = said_by(capfd, compare.main, "--output", tmp_path / "c", option, *values)
+        assert said.startswith(f"{option} names {values[0]} twice")
