@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../arguments.h"
+#include "checks.h"
 #include "kernels.h"
 
 namespace cmim {
@@ -65,11 +66,12 @@ void for_each(int64_t n, int64_t grain, Body body, void* context) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-template <auto member>
+template <auto member, auto check>
 struct Op;
-template <typename... Arguments, void (*Kernels::*member)(ForEach, Arguments...)>
-struct Op<member> {
+template <typename... Arguments, void (*Kernels::*member)(ForEach, Arguments...), void (*check)(Arguments...)>
+struct Op<member, check> {
   static void call(typename Argument<Arguments>::Arrives... arguments) {
+    check(Argument<Arguments>::pass(arguments)...);
     (chosen->*member)(for_each, Argument<Arguments>::pass(arguments)...);
   }
 };
@@ -107,7 +109,8 @@ STABLE_TORCH_LIBRARY(cmim_cpu, m) {
         "float[] std, Tensor(a!) grad) -> ()");
 }
 
-#define CMIM_IMPLEMENT(op) m.impl(#op, TORCH_BOX(&cmim::cpu::Op<&cmim::cpu::Kernels::op>::call))
+#define CMIM_IMPLEMENT(op) \
+  m.impl(#op, TORCH_BOX((&cmim::cpu::Op<&cmim::cpu::Kernels::op, &cmim::cpu::Checks::op>::call)))
 
 STABLE_TORCH_LIBRARY_IMPL(cmim_cpu, CPU, m) {
   CMIM_IMPLEMENT(pack_classes);
