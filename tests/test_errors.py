@@ -120,7 +120,28 @@ def test_a_full_disk(tmp_path, capfd):
     run.last.with_suffix(".partial").symlink_to("/dev/full")
     said = said_by(capfd, train.main, "--output", run.folder, "--resume", "--train.steps", "2")
     assert said.startswith("No space left on device") and said.endswith("free some space or give another --output")
+    assert str(run.last) in said and not list(run.folder.rglob("*.partial"))
     assert run.last.read_bytes() == before and checkpoint.load(run.last)["step"] == 1
+
+
+@pytest.mark.parametrize("room", [1000, 100_000, 2_000_000])
+def test_a_disk_that_becomes_full_inside_a_checkpoint(room, tmp_path, capfd):
+    """Whatever part of it is being written: PyTorch's error of many lines hides the reason."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoint.save({"class_names": [], "step": 1}, path)
+    whole = path.read_bytes()
+
+    def main(_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            checkpoint.save({"class_names": [], "value": torch.zeros(3, 1_000_000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    said = said_by(capfd, main)
+    assert said == f"File too large: {path}; free some space or give another --output"
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_only_errors_of_the_place_are_the_users(capfd):

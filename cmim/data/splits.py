@@ -107,6 +107,19 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
     return Splits(**{"test": None} | made | about)
 
 
+def held_out_set(settings: DataSettings, source: Source, name: str) -> FileSet | None:
+    """The images of a held-out split alone, as `load_files` makes them."""
+    pairs = _held_out(settings, source, name)
+    if pairs is None:
+        return None
+    listing, images = Listing(), [image for image, _ in pairs]
+    require(images, listing, "image", source.layout)
+    masks = [source.find_mask(mask, listing) for _, mask in pairs]
+    require(masks, listing, "mask", source.mask_remedy)
+    source.inspect_masks({name: masks})
+    return FileSet(images, masks, source.encoding, settings.channels, turn=settings.exif == "apply")
+
+
 def divide(
     pairs: list[tuple[Path, Path | None]], settings: DataSettings
 ) -> tuple[list[tuple[Path, Path | None]], list[Path]]:

@@ -137,7 +137,7 @@ def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
     if run.labelled.exists() and run.has_results() and _read(run.labelled) != names:
         raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, dump_config(config))  # first, because this file marks the folder as a run
+    write_text(run.config, dump_config(absolute(config)))  # first, because this file marks the folder as a run
     write_text(run.labelled, names)
 
 
@@ -148,6 +148,24 @@ def take_over(config: Config, old: Config) -> Config:
     return with_data(config, **{key: getattr(old.data, key) for key in SETTLED if getattr(config.data, key) is None})
 
 
+def absolute(config: Config) -> Config:
+    """`config` with absolute paths, so that what it names is found from any folder."""
+    data, model = config.data, config.model
+    paths = {key: Path(os.path.abspath(path)) for key in ("root", "split") if (path := getattr(data, key)) is not None}
+    if isinstance(data.labelled, Path):
+        paths["labelled"] = Path(os.path.abspath(data.labelled))
+    for key in ("val", "test"):  # a folder of the data set comes first
+        name = getattr(data, key)
+        if name is not None and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
+            paths[key] = os.path.abspath(name)
+    weights = {}
+    if model.init_from is not None:
+        weights["init_from"] = Path(os.path.abspath(model.init_from))
+    if model.weights not in ("timm", "none"):
+        weights["weights"] = os.path.abspath(model.weights)
+    return with_data(config.model_copy(update={"model": model.model_copy(update=weights)}), **paths)
+
+
 def with_data(config: Config, **values: object) -> Config:
     """`config` with other values in its section `data`."""
     return config.model_copy(update={"data": config.data.model_copy(update=values)})
@@ -155,8 +173,8 @@ def with_data(config: Config, **values: object) -> Config:
 
 def changed_setting(old: Config, new: Config) -> str | None:
     """The first key, of those that matter, in which two configs differ; None where there is none."""
-    new = take_over(new, old)
-    old = take_over(old, old)
+    new = absolute(take_over(new, old))
+    old = absolute(take_over(old, old))
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section in old:
         if not isinstance(old[section], dict):
