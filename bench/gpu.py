@@ -46,11 +46,11 @@ class Stage(NamedTuple):
 
 OPS, STEP, SOME = "bench/test_ops.py", "bench/test_step.py", "gather_class_tokens and 20x20 and not compiled"
 STAGES = [
-    Stage("device", "bench/test_device.py", "bench/test_device.py", 60),
-    Stage("ops", f"{OPS} -k 'VOC and ({OWN})'", f"{OPS} -k '{SOME}'", 150),
-    Stage("csrc", f"{OPS} -k 'VOC and CUDA'", "tests/csrc/test_build.py -k architectures", 100),
-    Stage("tests", "tests/backends -m gpu -n 8 --dist loadgroup", "tests/backends/test_pack_classes.py -n 2 -k whole", 170),
-    Stage("step", f"{STEP} -k 8-8", f"{STEP} -k 'cmim_kernels'", 200, 150),
+    Stage("device", "bench/test_device.py", "bench/test_device.py", 40),
+    Stage("ops", f"{OPS} -k 'VOC and ({OWN})'", f"{OPS} -k '{SOME}'", 130),
+    Stage("csrc", f"{OPS} -k 'VOC and CUDA'", "tests/csrc/test_build.py -k architectures", 80),
+    Stage("tests", "tests/backends -m gpu -n 8 --dist loadgroup", "tests/backends/test_pack_classes.py -n 2 -k whole", 150),
+    Stage("step", f"{STEP} -k 8-8", f"{STEP} -k 'cmim_kernels'", 170, 150),
     Stage("training", "bench/test_training.py", "bench/test_training.py", 240, 200),
     Stage("baselines", f"{OPS} -k 'VOC and {NOT_OWN}'", f"{OPS} -k '{SOME} and index'", 300),
     Stage("decoders", "bench/test_decoders.py", "bench/test_decoders.py -k conv-2-12", 200),
@@ -59,7 +59,7 @@ STAGES = [
     Stage("checkers", "bench/test_checkers.py", "bench/test_checkers.py", 300, 200),
     Stage("rest", f"{OPS} -k 'not VOC and {NOT_OWN}'", f"{OPS} -k has_a_name", 600),
 ]
-"""In order of value. With the first five a call of ten minutes is full."""
+"""In order of value. The first five fit into a call of ten minutes."""
 
 
 class Run:

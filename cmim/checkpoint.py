@@ -3,8 +3,9 @@
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,42 @@ def save(state: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as raw:
+            file = _Writer(raw, path)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # PyTorch's own words hide that, for example, the disk is full
+                raise file.error or error from None
+            file.flush()
+            os.fsync(raw.fileno())
+        os.replace(partial, path)
+    except BaseException as error:  # nothing half-written stays and takes space
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # from closing the file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+class _Writer:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path, self.error = file, path, None
+
+    def write(self, data: bytes) -> int:
+        return self._try(self.file.write, data)
+
+    def flush(self) -> None:
+        self._try(self.file.flush)
+
+    def _try(self, method, *arguments):
+        try:
+            return method(*arguments)
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, str(self.path))
+            raise self.error from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -48,6 +80,11 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
         raise UserError(
             f"{path} belongs to another model: {len(missing)} tensors missing, {len(unexpected)} unknown, "
             f"{len(other_shape)} of another shape, first {key}; use the config it was trained with"
+        )
+    broken = [k for k, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds weights that are not finite, {len(broken)} tensors, first {broken[0]}; use another checkpoint"
         )
     module.load_state_dict(state)
 

@@ -45,6 +45,12 @@ def main(arguments: Sequence[str]) -> None:
     for option, number in (("--jobs", given.jobs), ("--gpus", given.gpus)):
         if number < 1:
             raise UserError(f"{option} is {number}, expected at least 1")
+    for option, values in (("--seeds", given.seeds), ("--presets", given.presets)):
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            raise UserError(
+                f"{option} names {twice} twice: it is one run, and its spread would count it twice; name it once"
+            )
     check_sizes(load_config(given.config, overrides))
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]

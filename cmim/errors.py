@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_command(main: Callable[[], object]) -> None:
     Under `torchrun` a mistake that all processes meet is told once, by the first; one that only another process meets (a
     damaged file among its images) is told by that one, with its number.
     """
+    threading.excepthook = _report_thread
     try:
         main()
         return
@@ -57,6 +59,12 @@ def run_command(main: Callable[[], object]) -> None:
     if "RANK" in os.environ:
         os._exit(code)  # a usual exit may wait for processes of the group that have ended already
     sys.exit(code)
+
+
+def _report_thread(arguments):
+    """A thread that writes, such as TensorBoard's, meets a full disk first; the main thread says it in one line."""
+    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in _OF_THE_PLACE):
+        threading.__excepthook__(arguments)
 
 
 def _say(message):

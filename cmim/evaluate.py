@@ -19,11 +19,11 @@ from collections.abc import Sequence
 
 from cmim import distributed
 from cmim.command_line import parser_of
-from cmim.data import load_splits
+from cmim.data import load_held_out
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import console, print_table
-from cmim.engine.run import load_trained
+from cmim.engine.run import load_trained, with_data
 from cmim.errors import UserError, run_command
 
 
@@ -31,12 +31,16 @@ def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("evaluate", __doc__).parse(arguments)
     console.quiet = distributed.world().rank > 0
     trained = load_trained(given.run, given.checkpoint, overrides)
-    config = trained.config
-    splits = load_splits(config.data)
-    if list(splits.class_names) != trained.class_names:
-        raise UserError(f"the data's classes {list(splits.class_names)} are not those of the run, {trained.class_names}")
-    split = given.split or ("test" if splits.test is not None else "val")
-    image_set = splits.test if split == "test" else splits.val
+    config, data = trained.config, trained.config.data
+    if data.format == "folder" and data.classes is None and not (data.root / "classes.txt").exists():
+        config = with_data(config, classes=trained.class_names)  # those of the run
+    split = given.split or "test"
+    image_set, class_names = load_held_out(config.data, split)
+    if image_set is None and given.split is None:
+        split = "val"
+        image_set, class_names = load_held_out(config.data, split)
+    if list(class_names) != trained.class_names:
+        raise UserError(f"the data's classes {list(class_names)} are not those of the run, {trained.class_names}")
     if image_set is None:
         raise UserError("there are no test images; use --split val")
     device = choose_device(config.train.device)

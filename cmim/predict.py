@@ -56,22 +56,32 @@ def main(arguments: Sequence[str]) -> None:
     torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
-    turn, turned = config.data.exif == "apply", []
+    turn, turned, unreadable = config.data.exif == "apply", [], []
     with Progress("predict", len(paths), "images") as progress:
         for path in paths:
-            image = open_image(path, config.data.channels, turn)
+            progress.advance()
+            try:
+                image = open_image(path, config.data.channels, turn)
+            except UserError as error:
+                unreadable.append(error)
+                continue
             if not turn and orientation(path) != 1:
                 turned.append(path)
             classes = predict(net, image, config, device, dtype)
             write_mask(given.output / "masks" / targets[path], classes, colours)
             write_png(given.output / "overlays" / targets[path], overlay(image, classes, colours))
-            progress.advance()
     if turned:
         console.print(
             f"note: {len(turned)} images have an EXIF orientation (such as {turned[0].name}), which was ignored, as the run "
             "did; --data.exif apply turns them"
         )
-    console.print(f"{len(paths)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
+    if unreadable and len(unreadable) == len(paths):
+        raise UserError(str(unreadable[0]) + (f"; nor the other {len(paths) - 1} images" if len(paths) > 1 else ""))
+    console.print(f"{len(paths) - len(unreadable)} images: {given.output / 'masks'}, {given.output / 'overlays'}")
+    if unreadable:
+        for error in unreadable:
+            console.print(f"skipped: {error}")
+        raise UserError(f"{len(unreadable)} of {len(paths)} images have no mask: they are listed above")
 
 
 @torch.inference_mode()

@@ -61,12 +61,15 @@ class DataSettings(Section):
     channels: Positive = 3
     """Of the images; 1 for grey ones, 4 for RGB and one more, any number from .npy files of (H, W, channels) uint8."""
     mean: tuple[Fraction, ...] | None = None
-    """Of each channel, of values in [0, 1]; by default ImageNet's (for other than 3 channels the mean of those three)."""
+    """Of each channel, of values in [0, 1]; by default that of the pretrained weights, else ImageNet's (for other than 3
+    channels the mean of those three)."""
     std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Of each channel, on the same scale: numbers meant for 0 to 255 are divided by 255."""
     exif: Literal["apply", "ignore"] | None = None
     """Whether images are turned as their EXIF orientation says. By default whichever fits the sizes of the masks, decided at
     the start; `ignore` where they cannot tell."""
+    strict: bool = False
+    """Stop at an unlabelled image that cannot be read, instead of taking another one in its place."""
     labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled."""

@@ -37,19 +37,18 @@ from cmim.config import check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
-from cmim.data.survey import decide_exif, survey, surveyed
 from cmim.engine.device import autocast, choose_device, choose_precision, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import Progress, RunLog, by_class, console, print_table
+from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
-from cmim.engine.run import Run, cut_metrics, default_folder, open_run, start_run, take_over, with_data, write_text
+from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
+from cmim.engine.start import describe, open_files, settle
 from cmim.errors import UserError, run_command
 from cmim.method.objective import Objective
 from cmim.models.batch_norm import synchronise_batch_norm
-from cmim.models.build import check_sizes, token_stride
-from cmim.models.reconstruction import receptive_warning
+from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config
 
@@ -82,13 +81,17 @@ class Trainer:
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.step, self.best_miou, self.val_result = 0, 0.0, None
+        self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
             raise UserError(f"not every process sees {run.last}; put the run folder where all machines can read it")
-        if self.rank == 0:
-            cut_metrics(run.metrics, self.step)
+        kept = cut_metrics(run.metrics, self.step) if self.rank == 0 else []
+        evaluations = {line["step"]: line["miou"] for line in kept if line.get("split") == "val"}
+        self.best_miou = max([self.best_miou, *evaluations.values()])
+        # The checkpoint of a step comes before its evaluation, which an interruption may have prevented.
+        due = self.step > 0 and (self.step % config.train.evaluate_every == 0 or self.step == self.steps)
+        self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
 
     def train(self) -> None:
         config, settings = self.config, self.config.train
@@ -97,6 +100,8 @@ class Trainer:
         loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
         images = settings.labelled_batch + settings.unlabelled_batch * config.preset.uses_unlabelled
         with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
+            if self.evaluation_is_due:
+                self.evaluate(log)
             while self.step < self.steps:
                 evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
                 # Report before each checkpoint: a loss term that is not finite stops the run and is named.
@@ -126,15 +131,17 @@ class Trainer:
 
                 if report:
                     log.write(self.step, self.lr * factor)
-                if save or evaluate:
-                    self.refuse_broken_weights()
-                if evaluate:
-                    self.evaluate(log)
-                if picture and self.rank == 0:
-                    self.picture()
-                if save and self.rank == 0:
-                    self.save()
+                with log.paused():
+                    if save or evaluate:
+                        self.refuse_broken_weights()
+                    if save and self.rank == 0:
+                        self.save()
+                    if evaluate:
+                        self.evaluate(log)
+                    if picture and self.rank == 0:
+                        self.picture()
             self.report_result(log)
+            self.report_unreadable()
 
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
         """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
@@ -149,17 +156,24 @@ class Trainer:
         start = time.perf_counter()
         batch = next(loader)
         log.data_wait += time.perf_counter() - start
+        for i in batch.pop("replaced", torch.empty(0)).tolist():
+            if not self.unreadable:
+                log.warn(
+                    f"the unlabelled image {self.splits.unlabelled.name(i)} cannot be read; another one stands in, here and "
+                    "wherever this happens again (data.strict stops instead)"
+                )
+            self.unreadable.add(i)
         return batch
 
     def evaluate(self, log: RunLog) -> None:
-        """On data.val; keeps the best weights."""
+        """On data.val; keeps the best weights. The line of metrics.jsonl comes last: it says that the evaluation is done."""
         self.val_result = result = self.measure(self.splits.val, "val")
-        log.evaluation(self.step, result, "val", self.splits.class_names)
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
             self.best_miou = result.scores.miou
             if self.rank == 0:
                 checkpoint.save({"net": self.objective.evaluated().state_dict(), **self.about()}, self.run.best)
+        log.evaluation(self.step, result, "val", self.splits.class_names)
 
     def measure(self, image_set: ImageSet, name: str) -> Evaluation:
         net = self.objective.evaluated()
@@ -187,6 +201,15 @@ class Trainer:
         print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
+
+    def report_unreadable(self) -> None:
+        mask = torch.zeros(len(self.splits.unlabelled), device=self.device)
+        mask[list(self.unreadable)] = 1
+        count = int((distributed.sum_over_ranks(mask) > 0).sum())
+        if count:
+            console.print(
+                f"warning: {count} unlabelled images could not be read, and others stood in; repair or remove them"
+            )
 
     def picture(self) -> None:
         path = self.run.pictures / f"step_{self.step:06d}.png"
@@ -261,49 +284,31 @@ def main(arguments: Sequence[str]) -> None:
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
-    continues = given.resume and Run(given.output).config.exists()
+    earlier = Run(given.output) if given.resume else None
+    continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
-        config = take_over(config, load_config(Run(given.output).config))
+        config = take_over(config, load_config(earlier.config))
     check_sizes(config)
-    splits = load_splits(config.data)
+    splits = load_splits(config.data, earlier.labelled if continues and earlier.labelled.exists() else None)
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
-    run = open_run(given.output or default_folder(config_path), config, given.resume)
-    notes = []
-    if not continues:
-        config, splits, notes = settle(config, splits)
-    describe(config, splits, run, notes)
-    if distributed.world().rank == 0:  # the others wait for this process, or end with it
-        open_files(config, splits)
-    objective = build_objective(config, len(splits.class_names), run)
-    with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
-        run = Run(distributed.from_rank0(str(run.folder)))
-        trainer = Trainer(config, splits, run, objective, device)
-        if distributed.rank() == 0:
-            start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
-        trainer.train()
-
-
-def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
-    """Decide what a new run is not given, so that its config.yaml holds it: whether EXIF orientations count.
-
-    Returns:
-        config and splits that follow the decisions, and lines on them for the user.
-    """
-    notes = []
-    if config.data.exif is None:
-        exif, note = decide_exif(splits)
-        notes += [note] if note else []
-        config = with_data(config, exif=exif)
-        splits = load_splits(config.data) if exif == "apply" else splits
-    return config, splits, notes
-
-
-def open_files(config: Config, splits: Splits) -> None:
-    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
-    with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
-        for line in survey(splits, config.data, progress.advance):
-            console.print(f"warning: {line}")
+    folder = given.output or default_folder(config_path)
+    run = open_run(folder, config, given.resume)
+    with locked(run) if distributed.world().rank == 0 else nullcontext():
+        open_run(folder, config, given.resume)  # what another process did until now
+        notes = []
+        if not continues:
+            config, splits, notes = settle(config, splits)
+        describe(config, splits, run, notes)
+        if distributed.world().rank == 0:  # the others wait for this process, or end with it
+            open_files(config, splits)
+        objective = build_objective(config, len(splits.class_names), run)
+        with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
+            run = Run(distributed.from_rank0(str(run.folder)))
+            trainer = Trainer(config, splits, run, objective, device)
+            if distributed.rank() == 0:
+                start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
+            trainer.train()
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
@@ -316,35 +321,6 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     if objective.note:
         console.print(f"note: {objective.note}")
     return objective
-
-
-def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
-    """Print what will be trained on what, and what the user should know of it."""
-    test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
-    processes = distributed.world().size
-    console.print(
-        f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images, "
-        f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
-        + (f"; {processes} processes" if processes > 1 else "")
-    )
-    for note in (*splits.notes, *notes):
-        console.print(f"note: {note}")
-    train, optimizer = config.train, config.optimizer
-    if train.epochs is not None:
-        steps = total_steps(train, len(splits.unlabelled))
-        console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
-    lr = scaled_lr(optimizer, train)
-    if lr != optimizer.lr:
-        console.print(
-            f"note: the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
-            f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
-        )
-    reconstruction = config.reconstruction
-    if "pix" in config.preset.masked and reconstruction.decoder == "conv":
-        stride = token_stride(config)
-        note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
-        if note:
-            console.print(f"note: {note}")
 
 
 if __name__ == "__main__":

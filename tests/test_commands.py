@@ -83,6 +83,50 @@ def test_evaluate_elsewhere(run, monkeypatch, tmp_path):
         evaluate.main([str(run.folder), "--data.root", str(root)])
 
 
+def test_evaluate_needs_nothing_but_the_images_of_its_split(run, monkeypatch, tmp_path):
+    root = write_folder(tmp_path / "data")
+    expected = evaluated(monkeypatch, run.folder, "--data.root", root)
+    for name in ("train", "val"):
+        shutil.rmtree(root / name)
+    assert evaluated(monkeypatch, run.folder, "--data.root", root) == expected
+    (root / "classes.txt").unlink()  # the run knows its classes
+    assert evaluated(monkeypatch, run.folder, "--data.root", root) == expected
+    with pytest.raises(UserError, match=r"data.val: there is no folder or text file val"):
+        evaluate.main([str(run.folder), "--data.root", str(root), "--split", "val"])
+
+
+def test_the_paths_of_a_run_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = write_folder(tmp_path / "data")
+    (tmp_path / "s").mkdir()
+    lines = [f"train/images/train{i}.png train/masks/train{i}.png" for i in range(4)]
+    (tmp_path / "s/labeled.txt").write_text("\n".join(lines[:2]))
+    (tmp_path / "s/unlabeled.txt").write_text("\n".join(lines[2:]))
+    (tmp_path / "v.txt").write_text("val/images/val0.png val/masks/val0.png")
+    settings = FOLDER | dict(
+        data__root="data", data__split="s", data__val="v.txt", data__test="val", train__steps=1, method__preset="supervised"
+    )
+    run = run_tiny("run", **settings)
+    run_tiny("run", "--resume", **settings)
+    data = load_config(run.config).data
+    assert (data.root, data.split, data.val, data.test) == (root, tmp_path / "s", str(tmp_path / "v.txt"), "val")
+    monkeypatch.chdir("/")
+    evaluated(monkeypatch, tmp_path / "run", "--split", "val")
+
+
+def test_predict_skips_what_it_cannot_read(run, tmp_path, capsys):
+    for i in range(4):
+        picture(tmp_path / f"in/{i}.png", i)
+    for i in (0, 2):
+        path = tmp_path / f"in/{i}.png"
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"^2 of 4 images have no mask: they are listed above$"):
+        predict.main([str(run.folder), str(tmp_path / "in"), "-o", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert all(f"skipped: cannot read {tmp_path / f'in/{i}.png'}" in said for i in (0, 2)) and "2 images: " in said
+    assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == ["1.png", "3.png"]
+
+
 def test_trained_weights_are_those_that_were_evaluated(tmp_path):
     teacher = run_tiny(tmp_path / "run", method__preset="supervised", teacher__kind="ema", train__picture_every=9)
     state = checkpoint.load(teacher.last)["objective"]

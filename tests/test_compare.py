@@ -13,6 +13,7 @@ from cmim import checkpoint, compare, train
 from cmim.config import config_from, dump_config
 from cmim.engine.run import Run
 from cmim.errors import UserError, run_command
+from cmim.settings import PRESETS
 from tests.tiny_runs import TINY, words
 
 
@@ -135,8 +136,8 @@ def test_what_compare_takes_for_finished(settings, result, done, tmp_path):
 
 
 def test_compare_knows_every_preset():
-    assert "unimatch_v2" in compare.PRESETS
-    for preset in compare.PRESETS:
+    assert "unimatch_v2" in PRESETS
+    for preset in PRESETS:
         assert config_from({"data": {"format": "shapes"}, "method": {"preset": preset}}, "test").method.preset == preset
 
 

@@ -120,7 +120,28 @@ def test_a_full_disk(tmp_path, capfd):
     run.last.with_suffix(".partial").symlink_to("/dev/full")
     said = said_by(capfd, train.main, "--output", run.folder, "--resume", "--train.steps", "2")
     assert said.startswith("No space left on device") and said.endswith("free some space or give another --output")
+    assert str(run.last) in said and not list(run.folder.rglob("*.partial"))
     assert run.last.read_bytes() == before and checkpoint.load(run.last)["step"] == 1
+
+
+@pytest.mark.parametrize("room", [1000, 100_000, 2_000_000])
+def test_a_disk_that_becomes_full_inside_a_checkpoint(room, tmp_path, capfd):
+    """Whatever part of it is being written: PyTorch's error of many lines hides the reason."""
+    resource = pytest.importorskip("resource")
+    path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoint.save({"class_names": [], "step": 1}, path)
+    whole = path.read_bytes()
+
+    def main(_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            checkpoint.save({"class_names": [], "value": torch.zeros(3, 1_000_000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    said = said_by(capfd, main)
+    assert said == f"File too large: {path}; free some space or give another --output"
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_only_errors_of_the_place_are_the_users(capfd):
@@ -299,3 +320,23 @@ def test_a_pass_of_a_single_image(compile, tmp_path, monkeypatch):
 
 def test_an_error_is_one_line_without_colours():
     assert str(UserError("two\n  lines, \x1b[1;31mred\x1b[0m")) == "two lines, red"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, run, copy, images, tmp_path, capfd):
+    state = checkpoint.load(copy.last)
+    next(v for k, v in state["objective"].items() if k.startswith("teacher.") and v.dim() == 4)[0] = value
+    checkpoint.save(state, copy.last)
+    for main, words in (
+        (evaluate.main, [copy.folder]),
+        (predict.main, [copy.folder, images, "-o", tmp_path / "out"]),
+        (train.main, tiny(tmp_path / "warm", model__init_from=str(copy.folder), method__preset="supervised")),
+        (train.main, ["--output", copy.folder, "--resume", "--train.steps", "2"]),
+    ):
+        assert f"{copy.last} holds weights that are not finite, 1 tensors" in said_by(capfd, main, *words)
+
+
+def test_a_seed_or_preset_twice_is_refused(tmp_path, capfd):
+    for option, values in (("--seeds", ["0", "1", "0"]), ("--presets", ["mim", "mim"])):
+        said = said_by(capfd, compare.main, "--output", tmp_path / "c", option, *values)
+        assert said.startswith(f"{option} names {values[0]} twice")

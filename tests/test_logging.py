@@ -55,6 +55,18 @@ def test_a_logged_figure_is_its_mean_over_the_interval(tmp_path, monkeypatch, ca
     assert second.startswith("step 4/8  loss 9.000  sup 9.000  6.0 images/s  data wait 0%")
 
 
+def test_what_is_done_between_steps_does_not_slow_training(tmp_path, monkeypatch):
+    log, now = log_of(tmp_path, monkeypatch)
+    log.add({"loss": torch.tensor(1.0)})
+    now[0] = 2.0
+    with log.paused():
+        now[0] = 50.0
+    log.write(1, 0.1)
+    log.close()
+    (line,) = read_metrics(Run(tmp_path))
+    assert line["images_per_second"] == 3.0 and line["seconds"] == 50.0
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc to compare with")
 def test_memory_is_the_peak_of_the_process():
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())

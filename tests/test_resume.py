@@ -168,6 +168,8 @@ def test_other_settings_are_not_continued(change, key, tmp_path):
     base = {"method__preset": "supervised", "train__steps": 1}
     run = Run(tmp_path / "run")
     train.start_run(run, train.load_config(train.default_config_path(), tiny("x", **base)[2:]), ["a"])
+    run.last.parent.mkdir()
+    run.last.touch()  # what is refused is a run that has something to continue
     before = run.config.read_text()
     with pytest.raises(UserError) as caught:
         run_tiny(run.folder, "--resume", **(base | change))

@@ -1,29 +1,50 @@
 """Images and labels: where they come from, how they are augmented, and the batches made of them."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
 from cmim.data.benchmarks import Ade20k, Cityscapes, Coco, Voc
-from cmim.data.datasets import Splits
+from cmim.data.datasets import ImageSet, Splits
 from cmim.data.folder import Folder
 from cmim.data.shapes import load_shapes
-from cmim.data.splits import load_files
+from cmim.data.splits import Source, held_out_set, load_files
 from cmim.settings import DataSettings
 
-FORMATS: dict[str, Callable[[DataSettings], Splits]] = {
-    "shapes": load_shapes,
-    "folder": lambda settings: load_files(settings, Folder(settings)),
-    "voc": lambda settings: load_files(settings, Voc(settings)),
-    "cityscapes": lambda settings: load_files(settings, Cityscapes(settings)),
-    "coco": lambda settings: load_files(settings, Coco(settings)),
-    "ade20k": lambda settings: load_files(settings, Ade20k(settings)),
+FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
+    "shapes": None,  # drawn
+    "folder": Folder,
+    "voc": Voc,
+    "cityscapes": Cityscapes,
+    "coco": Coco,
+    "ade20k": Ade20k,
 }
-"""How each `data.format` is loaded."""
+"""The `Source` of each `data.format`."""
 
 
-def load_splits(settings: DataSettings) -> Splits:
+def load_splits(settings: DataSettings, labelled: Path | None = None) -> Splits:
     """The `Splits` that `DataSettings` describe.
+
+    Args:
+        labelled: a continued run's list of its labelled images, which are then not drawn anew.
 
     Raises:
         UserError: a file, a folder or a setting is missing or wrong; the message names it and the remedy.
     """
-    return FORMATS[settings.format](settings)
+    source = FORMATS[settings.format]
+    return load_shapes(settings) if source is None else load_files(settings, source(settings), labelled)
+
+
+def load_held_out(settings: DataSettings, name: Literal["val", "test"]) -> tuple[ImageSet | None, tuple[str, ...]]:
+    """The val or test images alone, whatever else of the data is there, and the names of the classes; None where there is
+    no test.
+
+    Raises:
+        UserError: as `load_splits`.
+    """
+    source = FORMATS[settings.format]
+    if source is None:
+        splits = load_shapes(settings)
+        return getattr(splits, name), splits.class_names
+    made = source(settings)
+    return held_out_set(settings, made, name), made.class_names

@@ -15,12 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from cmim.data.augmentation import cutmix_box, resize, strong, weak
 from cmim.data.datasets import ImageSet, Splits
+from cmim.errors import UserError
 from cmim.randomness import key, numpy_generator, torch_generator
 from cmim.settings import Config, DataSettings
 from cmim_kernels import random_mask
 
 IMAGES = ("labelled_image", "weak_image", "strong_image")
 """The entries of a batch that are images, (..., C, S, S)."""
+ATTEMPTS = 20
+"""Images that are tried where one cannot be read."""
 
 
 class TrainBatches(Dataset):
@@ -42,6 +45,8 @@ class TrainBatches(Dataset):
         *_mask (n, b, b) bool, True where a block is hidden
         *_mask_key (n,) int64, of the mask inside each class        *_class_key (n,) int64, of the class that is isolated
 
+    and where an unlabelled image could not be read: replaced (n,) int64, the numbers of those in whose place others stand.
+
     Keys are for `cmim.randomness.uniform`, randomness on the device: each stands for a draw of its own.
     """
 
@@ -55,6 +60,9 @@ class TrainBatches(Dataset):
         batch = {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
         if self.config.preset.uses_unlabelled:
             samples = [self._unlabelled(p) for p in self._positions(step, train.unlabelled_batch)]
+            replaced = [i for s in samples for i in s.pop("replaced", ())]
+            if replaced:
+                batch["replaced"] = torch.tensor(replaced)
             for name in samples[0]:
                 batch[name] = torch.stack([s[name] for s in samples], dim=1 if name in ("strong_image", "box") else 0)
         return batch
@@ -72,8 +80,8 @@ class TrainBatches(Dataset):
 
     def _unlabelled(self, position):
         config, seed = self.config, self.config.seed
-        i = self._index(position, len(self.unlabelled), "unlabelled order")
-        image, _, valid = self._weak(self.unlabelled.image(i), None, position, "unlabelled weak")
+        image, replaced = self._readable(position)
+        image, _, valid = self._weak(image, None, position, "unlabelled weak")
         views = range(config.preset.strong_views)
         boxes = [
             cutmix_box(numpy_generator(seed, position, f"box {v}"), config.data.crop, config.method.cutmix) for v in views
@@ -84,8 +92,24 @@ class TrainBatches(Dataset):
             "channel_key": torch.tensor(key(seed, position, "dropped channels")),
             "strong_image": torch.stack([strong(image, numpy_generator(seed, position, f"strong {v}")) for v in views]),
             "box": torch.tensor(boxes),
-        }
+        } | ({"replaced": replaced} if replaced else {})
         return sample | self._masks(position, "weak") | self._masks(position, "strong")
+
+    def _readable(self, position):
+        """The unlabelled image of a position, and the numbers of those that could not be read before it. The others that
+        stand in belong to the position, like everything that is drawn."""
+        count, broken, first = len(self.unlabelled), [], None
+        i = self._index(position, count, "unlabelled order")
+        for attempt in range(ATTEMPTS):
+            try:
+                return self.unlabelled.image(i), broken
+            except UserError as error:
+                if self.config.data.strict:
+                    raise
+                broken.append(i)
+                first = first or error
+            i = int(numpy_generator(self.config.seed, position, f"instead of an unlabelled image {attempt}").integers(count))
+        raise first
 
     def _index(self, position, count, purpose):
         """Every epoch is its own permutation of the images."""

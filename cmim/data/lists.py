@@ -12,8 +12,11 @@ from cmim.errors import UserError
 def read_lines(path: Path, key: str, content: str) -> list[str]:
     """The lines of a text file without blank ones; `key` is the setting that names it, `content` what it should hold."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files need not be UTF-8
+        if "\0" in text:
+            raise ValueError("a zero byte")
+        lines = [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{key}: cannot read {path} ({reason}); it lists {content}") from None
     return [line for line in lines if line]

@@ -64,8 +64,9 @@ class Source(Protocol):
         that were found and are not used."""
 
 
-def load_files(settings: DataSettings, source: Source) -> Splits:
-    """The splits of a source. Where no image is unlabelled, the labelled ones serve, without their masks.
+def load_files(settings: DataSettings, source: Source, listed: Path | None = None) -> Splits:
+    """The splits of a source; the labelled images are those that the file `listed` of an earlier run names, if
+    given. Where no image is unlabelled, the labelled ones serve, without their masks.
 
     `data.labelled` divides the training images unless there is a `data.split`. For val (test likewise): `val` is val.txt of
     the split if there is one, else the source's own; another name is the source's own of that name, else a list file.
@@ -75,7 +76,7 @@ def load_files(settings: DataSettings, source: Source) -> Splits:
         training = labelled
     else:
         training = source.training()
-        labelled, rest = divide(training, settings)
+        labelled, rest = divide(training, settings) if listed is None else _divide_again(training, settings, listed)
         unlabelled = rest + source.unlabelled()
     sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}
     sets = {name: pairs for name, pairs in sets.items() if pairs is not None}
@@ -106,6 +107,19 @@ def load_files(settings: DataSettings, source: Source) -> Splits:
     return Splits(**{"test": None} | made | about)
 
 
+def held_out_set(settings: DataSettings, source: Source, name: str) -> FileSet | None:
+    """The images of a held-out split alone, as `load_files` makes them."""
+    pairs = _held_out(settings, source, name)
+    if pairs is None:
+        return None
+    listing, images = Listing(), [image for image, _ in pairs]
+    require(images, listing, "image", source.layout)
+    masks = [source.find_mask(mask, listing) for _, mask in pairs]
+    require(masks, listing, "mask", source.mask_remedy)
+    source.inspect_masks({name: masks})
+    return FileSet(images, masks, source.encoding, settings.channels, turn=settings.exif == "apply")
+
+
 def divide(
     pairs: list[tuple[Path, Path | None]], settings: DataSettings
 ) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
@@ -132,6 +146,15 @@ def divide(
         labelled = sorted(candidates[i] for i in order[:count])
     chosen = set(labelled)
     return [pairs[i] for i in labelled], [image for i, (image, _) in enumerate(pairs) if i not in chosen]
+
+
+def _divide_again(pairs, settings, listed):
+    try:
+        return divide(pairs, settings.model_copy(update={"labelled": listed}))
+    except UserError as error:
+        raise UserError(
+            f"the labelled images are not those of {listed}: {error}; restore the data, or give another --output"
+        ) from None
 
 
 def _named(path, pairs):

@@ -4,7 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,6 +110,15 @@ class RunLog:
     def _begin_interval(self):
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the `with` block, evaluation for example, does not count for the speed of training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.interval_start += time.perf_counter() - start
+
     def add(self, figures: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch's figures, a dict of scalar tensors."""
         names = tuple(figures)
@@ -169,6 +179,13 @@ class RunLog:
             + (f"  {memory:.1f} GiB" if memory is not None else "")
             + f"  {clock(left)} left"
         )
+
+    def warn(self, text: str) -> None:
+        """Print a warning of any process."""
+        rank = distributed.rank()
+        quiet, console.quiet = console.quiet, False
+        console.print(f"warning: {text}" if rank == 0 else f"warning of process {rank}: {text}")
+        console.quiet = quiet
 
     def evaluation(self, step: int, evaluation: "Evaluation", split: str, class_names: Sequence[str]) -> None:
         """Store an evaluation."""

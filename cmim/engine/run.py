@@ -1,11 +1,14 @@
 """The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/."""
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,8 +19,13 @@ from cmim.models.build import build_segmenter, check_sizes
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
+
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
-FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"))
+FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
 
 SETTLED = ("exif", "mean", "std")
 """Keys of `data` that a new run decides where they are not given, and a continued one takes over."""
@@ -36,6 +44,11 @@ class Run:
         self.best = self.folder / "checkpoints" / "best.pt"
         self.pictures = self.folder / "pictures"
         self.tensorboard = self.folder / "tensorboard"
+        self.lock = self.folder / ".lock"
+
+    def has_results(self) -> bool:
+        """Whether there is anything to continue, or to lose. A run that stopped before its first checkpoint has none."""
+        return any(path.exists() for path in (self.last, self.best, self.result))
 
 
 def default_folder(config_path: str | Path) -> Path:
@@ -47,27 +60,84 @@ def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
     """The run of a folder, new or to be continued; nothing is written yet.
 
     Raises:
-        UserError: the folder holds a run and `resume` is false; or the run had another config.
+        UserError: the folder holds a run with a checkpoint and `resume` is false; or the run had another config.
     """
     run = Run(folder)
     if run.config.exists():
+        if not run.has_results():
+            return run
         if not resume:
             raise UserError(f"{run.folder} holds a run; continue it with --resume, or give another --output")
         key = changed_setting(load_config(run.config), config)
         if key is not None:
             raise UserError(f"{key} differs from {run.config}; resume with the same settings, or give another --output")
-    elif run.folder.exists() and (not run.folder.is_dir() or any(p.suffix != ".partial" for p in run.folder.iterdir())):
+    elif run.folder.exists() and (not run.folder.is_dir() or any(map(_is_foreign, run.folder.iterdir()))):
         raise UserError(f"{run.folder} exists and is not a run folder; give another --output")
     return run
+
+
+def _is_foreign(path):
+    return path.suffix != ".partial" and path.name != ".lock"
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Inside the `with` block no other process can train in the run's folder. The operating system frees the lock of a
+    process that is killed. Where it has no such locks, nothing is locked.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    if fcntl is None:
+        yield
+        return
+    made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    file = _take_lock(run)
+    try:
+        yield
+    finally:
+        run.lock.unlink(missing_ok=True)  # before it is freed, so that nobody else holds what is unlinked
+        file.close()
+        for folder in made:  # a mistake that was found before anything was written leaves no folder
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _take_lock(run):
+    while True:
+        file = open(run.lock, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            who = file.read().strip()
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return open(os.devnull, encoding="utf-8")  # a file system without locks
+            raise UserError(
+                f"another process{f' ({who})' * bool(who)} is training in {run.folder}; wait until it ends, or give another "
+                "--output"
+            ) from None
+        try:
+            same = os.stat(run.lock).st_ino == os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:  # else who held it before has just unlinked it
+            file.truncate(0)
+            file.write(f"number {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file
+        file.close()
 
 
 def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
     """Write the settings and the names of the labelled images, which a continued run must share."""
     names = "".join(f"{name}\n" for name in labelled)
-    if run.labelled.exists() and run.labelled.read_text() != names:
+    if run.labelled.exists() and run.has_results() and _read(run.labelled) != names:
         raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.config, dump_config(config))  # first, because this file marks the folder as a run
+    write_text(run.config, dump_config(absolute(config)))  # first, because this file marks the folder as a run
     write_text(run.labelled, names)
 
 
@@ -78,6 +148,24 @@ def take_over(config: Config, old: Config) -> Config:
     return with_data(config, **{key: getattr(old.data, key) for key in SETTLED if getattr(config.data, key) is None})
 
 
+def absolute(config: Config) -> Config:
+    """`config` with absolute paths, so that what it names is found from any folder."""
+    data, model = config.data, config.model
+    paths = {key: Path(os.path.abspath(path)) for key in ("root", "split") if (path := getattr(data, key)) is not None}
+    if isinstance(data.labelled, Path):
+        paths["labelled"] = Path(os.path.abspath(data.labelled))
+    for key in ("val", "test"):  # a folder of the data set comes first
+        name = getattr(data, key)
+        if name is not None and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
+            paths[key] = os.path.abspath(name)
+    weights = {}
+    if model.init_from is not None:
+        weights["init_from"] = Path(os.path.abspath(model.init_from))
+    if model.weights not in ("timm", "none"):
+        weights["weights"] = os.path.abspath(model.weights)
+    return with_data(config.model_copy(update={"model": model.model_copy(update=weights)}), **paths)
+
+
 def with_data(config: Config, **values: object) -> Config:
     """`config` with other values in its section `data`."""
     return config.model_copy(update={"data": config.data.model_copy(update=values)})
@@ -85,8 +173,8 @@ def with_data(config: Config, **values: object) -> Config:
 
 def changed_setting(old: Config, new: Config) -> str | None:
     """The first key, of those that matter, in which two configs differ; None where there is none."""
-    new = take_over(new, old)
-    old = take_over(old, old)
+    new = absolute(take_over(new, old))
+    old = absolute(take_over(old, old))
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
     for section in old:
         if not isinstance(old[section], dict):
@@ -100,25 +188,48 @@ def changed_setting(old: Config, new: Config) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written."""
+    """Write a file so that it is never seen half-written. It is UTF-8 whatever the locale; names of files that are not pass
+    through unchanged."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step`, the closing one on test, and a last line that was cut off."""
+def _read(path):
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of metrics.jsonl after `step`, the closing one on test, and a last line that was cut off.
+
+    Returns:
+        The figures that are kept, by line.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return []
+    kept, lines = [], _read(path).splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             figures = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if figures["step"] <= step and figures.get("split") != "test":
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+            keep = figures["step"] <= step and figures.get("split") != "test"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            if number == len(lines) and line.startswith("{"):
+                continue
+            raise UserError(
+                f"{path}: line {number} is none that a run wrote; move the file away, or give another --output"
+            ) from None
+        if keep:
+            kept.append((line, figures))
+    write_text(path, "".join(line + "\n" for line, _ in kept))
+    return [figures for _, figures in kept]
 
 
 class Trained(NamedTuple):

@@ -15,6 +15,7 @@ from types import ModuleType
 from cmim.errors import UserError
 from cmim.models.geometry import Geometry
 from cmim.models.segmenter import Segmenter
+from cmim.models.weights import check_name, timm_normalisation
 from cmim.settings import Config, ModelSettings
 
 ARCHITECTURES = {
@@ -46,6 +47,26 @@ def build_segmenter(settings: ModelSettings, num_classes: int, mean: Sequence[fl
     if settings.freeze_encoder:
         net.freeze_encoder()
     return net
+
+
+def normalisation(settings: ModelSettings, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel in [0, 1] that the pretrained weights of an encoder expect; None for
+    random weights, and where nothing is known of them.
+
+    Raises:
+        UserError: the encoder is unknown, or what its weights expect has to be fetched and cannot.
+    """
+    if settings.weights == "none":
+        return None
+    if settings.arch.startswith("smp:"):
+        found = _module(settings.arch).normalisation(settings)
+    else:
+        check_name(settings.encoder)
+        found = timm_normalisation(settings.encoder)
+    if found is None or channels == 3:
+        return found
+    mean, std = ((sum(values) / 3,) * channels for values in found)
+    return mean, std
 
 
 def token_stride(config: Config) -> float:

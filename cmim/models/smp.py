@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from cmim.errors import UserError
 from cmim.models.geometry import Geometry
 from cmim.models.segmenter import Segmenter
-from cmim.models.weights import brief, check_name, fetch, load_timm_file, load_weights, read_weights, timm_names
+from cmim.models.weights import (
+    brief,
+    check_name,
+    fetch,
+    load_timm_file,
+    load_weights,
+    read_weights,
+    timm_names,
+    timm_normalisation,
+)
 from cmim.settings import ModelSettings
 
 
@@ -103,6 +112,25 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
         if name in layout.unused:
             parameter.requires_grad_(False)
     return SmpSegmenter(model, layout, mean=mean, std=std)
+
+
+def normalisation(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation that the weights of the encoder were trained with, as `timm_normalisation`; None where
+    smp does not say, or not in numbers of red, green and blue in [0, 1].
+
+    Raises:
+        UserError: smp would have to fetch them, and cannot.
+    """
+    _, encoder = _parse(settings.arch)
+    if encoder.startswith("tu-"):
+        return timm_normalisation(encoder.removeprefix("tu-"))
+    if settings.weights != "timm":
+        return None
+    given = fetch(encoder, lambda: _library().encoders.get_preprocessing_params(encoder))
+    mean, std = given.get("mean"), given.get("std")
+    if not mean or not std or given.get("input_space") != "RGB" or list(given.get("input_range") or [0, 1]) != [0, 1]:
+        return None
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 @lru_cache

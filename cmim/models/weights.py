@@ -96,6 +96,15 @@ def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
         hub.setLevel(level)
 
 
+def timm_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of red, green and blue in [0, 1] that timm's weights of a model were trained with; None
+    where timm does not say."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.mean or not config.std or not len(config.mean) == len(config.std) == 3:
+        return None
+    return tuple(map(float, config.mean)), tuple(map(float, config.std))
+
+
 def _map_indices(name, strides, options):
     """Which of timm's feature maps has which stride: the last one where there are several."""
     try:

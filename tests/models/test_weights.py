@@ -4,10 +4,12 @@ import torch
 from safetensors.torch import save_file
 
 from cmim.checkpoint import network_weights, warm_start
+from cmim.config import dump_config
+from cmim.engine.start import settle_normalisation
 from cmim.errors import UserError
-from cmim.models.build import build_segmenter
+from cmim.models.build import build_segmenter, normalisation
 from cmim.models.weights import create_encoder
-from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, ModelSettings
+from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, Config, ModelSettings
 
 
 def load(weights, name="test_byobnet", strides=(4, 16)):
@@ -247,3 +249,33 @@ def test_warm_start_from_another_network(tmp_path, classes):
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
     with pytest.raises(UserError, match=r"model.init_from: no checkpoint"):
         warm_start(net, tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    "encoder, mean, std",
+    [
+        ("vit_base_patch16_224.augreg_in21k", (0.5,) * 3, (0.5,) * 3),
+        ("resnet50", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("vit_large_patch16_dinov3.sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+    ],
+)
+def test_images_are_normalised_as_the_weights_expect(encoder, mean, std):
+    assert normalisation(ModelSettings(encoder=encoder), 3) == (mean, std)
+    assert normalisation(ModelSettings(encoder=encoder), 2) == ((sum(mean) / 3,) * 2, (sum(std) / 3,) * 2)
+    assert normalisation(ModelSettings(encoder=encoder, weights="none"), 3) is None
+    config, note = settle_normalisation(Config(model={"encoder": encoder}))
+    if encoder == "resnet50":  # ImageNet's are the default
+        assert (config.data.mean, config.data.std, note) == (None, None, None)
+    else:
+        assert (config.data.mean, config.data.std) == (mean, std) and f"are those of the weights of {encoder}" in note
+    given, _ = settle_normalisation(Config(model={"encoder": encoder}, data={"mean": (0.1, 0.2, 0.3)}))
+    assert given.data.mean == (0.1, 0.2, 0.3)
+
+
+def test_a_warm_start_normalises_as_the_run_that_it_starts_from(tmp_path):
+    run = Config(data={"format": "shapes", "mean": (0.1, 0.2, 0.3)})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(dump_config(run))
+    for path in (tmp_path, tmp_path / "checkpoints/best.pt"):
+        config, note = settle_normalisation(Config(model={"init_from": path}))
+        assert config.data.mean == (0.1, 0.2, 0.3) and str(tmp_path / "config.yaml") in note

@@ -23,10 +23,11 @@ class RowLaunch(NamedTuple):
 
 
 def row_launch(batch, channels):
-    """A tile of 2048 elements: rows as wide as possible, then images, then places."""
+    """A tile of 2048 elements: rows as wide as possible, then images, then places. Many places of narrow rows need more
+    registers for their addresses."""
     wide = power_of_two(channels, low=32, high=256)
     images = power_of_two(batch, low=1, high=8)
-    return RowLaunch(images, 2048 // (wide * images), wide, num_warps=4, maxnreg=168)
+    return RowLaunch(images, 2048 // (wide * images), wide, num_warps=4, maxnreg=200 if wide == 32 else 168)
 
 
 def forward_grid(launch, batch, tokens, channels):

@@ -74,10 +74,15 @@ def test_another_batch_compiles_nothing(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_another_size_of_images_compiles_nothing(name):
-    """Where rows of 16 elements stay rows of 16 elements; where they do not, all others share one variant."""
+    """Where rows of 16 elements stay rows of 16 elements."""
     made_by(name)
     for side in (20, 28, 44):
         assert made_by(name, side=side).compiled == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_sizes_that_fit_no_16_elements_share_one_variant(name):
     made_by(name, side=21)
     for side in (23, 25, 29):
         assert made_by(name, side=side).compiled == []
@@ -114,7 +119,10 @@ def test_seventy_thousand_images(op):
     assert not record.compiled
 
 
-@pytest.mark.parametrize("op", CASES)
+FAR = [op if op in ("pack_classes", "class_attention") else pytest.param(op, marks=pytest.mark.slow) for op in CASES]
+
+
+@pytest.mark.parametrize("op", FAR)
 def test_images_more_than_2_to_the_31_elements_apart(op, monkeypatch):
     """The distance arrives whole, for each tensor that the kernels take as it lies."""
     distance, contiguous = 2**31 + 2**10, launches.meta

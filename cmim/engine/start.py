@@ -1,0 +1,92 @@
+"""What a new run settles and says before its first step."""
+
+from collections.abc import Sequence
+
+from cmim import distributed
+from cmim.config import load_config
+from cmim.data import load_splits
+from cmim.data.datasets import Splits
+from cmim.data.survey import decide_exif, survey, surveyed
+from cmim.engine.logging import Progress, console
+from cmim.engine.optimizer import scaled_lr
+from cmim.engine.run import Run, with_data
+from cmim.engine.schedule import total_steps
+from cmim.models.build import normalisation, token_stride
+from cmim.models.reconstruction import receptive_warning
+from cmim.settings import Config
+
+
+def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
+    """Decide what a new run is not given, so that its config.yaml holds it: whether EXIF orientations count, and
+    the mean and standard deviation of the images.
+
+    Returns:
+        config and splits that follow the decisions, and lines on them for the user.
+    """
+    notes = []
+    if config.data.exif is None:
+        exif, note = decide_exif(splits)
+        notes += [note] if note else []
+        config = with_data(config, exif=exif)
+        splits = load_splits(config.data) if exif == "apply" else splits
+    if config.data.mean is None or config.data.std is None:
+        config, note = settle_normalisation(config)
+        notes += [note] if note else []
+    return config, splits, notes
+
+
+def settle_normalisation(config: Config) -> tuple[Config, str | None]:
+    """`data.mean` and `data.std`, where they are not given, are those of the weights that training starts from."""
+    model, data = config.model, config.data
+    if model.init_from is not None:
+        folder = model.init_from if model.init_from.is_dir() else model.init_from.parent.parent
+        source = folder / "config.yaml"
+        found = load_config(source).data.normalisation() if source.is_file() else None
+        found = found if found and len(found[0]) == data.channels else None
+    else:
+        source, found = (
+            model.encoder if not model.arch.startswith("smp:") else model.arch,
+            normalisation(model, data.channels),
+        )
+    mean, std = data.normalisation()
+    if found is None or found == (mean, std):
+        return config, None
+    values = {key: v for key, v in zip(("mean", "std"), found, strict=True) if getattr(data, key) is None}
+    shown = " and ".join(f"data.{key} [{', '.join(f'{v:.4g}' for v in values[key])}]" for key in values)
+    return with_data(config, **values), f"{shown} are those of the weights of {source}"
+
+
+def open_files(config: Config, splits: Splits) -> None:
+    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
+    with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
+        for line in survey(splits, config.data, progress.advance):
+            console.print(f"warning: {line}")
+
+
+def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
+    """Print what will be trained on what, and what the user should know of it."""
+    test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
+    processes = distributed.world().size
+    console.print(
+        f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images, "
+        f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
+        + (f"; {processes} processes" if processes > 1 else "")
+    )
+    for note in (*splits.notes, *notes):
+        console.print(f"note: {note}")
+    train, optimizer = config.train, config.optimizer
+    if train.epochs is not None:
+        steps = total_steps(train, len(splits.unlabelled))
+        console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
+    lr = scaled_lr(optimizer, train)
+    if lr != optimizer.lr:
+        console.print(
+            f"note: the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
+            f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
+        )
+    reconstruction = config.reconstruction
+    if "pix" in config.preset.masked and reconstruction.decoder == "conv":
+        stride = token_stride(config)
+        note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
+        if note:
+            console.print(f"note: {note}")
