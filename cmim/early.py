@@ -1,6 +1,9 @@
-"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, and answers --help."""
+"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, answers --help, and can
+be stopped."""
 
 import importlib.util
+import os
+import signal
 import sys
 
 NEEDED = {
@@ -17,6 +20,8 @@ def begin(command: str, doc: str) -> None:
         command: its name, as in `python -m cmim.<command>`.
         doc: the module's docstring.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # until cmim.errors.run_command takes over
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"error: {', '.join(missing)} not installed; install the trainer: pip install 'cmim[train]'", file=sys.stderr)

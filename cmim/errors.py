@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Errors of a place that cannot be written: it is full, it is protected, or a file stands where a folder is needed.
@@ -32,6 +33,35 @@ class UserError(Exception):
         super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
+class Stopped(Exception):
+    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal."""
+
+    def __init__(self, number: int):
+        self.code = 128 + number
+        super().__init__(f"stopped by signal {number}")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt and SIGTERM `Stopped` inside the `with` block."""
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, stop),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Call main() and turn a user's mistake into one line on stderr and exit code 2.
 
@@ -40,7 +70,8 @@ def run_command(main: Callable[[], object]) -> None:
     """
     threading.excepthook = _report_thread
     try:
-        main()
+        with _signals():
+            main()
         return
     except UserError as error:
         code, message = 2, str(error)
@@ -52,11 +83,24 @@ def run_command(main: Callable[[], object]) -> None:
             raise
         place = error.filename2 or error.filename or "the output folder"
         code, message = 2, f"{error.strerror}: {place}; free some space or give another --output"
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        code, message = (
+            2,
+            (
+                "a process that loads images was killed, often for want of memory: lower data.workers, or data.crop and the "
+                "batches; a run continues from its last checkpoint with --output RUN --resume"
+            ),
+        )
+    except Stopped as stop:
+        code, message = stop.code, None
     except KeyboardInterrupt:
         code, message = 130, None
     if message is not None:
         _say(message)
     if "RANK" in os.environ:
+        sys.stdout.flush()
         os._exit(code)  # a usual exit may wait for processes of the group that have ended already
     sys.exit(code)
 

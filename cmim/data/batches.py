@@ -5,6 +5,7 @@ m x batch + r x (batch / ranks) + i; everything about it is drawn from generator
 purpose. So no batch depends on the number of workers, on where a run was resumed or on the number of ranks.
 """
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -183,7 +184,16 @@ def _collate(group):
 def _options(workers):
     # Without a generator of its own, a loader would draw from torch's global one.
     pinned = torch.cuda.is_available()
-    return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+    options = dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+    return options | ({"worker_init_fn": _outlive_signals} if workers else {})
+
+
+def _outlive_signals(worker):
+    """Ctrl-C in a terminal and the end of a container reach the loader's processes too. The run, which then finishes its
+    step, ends them; PyTorch sees to it that they do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(1))
 
 
 def _shown(image, size):

@@ -110,6 +110,16 @@ class RunLog:
     def _begin_interval(self):
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
 
+    def interval(self) -> list[tuple[tuple[str, ...], torch.Tensor, int]]:
+        """What has been added since the last line, over all processes: names, sums, how many times."""
+        return [(names, distributed.sum_over_ranks(sums.clone()).cpu(), times) for names, (sums, times) in self.sums.items()]
+
+    def continue_interval(self, interval: list[tuple[tuple[str, ...], torch.Tensor, int]]) -> None:
+        """Begin with what a stopped run had added; process 0 stands for all that there were."""
+        for names, sums, times in interval:
+            sums = sums.to(self.device) * self.is_rank0
+            self.sums[tuple(names)] = (sums, times)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done in the `with` block, evaluation for example, does not count for the speed of training."""
