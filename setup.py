@@ -64,7 +64,7 @@ class BuildCuda(Command):
                 outcome = f"not built: {error}"
         print(f"cmim: CUDA kernels {outcome}", file=sys.stderr)
         self.library.parent.mkdir(parents=True, exist_ok=True)
-        self.library.with_suffix(".txt").write_text(outcome + "\n")
+        self.library.with_suffix(".txt").write_text(outcome + "\n", encoding="utf-8")
 
     def get_outputs(self):
         return [str(f) for f in (self.library, self.library.with_suffix(".txt")) if f.exists()]

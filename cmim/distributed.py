@@ -31,7 +31,13 @@ class World(NamedTuple):
 
 def world() -> World:
     """The `World` that the environment describes; it needs no process group."""
-    number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+
+    def number(name, default):
+        text = os.environ.get(name, str(default))
+        if not text.strip().isdecimal():
+            raise UserError(f"{name} is {text!r}, expected a number: start with torchrun, or unset {name}")
+        return int(text)
+
     return World(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
 
 

@@ -12,6 +12,9 @@ NEEDED = {
 }  # fmt: skip
 """Module -> distribution, of what the trainer cannot do without: the extra `train` of pyproject.toml."""
 
+BACKENDS = ("auto", "cuda", "triton", "torch")
+"""What CMIM_KERNELS_BACKEND may be."""
+
 
 def begin(command: str, doc: str) -> None:
     """Called at the top of the module of a command. Returns unless there is nothing more to do.
@@ -26,6 +29,13 @@ def begin(command: str, doc: str) -> None:
     if missing:
         print(f"error: {', '.join(missing)} not installed; install the trainer: pip install 'cmim[train]'", file=sys.stderr)
         sys.exit(2)
+    backend = os.environ.get("CMIM_KERNELS_BACKEND", "auto")
+    if backend not in BACKENDS:
+        print(f"error: CMIM_KERNELS_BACKEND is {backend!r}, expected one of {', '.join(BACKENDS)}", file=sys.stderr)
+        sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):  # names that the locale cannot print end no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv[1:]):
         from cmim.command_line import print_help
         from cmim.errors import run_command

@@ -367,7 +367,7 @@ class EvaluationSettings(Section):
 
 
 class Config(Section):
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Of everything that is drawn at random, but for the choice of labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()

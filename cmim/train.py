@@ -282,6 +282,11 @@ class Trainer:
 
     def load(self) -> None:
         state = checkpoint.load(self.run.last, self.device)
+        if "objective" not in state:
+            raise UserError(
+                f"{self.run.last} holds weights alone, as best.pt does, and no state to continue from; put the last "
+                "checkpoint there, or start a new run from it with --model.init_from"
+            )
         if state["class_names"] != list(self.splits.class_names):
             raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
         checkpoint.load_into(self.objective, state["objective"], self.run.last)

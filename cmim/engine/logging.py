@@ -100,8 +100,12 @@ class RunLog:
         """`images`: how many, over all processes, each call of `add` stands for; `micro`: calls of `add` per step."""
         self.is_rank0 = distributed.rank() == 0
         if self.is_rank0:
-            self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-            self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
+            self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            try:
+                self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
+            except UnicodeEncodeError:
+                self.board = None
+                self.warn("TensorBoard writes no files: it needs a path in UTF-8, such as another --output")
         self.device, self.steps, self.images, self.micro = device, steps, images, micro
         self.started, self.first_step = time.perf_counter(), first_step
         self.progress = Progress("train", steps, "steps", first_step, lines=False)
@@ -209,14 +213,15 @@ class RunLog:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
+            if self.board is not None and isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(f"{line['split']}/{name}" if "split" in line else name, value, line["step"])
 
     def close(self) -> None:
         self.progress.close()
         if self.is_rank0:
             self.file.close()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
 
     def __enter__(self):
         return self

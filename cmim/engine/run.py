@@ -92,7 +92,10 @@ def locked(run: Run) -> Iterator[None]:
         yield
         return
     made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # as in /proc
+        raise UserError(f"{run.folder} cannot be made; give another --output") from None
     file = _take_lock(run)
     try:
         yield
