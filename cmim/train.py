@@ -360,6 +360,10 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     if run.last.exists():
         model = config.model.model_copy(update={"weights": "none", "init_from": None})
         config = config.model_copy(update={"model": model})
+    if config.model.weights != "none":  # the seconds that this may take are not silent
+        name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
+        where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
+        console.print(f"loading the pretrained weights of {name} ({where})")
     objective = Objective(config, num_classes)
     if objective.note:
         console.print(f"note: {objective.note}")

@@ -76,6 +76,8 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
         training = labelled
     else:
         training = source.training()
+        if settings.labelled is None:
+            settings = settings.model_copy(update={"labelled": 1.0 if source.more_unlabelled else 0.125})
         labelled, rest = divide(training, settings) if listed is None else _divide_again(training, settings, listed)
         unlabelled = rest + source.unlabelled()
     sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}

@@ -185,14 +185,21 @@ class RunLog:
             speed["memory_gib"] = memory
         self._store({"step": step, "lr": lr, **figures, **speed})
         left = (now - self.started) / (step - self.first_step) * (self.steps - step)
-        shown = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss"))
-        console.print(
-            f"step {step}/{self.steps}  {shown}"
-            + (f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "")
-            + f"  {speed['images_per_second']:.1f} images/s  data wait {speed['data_wait']:.0%}"
-            + (f"  {memory:.1f} GiB" if memory is not None else "")
-            + f"  {clock(left)} left"
-        )
+        terms = "".join(f"  {k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss_"))
+        line = [
+            f"step {step}/{self.steps}  loss {figures['loss']:.3f}",
+            terms,
+            f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "",
+            f"  {speed['images_per_second']:.1f} images/s",
+            f"  data wait {speed['data_wait']:.0%}",
+            f"  {memory:.1f} GiB" if memory is not None else "",
+            f"  {clock(left)} left",
+        ]
+        # On a terminal a line that wraps is hard to read: what does not fit is in metrics.jsonl.
+        for i in (5, 1, 4, 2, 3):
+            if console.is_terminal and len("".join(line)) > console.width:
+                line[i] = ""
+        console.print("".join(line))
 
     def warn(self, text: str) -> None:
         """Print a warning of any process."""

@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # on Windows
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
 
-SETTLED = ("exif", "mean", "std")
+SETTLED = ("exif", "mean", "std", "labelled")
 """Keys of `data` that a new run decides where they are not given, and a continued one takes over."""
 
 
