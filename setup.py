@@ -57,7 +57,7 @@ class BuildKernels(Command):
             outcome = self.build_library(name, library, csrc)
             print(f"cmim: {name} kernels {outcome}", file=sys.stderr)
             library.parent.mkdir(parents=True, exist_ok=True)
-            library.with_suffix(".txt").write_text(outcome + "\n")
+            library.with_suffix(".txt").write_text(outcome + "\n", encoding="utf-8")
 
     def build_library(self, name, library, csrc):
         """What was done, in words."""

@@ -64,7 +64,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None
     except Exception as error:  # a damaged file raises exceptions of many types
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}); it may be damaged") from None
+        remedy = "put an earlier copy of it there, or start anew with another --output"
+        best = Path(path).with_name("best.pt")
+        if Path(path).name == "last.pt" and best.exists():
+            remedy += f"; {best} still has weights: --checkpoint best, or --model.init_from for a new run"
+        raise UserError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); it may be damaged: {remedy}"
+        ) from None
     if not isinstance(state, dict) or "class_names" not in state:
         raise UserError(f"{path} is not a checkpoint of cmim.train; give another run folder")
     return state

@@ -83,6 +83,12 @@ def parser_of(command: str, doc: str) -> CommandLine:
         if command == "predict":
             add("images", type=Path, help="an image or a folder of images")
             add("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
+            add(
+                "--clear",
+                metavar="CLASS",
+                help="class, by name or number, that overlays leave clear, such as the background",
+            )
+            add("--legend", action="store_true", help="names of the classes below each overlay")
         add("--checkpoint", choices=("last", "best"), default="last", help="whose weights (last)")
         if command == "evaluate":
             add("--split", choices=("val", "test"), help="by default test, or val where there is no test")

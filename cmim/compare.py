@@ -76,14 +76,14 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         command += ["--data.workers", "0"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
-    with open(given.output / f"{preset}-{seed}.log", "a") as log:
+    with open(given.output / f"{preset}-{seed}.log", "a", encoding="utf-8") as log:
         before = log.tell()
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
         said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
         errors = [line for line in said if line.startswith("error: ")]  # torchrun prints a report below them
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
-    miou = json.loads(Run(folder).result.read_text())["miou"]
+    miou = json.loads(Run(folder).result.read_text(encoding="utf-8"))["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
 
 
@@ -91,7 +91,7 @@ def finished(run: Run, config: Config) -> bool:
     """Whether the folder holds the result of these settings. cmim.train refuses or continues what else it holds."""
     if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
-    result = json.loads(run.result.read_text())
+    result = json.loads(run.result.read_text(encoding="utf-8"))
     if config.train.epochs is not None:
         return result.get("epochs") == config.train.epochs
     return result["step"] == total_steps(config.train, unlabelled=0)
@@ -100,7 +100,9 @@ def finished(run: Run, config: Config) -> bool:
 def make_table(given: Namespace) -> str:
     """The results of all runs as a table in Markdown."""
     results = {
-        preset: [json.loads(Run(given.output / f"{preset}-{seed}").result.read_text()) for seed in given.seeds]
+        preset: [
+            json.loads(Run(given.output / f"{preset}-{seed}").result.read_text(encoding="utf-8")) for seed in given.seeds
+        ]
         for preset in given.presets
     }
     split = results[given.presets[0]][0]["split"]

@@ -177,7 +177,21 @@ def _explain(error):
         return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
     if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], int | float):
         return f"{key}: expected text, got {problem['input']!r}; write it in quotes"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    hint = f"; {HINTS[key]}" if key in HINTS else ""
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}{hint}"
+
+
+HINTS = {
+    "data.mean": "values are from 0 to 1: divide by 255",
+    "data.std": "values are from 0 to 1: divide by 255",
+    "data.size": "give [height, width]",
+    "data.scale": "give [lowest, highest]",
+    "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
+    "mim.views": "give a list, such as [labelled, weak]",
+    "model.atrous_rates": "give a list, such as [6, 12, 18]",
+    "data.label_map": "give {mask value: class}, such as {255: 1}",
+}
+"""What to do about a value of another kind."""
 
 
 def unknown_key(key: str) -> str:

@@ -31,7 +31,13 @@ class World(NamedTuple):
 
 def world() -> World:
     """The `World` that the environment describes; it needs no process group."""
-    number = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
+
+    def number(name, default):
+        text = os.environ.get(name, str(default))
+        if not text.strip().isdecimal():
+            raise UserError(f"{name} is {text!r}, expected a number: start with torchrun, or unset {name}")
+        return int(text)
+
     return World(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
 
 
@@ -56,6 +62,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise UserError(f"WORLD_SIZE is {world().size}, but not MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
     backend, place = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=PATIENCE, device_id=place)
+    global _hosts
+    _hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if backend == "nccl" else None
     try:
         yield
     except RuntimeError as error:
@@ -83,6 +91,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+_hosts = None
+"""Where the group is one of CUDA devices, a group of the same processes for numbers that are on no device."""
+
+
+def largest(number: int) -> int:
+    """The largest of the non-negative numbers that the processes pass. No device is waited for."""
+    if size() == 1:
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts)
+    return int(value)
 
 
 def from_rank0(value: Any) -> Any:

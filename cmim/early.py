@@ -1,6 +1,9 @@
-"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, and answers --help."""
+"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, answers --help, and can
+be stopped."""
 
 import importlib.util
+import os
+import signal
 import sys
 
 NEEDED = {
@@ -8,6 +11,9 @@ NEEDED = {
     "yaml": "PyYAML", "pydantic": "pydantic", "rich": "rich", "tensorboard": "tensorboard", "matplotlib": "matplotlib",
 }  # fmt: skip
 """Module -> distribution, of what the trainer cannot do without: the extra `train` of pyproject.toml."""
+
+BACKENDS = ("auto", "cuda", "triton", "torch")
+"""What CMIM_KERNELS_BACKEND may be."""
 
 
 def begin(command: str, doc: str) -> None:
@@ -17,10 +23,19 @@ def begin(command: str, doc: str) -> None:
         command: its name, as in `python -m cmim.<command>`.
         doc: the module's docstring.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # until cmim.errors.run_command takes over
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"error: {', '.join(missing)} not installed; install the trainer: pip install 'cmim[train]'", file=sys.stderr)
         sys.exit(2)
+    backend = os.environ.get("CMIM_KERNELS_BACKEND", "auto")
+    if backend not in BACKENDS:
+        print(f"error: CMIM_KERNELS_BACKEND is {backend!r}, expected one of {', '.join(BACKENDS)}", file=sys.stderr)
+        sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):  # names that the locale cannot print end no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv[1:]):
         from cmim.command_line import print_help
         from cmim.errors import run_command

@@ -8,17 +8,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-# Errors of a place that cannot be written: it is full, it is protected, or a file stands where a folder is needed.
+# Errors of a place: it is full, it is protected or not there, or a file stands where a folder is needed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROTECTED = (errno.EACCES, errno.EPERM)
 _OF_THE_PLACE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    *_FULL, *_PROTECTED, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ELOOP,
 )  # fmt: skip
 RANK0_HEAD_START = 10
 """Seconds that the other processes of a run wait with a message: process 0 meets most mistakes too, and then its message is
 the only one."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory: lower data.crop, train.labelled_batch and train.unlabelled_batch (train.accumulate makes up for them), "
+    "evaluation.batch, data.size or evaluation.scales, or take a smaller model"
+)
+
+LOADER_KILLED = (
+    "a process that loads images was killed, often for want of memory: lower data.workers, or data.crop and the batches; a "
+    "run continues from its last checkpoint with --output RUN --resume"
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that memory, of the machine or of a GPU, is short, or that a size is beyond all memory."""
+    said = str(error).lower()
+    return any(words in said for words in ("out of memory", "can't allocate memory", "storage size calculation overflowed"))
 
 
 class UserError(Exception):
@@ -32,6 +52,35 @@ class UserError(Exception):
         super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
+class Stopped(Exception):
+    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal."""
+
+    def __init__(self, number: int):
+        self.code = 128 + number
+        super().__init__(f"stopped by signal {number}")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt and SIGTERM `Stopped` inside the `with` block."""
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, stop),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Call main() and turn a user's mistake into one line on stderr and exit code 2.
 
@@ -40,7 +89,8 @@ def run_command(main: Callable[[], object]) -> None:
     """
     threading.excepthook = _report_thread
     try:
-        main()
+        with _signals():
+            main()
         return
     except UserError as error:
         code, message = 2, str(error)
@@ -51,12 +101,27 @@ def run_command(main: Callable[[], object]) -> None:
         if error.errno not in _OF_THE_PLACE:
             raise
         place = error.filename2 or error.filename or "the output folder"
-        code, message = 2, f"{error.strerror}: {place}; free some space or give another --output"
+        remedy = "give another --output"
+        if error.errno in _FULL:
+            remedy = "free some space or give another --output"
+        elif error.errno in _PROTECTED:
+            remedy = "let this user read it, or write there, or give another path"
+        code, message = 2, f"{error.strerror}: {place}; {remedy}"
+    except MemoryError:
+        code, message = 2, OUT_OF_MEMORY
+    except RuntimeError as error:
+        message = OUT_OF_MEMORY if is_out_of_memory(error) else LOADER_KILLED
+        if message == LOADER_KILLED and "DataLoader worker (pid" not in str(error):
+            raise
+        code = 2
+    except Stopped as stop:
+        code, message = stop.code, None
     except KeyboardInterrupt:
         code, message = 130, None
     if message is not None:
         _say(message)
     if "RANK" in os.environ:
+        sys.stdout.flush()
         os._exit(code)  # a usual exit may wait for processes of the group that have ended already
     sys.exit(code)
 

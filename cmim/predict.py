@@ -3,7 +3,8 @@
     python -m cmim.predict runs/shapes-20260101-120000 IMAGES -o OUT
 
 IMAGES is a folder (searched for images at any depth) or one image. OUT/masks gets a palette PNG of class ids for
-each image, at its original resolution; OUT/overlays gets the classes laid over the image. Settings of `evaluation`
+each image, at its original resolution; OUT/overlays gets the classes laid over the image, with
+--clear CLASS but for that one, with --legend above their names. Settings of `evaluation`
 (windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
 
 Only what predict itself wrote is ever written over, and what it wrote into a folder of images is not taken as an image.
@@ -31,7 +32,7 @@ from cmim.data.files import IMAGE_SUFFIXES, open_image, orientation
 from cmim.engine.device import autocast, choose_device, choose_precision
 from cmim.engine.inference import probabilities
 from cmim.engine.logging import Progress, console
-from cmim.engine.pictures import overlay
+from cmim.engine.pictures import overlay, with_legend
 from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
 from cmim.models.segmenter import Segmenter
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
+    clear = find_class(given.clear, trained.class_names)
     turn, turned, unreadable = config.data.exif == "apply", [], []
     with Progress("predict", len(paths), "images") as progress:
         for path in paths:
@@ -69,7 +71,11 @@ def main(arguments: Sequence[str]) -> None:
                 turned.append(path)
             classes = predict(net, image, config, device, dtype)
             write_mask(given.output / "masks" / targets[path], classes, colours)
-            write_png(given.output / "overlays" / targets[path], overlay(image, classes, colours))
+            picture = overlay(image, classes, colours, clear=clear)
+            if given.legend:
+                present = [k for k in np.unique(classes).tolist() if k != clear]
+                picture = with_legend(picture, trained.class_names, colours, present)
+            write_png(given.output / "overlays" / targets[path], picture)
     if turned:
         console.print(
             f"note: {len(turned)} images have an EXIF orientation (such as {turned[0].name}), which was ignored, as the run "
@@ -82,6 +88,17 @@ def main(arguments: Sequence[str]) -> None:
         for error in unreadable:
             console.print(f"skipped: {error}")
         raise UserError(f"{len(unreadable)} of {len(paths)} images have no mask: they are listed above")
+
+
+def find_class(name: str | None, class_names: Sequence[str]) -> int | None:
+    """The id of the class that --clear names, by its name or its number."""
+    if name is None:
+        return None
+    if name in class_names:
+        return class_names.index(name)
+    if name.isdecimal() and int(name) < len(class_names):
+        return int(name)
+    raise UserError(f"--clear {name}: the run has no such class; it has {', '.join(class_names[:20])}")
 
 
 @torch.inference_mode()

@@ -70,9 +70,9 @@ class DataSettings(Section):
     the start; `ignore` where they cannot tell."""
     strict: bool = False
     """Stop at an unlabelled image that cannot be read, instead of taking another one in its place."""
-    labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] = 0.125
+    labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
-    unlabelled."""
+    unlabelled. By default all images of `folder` that have a mask, and an eighth of a benchmark's."""
     split_seed: int = 0
     """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
     val: str = "val"
@@ -367,7 +367,7 @@ class EvaluationSettings(Section):
 
 
 class Config(Section):
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Of everything that is drawn at random, but for the choice of labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()

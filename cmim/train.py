@@ -21,12 +21,13 @@ if __name__ == "__main__":
     early.begin("train", __doc__)
 
 import json
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -45,7 +46,8 @@ from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
 from cmim.engine.start import describe, open_files, settle
-from cmim.errors import UserError, run_command
+from cmim.engine.stop import Interrupted, StopSignals, continuing_command
+from cmim.errors import Stopped, UserError, run_command
 from cmim.method.objective import Objective
 from cmim.models.batch_norm import synchronise_batch_norm
 from cmim.models.build import check_sizes
@@ -82,6 +84,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
+        self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
@@ -94,54 +97,79 @@ class Trainer:
         self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
 
     def train(self) -> None:
+        train = self.config.train
+        images = train.labelled_batch + train.unlabelled_batch * self.config.preset.uses_unlabelled
+        with RunLog(self.run, self.step, self.steps, images, self.device, train.accumulate) as log, self.stop:
+            log.continue_interval(self.interval)
+            try:
+                self.train_steps(log)
+                self.report_result(log)
+            except Interrupted:
+                self.leave(log)
+            self.report_unreadable()
+
+    def train_steps(self, log: RunLog) -> None:
+        """The loop."""
         config, settings = self.config, self.config.train
         batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
         workers = distributed.loader_workers(config.data.workers)
         loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
-        images = settings.labelled_batch + settings.unlabelled_batch * config.preset.uses_unlabelled
-        with RunLog(self.run, self.step, self.steps, images, self.device, micro) as log:
-            if self.evaluation_is_due:
-                self.evaluate(log)
-            while self.step < self.steps:
-                evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-                # Report before each checkpoint: a loss term that is not finite stops the run and is named.
-                report = self.due("log_every") or picture or save or evaluate
-                weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
-                weight = None if weight is None else torch.full((), weight, device=self.device)
-                factor = poly(self.step, self.steps, config.optimizer.poly_power)
-                set_learning_rate(self.optimizer, factor)
+        if self.evaluation_is_due:
+            self.evaluate(log)
+        while self.step < self.steps:
+            evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
+            # Report before each checkpoint: a loss term that is not finite stops the run and is named.
+            report = self.due("log_every") or picture or save or evaluate
+            weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
+            weight = None if weight is None else torch.full((), weight, device=self.device)
+            factor = poly(self.step, self.steps, config.optimizer.poly_power)
+            set_learning_rate(self.optimizer, factor)
 
-                self.objective.train()
-                torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
-                for i in range(micro):
-                    batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                    # Dropout layers, if the net has any, draw from this generator; everything else draws by sample.
-                    torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-                    with self.no_sync_if(i + 1 < micro), eager_if(picture):
-                        with autocast(self.device, self.dtype), explain_single_values():
-                            output = self.compute(batch, weight, diagnostics=report, gradients=picture)
-                        self.scaler.scale(output.loss / micro).backward()
-                    log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad(set_to_none=True)
-                if config.has_teacher:
-                    self.objective.update_teacher(self.step)
-                self.step += 1
+            self.objective.train()
+            torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
+            for i in range(micro):
+                self.between_steps = i == 0
+                batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
+                # Dropout layers, if the net has any, draw from this generator; everything else draws by sample.
+                torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
+                with self.no_sync_if(i + 1 < micro), eager_if(picture):
+                    with autocast(self.device, self.dtype), explain_single_values():
+                        output = self.compute(batch, weight, diagnostics=report, gradients=picture)
+                    self.scaler.scale(output.loss / micro).backward()
+                log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if config.has_teacher:
+                self.objective.update_teacher(self.step)
+            self.step += 1
 
-                if report:
-                    log.write(self.step, self.lr * factor)
-                with log.paused():
-                    if save or evaluate:
-                        self.refuse_broken_weights()
-                    if save and self.rank == 0:
-                        self.save()
-                    if evaluate:
-                        self.evaluate(log)
-                    if picture and self.rank == 0:
-                        self.picture()
-            self.report_result(log)
-            self.report_unreadable()
+            if report:
+                log.write(self.step, self.lr * factor)
+            with log.paused():
+                asked = self.stop.asked()
+                if save or evaluate or asked:
+                    self.refuse_broken_weights()
+                self.between_steps = True
+                if asked:
+                    self.leave(log)
+                if save and self.rank == 0:
+                    self.save()
+                if evaluate:
+                    self.evaluate(log)
+                if picture and self.rank == 0:
+                    self.picture()
+
+    def leave(self, log: RunLog) -> NoReturn:
+        """Stop, with a checkpoint where a step is complete, and with the command that goes on from it."""
+        if self.between_steps:  # else the loader's processes ended within a step of several micro-batches
+            interval = log.interval()
+            if self.rank == 0 and self.saved != self.step:
+                self.save(interval)
+            distributed.from_rank0(None)  # nobody ends before the checkpoint is written
+        command = continuing_command(self.run.folder)
+        console.print(f"stopped after step {self.saved or self.step}; continue with: {command}")
+        raise Stopped(self.stop.number or signal.SIGTERM)
 
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
         """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
@@ -154,7 +182,13 @@ class Trainer:
     def wait(self, loader: Iterator[dict[str, torch.Tensor]], log: RunLog) -> dict[str, torch.Tensor]:
         """The next batch; the seconds until it is there are logged."""
         start = time.perf_counter()
-        batch = next(loader)
+        try:
+            batch = next(loader)
+        except RuntimeError as error:
+            if not self.stop.number or "DataLoader worker" not in str(error):
+                raise
+            self.between_steps &= self.ranks == 1  # the other processes are within a step
+            raise Interrupted from None  # the loader's processes were sent the signal too
         log.data_wait += time.perf_counter() - start
         for i in batch.pop("replaced", torch.empty(0)).tolist():
             if not self.unreadable:
@@ -176,8 +210,9 @@ class Trainer:
         log.evaluation(self.step, result, "val", self.splits.class_names)
 
     def measure(self, image_set: ImageSet, name: str) -> Evaluation:
-        net = self.objective.evaluated()
-        return evaluate(net, image_set, self.config, len(self.splits.class_names), self.device, self.dtype, name)
+        net, classes = self.objective.evaluated(), len(self.splits.class_names)
+        with self.stop.at_once():
+            return evaluate(net, image_set, self.config, classes, self.device, self.dtype, name)
 
     def report_result(self, log: RunLog) -> None:
         """The last step's weights on data.test (data.val where there is none) are the result."""
@@ -233,24 +268,32 @@ class Trainer:
             "evaluated": self.config.evaluated_weights,
         }
 
-    def save(self) -> None:
+    def save(self, interval: Sequence = ()) -> None:
+        """Write last.pt; `interval` is what the log had not yet written."""
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_miou": self.best_miou,
             **self.about(),
-        }
+        } | ({"interval": list(interval)} if interval else {})
         checkpoint.save(state, self.run.last)
+        self.saved = self.step
 
     def load(self) -> None:
         state = checkpoint.load(self.run.last, self.device)
+        if "objective" not in state:
+            raise UserError(
+                f"{self.run.last} holds weights alone, as best.pt does, and no state to continue from; put the last "
+                "checkpoint there, or start a new run from it with --model.init_from"
+            )
         if state["class_names"] != list(self.splits.class_names):
             raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
         checkpoint.load_into(self.objective, state["objective"], self.run.last)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best_miou = state["step"], state["best_miou"]
+        self.saved, self.interval = self.step, state.get("interval", [])
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
         console.print(f"continuing {self.run.folder} at step {self.step}")
@@ -317,6 +360,10 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     if run.last.exists():
         model = config.model.model_copy(update={"weights": "none", "init_from": None})
         config = config.model_copy(update={"model": model})
+    if config.model.weights != "none":  # the seconds that this may take are not silent
+        name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
+        where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
+        console.print(f"loading the pretrained weights of {name} ({where})")
     objective = Objective(config, num_classes)
     if objective.note:
         console.print(f"note: {objective.note}")

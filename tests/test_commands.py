@@ -238,6 +238,15 @@ def test_predict_obeys_the_decision_on_exif(run, tmp_path, capsys):
     assert load_config(run.config).data.exif == "ignore"
 
 
+def test_overlays_by_option(run, tmp_path):
+    path = picture(tmp_path / "a.png")
+    predict.main([str(run.folder), str(path), "-o", str(tmp_path / "out"), "--legend", "--clear", "sky"])
+    assert Image.open(tmp_path / "out/overlays/a.png").height > 20 == Image.open(tmp_path / "out/masks/a.png").height
+    assert [predict.find_class(name, ["sky", "7"]) for name in (None, "sky", "7", "0")] == [None, 0, 1, 0]
+    with pytest.raises(UserError, match="--clear sea: the run has no such class; it has sky, road, tree"):
+        predict.main([str(run.folder), str(path), "-o", str(tmp_path / "out"), "--clear", "sea"])
+
+
 def test_images_never_share_a_mask():
     names = [Path(name) for name in ("r/a.jpg", "r/a.png", "r/a.jpg.png", "r/b.png", "r/s/a.jpg")]
     targets = predict.name_targets(names, Path("r"))

@@ -45,7 +45,7 @@ def test_defaults_are_those_of_the_readme():
     assert (config.mask.ratio, config.mask.block, config.mask.fill) == (0.6, 32, "mean")
     assert (config.mim.w_pix, config.mim.w_feat, config.mim.w_sem, config.mim.tau) == (0.5, 0.1, 1, 0.95)
     assert config.mim.views == ["labelled", "weak", "strong"]
-    assert (config.data.crop, config.data.labelled, config.method.preset) == (320, 0.125, "cmim")
+    assert (config.data.crop, config.data.labelled, config.method.preset) == (320, None, "cmim")
     assert token_stride(config) == 4
 
 
@@ -350,7 +350,7 @@ def test_null_is_none_where_no_such_file_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = load_config(SHAPES, ["--data.root", "null", "--data.test", "null"]).data
     assert (data.root, data.test) == (None, None)
-    assert "data.labelled: got None, expected: Labelled share" in refused("--data.labelled", "null")
+    assert "data.ignore: " in refused("--data.ignore", "null")
     assert refused("--data.root", "").startswith("--data.root is empty; give a value")
 
 

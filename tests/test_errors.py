@@ -340,3 +340,133 @@ def test_a_seed_or_preset_twice_is_refused(tmp_path, capfd):
     for option, values in (("--seeds", ["0", "1", "0"]), ("--presets", ["mim", "mim"])):
         said = said_by(capfd, compare.main, "--output", tmp_path / "c", option, *values)
         assert said.startswith(f"{option} names {values[0]} twice")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 2.73 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na total capacity"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+    ],
+)
+def test_want_of_memory_names_what_to_lower(error, capfd):
+    def main(_):
+        raise error
+
+    assert said_by(capfd, main).startswith("out of memory: lower data.crop, train.labelled_batch")
+
+
+def test_a_killed_loader_is_one_line(capfd):
+    def main(_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nlines")
+
+    assert said_by(capfd, main).startswith("a process that loads images was killed, often for want of memory")
+
+
+def test_values_that_cannot_be(tmp_path, capfd, monkeypatch):
+    say = lambda **settings: said_by(capfd, train.main, *tiny(tmp_path / "run", **settings))  # noqa: E731
+    assert "seed: " in say(seed=99999999999999999999) and "seed: " in say(seed=-(2**63) - 1)
+    assert say(data__mean=[124, 116, 104]).endswith("got 124; values are from 0 to 1: divide by 255")
+    assert say(data__std=[58, 57, 57]).endswith("; values are from 0 to 1: divide by 255")
+    assert say(data__size=64).endswith("got 64; give [height, width]")
+    assert say(data__scale=2).endswith("give [lowest, highest]")
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(UserError, match="RANK is 'x', expected a number: start with torchrun, or unset RANK"):
+        train.main(tiny(tmp_path / "run"))
+
+
+def test_a_backend_that_is_not_there():
+    import cmim_kernels.backends
+    from cmim import early
+
+    assert early.BACKENDS == cmim_kernels.backends.OPTIONS
+    for command in ("train", "predict"):
+        result = subprocess.run(
+            [sys.executable, "-m", f"cmim.{command}"], capture_output=True, text=True, cwd=CHECKOUT,
+            env=os.environ | {"CMIM_KERNELS_BACKEND": "foo"},
+        )  # fmt: skip
+        assert result.returncode == 2
+        assert result.stderr == "error: CMIM_KERNELS_BACKEND is 'foo', expected one of auto, cuda, triton, torch\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a file system that makes no folders")
+def test_a_folder_that_cannot_be_made(run, images, capfd):
+    assert said_by(capfd, train.main, *tiny("/proc/x")) == "/proc/x cannot be made; give another --output"
+    for main, words in ((predict.main, [run.folder, images, "-o", "/proc/x"]), (compare.main, ["--output", "/proc/x"])):
+        said = said_by(capfd, main, *words)
+        assert "/proc/x" in said and said.endswith("give another --output")
+
+
+def test_links_that_lead_nowhere(tmp_path, capfd):
+    for place, remedy in (
+        ("train/images/train1", "a link to a file that is not there; replace it or take it away"),
+        ("val/images/val1", "a link to a file that is not there; replace it or take it away"),
+        ("train/masks/train1", "a link to a file that is not there; replace the file or take it away"),
+        ("val/masks/val1", "a link to a file that is not there; replace the file or take it away"),
+    ):
+        root = write_folder(tmp_path / place.replace("/", "-"), train=2)
+        path = root / f"{place}.png"
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+        assert said_by(capfd, train.main, *folder_run(tmp_path / "run", root)) == f"cannot read {path}: {remedy}"
+
+
+def test_names_that_are_not_utf_8(tmp_path, capfd):
+    root = write_folder(tmp_path / "data", train=2)
+    for kind in ("images", "masks"):
+        os.rename(root / f"train/{kind}/train1.png", os.fsencode(root / f"train/{kind}") + b"/caf\xe9.png")
+    run = run_tiny(tmp_path / "run", **FOLDER, data__root=str(root), method__preset="supervised", train__steps=1)
+    assert b"caf\xe9\n" in run.labelled.read_bytes()
+    train.main(["--output", str(run.folder), "--resume", "--train.steps", "2"])
+    predict.main([str(run.folder), str(root / "train/images"), "-o", str(tmp_path / "out")])
+    assert os.path.exists(os.fsencode(tmp_path) + b"/out/masks/caf\xe9.png")
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    """Under an ASCII locale: a config, class names and folders with other letters."""
+    root = write_folder(tmp_path / "größe", train=2)
+    (root / "classes.txt").write_text("Straße\nÄcker\nhöhe\n", encoding="utf-8")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "# Bäume\ndata: {format: folder}\nmodel: {encoder: test_resnet, weights: none}\nmask: {block: 16}\n",
+        encoding="utf-8",
+    )
+    words = [str(config), *folder_run(tmp_path / "läufe", root, data__classes=["Straße", "Äcker", "höhe"])]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "cmim.train", *words], capture_output=True, text=True, cwd=CHECKOUT, env=environment
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert "Äcker" in json.loads(Run(tmp_path / "läufe").result.read_text(encoding="utf-8"))["iou"]
+
+
+def test_what_to_do_about_a_damaged_checkpoint(copy, capfd):
+    shutil.copy(copy.last, copy.best)
+    os.truncate(copy.last, 1000)
+    said = said_by(capfd, evaluate.main, copy.folder)
+    assert (
+        "put an earlier copy of it there, or start anew" in said
+        and f"{copy.best} still has weights: --checkpoint best" in said
+    )
+    copy.best.unlink()
+    assert "still has weights" not in said_by(capfd, evaluate.main, copy.folder)
+
+
+def test_a_best_checkpoint_in_the_place_of_the_last(copy, capfd):
+    state = checkpoint.load(copy.last)
+    net = {name.removeprefix("teacher."): v for name, v in state["objective"].items() if name.startswith("teacher.")}
+    about = {key: state[key] for key in ("step", "class_names", "colours", "evaluated")}
+    checkpoint.save({"net": net, **about}, copy.last)
+    evaluate.main([str(copy.folder), "--data.workers", "0"])
+    said = said_by(capfd, train.main, "--output", copy.folder, "--resume", "--train.steps", "3")
+    assert "holds weights alone, as best.pt does, and no state to continue from" in said
+
+
+@pytest.mark.parametrize("text", ["hello\nworld\n", '{"a": 1}\n{"step": 1}\n', "[1]\n[2]\n", '{"step": "x"}\n{}\n'])
+def test_metrics_of_something_else_are_kept(text, copy, capfd):
+    copy.metrics.write_text(text)
+    said = said_by(capfd, train.main, "--output", copy.folder, "--resume", "--train.steps", "2")
+    assert said.startswith(f"{copy.metrics}: line 1 is none that a run wrote; move the file away")
+    assert copy.metrics.read_text() == text

@@ -55,6 +55,21 @@ def test_a_logged_figure_is_its_mean_over_the_interval(tmp_path, monkeypatch, ca
     assert second.startswith("step 4/8  loss 9.000  sup 9.000  6.0 images/s  data wait 0%")
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 300])
+def test_a_line_fits_the_terminal(width, tmp_path, monkeypatch):
+    said = io.StringIO()
+    console = logging.Console(file=said, force_terminal=True, width=width, highlight=False, soft_wrap=True, markup=False)
+    monkeypatch.setattr(logging, "console", console)
+    log, now = log_of(tmp_path, monkeypatch)
+    log.add({"loss": torch.tensor(1.0)} | {f"loss_term_{k}": torch.tensor(1.0) for k in range(8)})
+    now[0] = 1.0
+    log.write(1, 0.1)
+    log.close()
+    (line,) = (line for line in said.getvalue().splitlines() if line.startswith("step 1/8  loss 1.000"))
+    assert len(line) <= width and line.endswith("0:00:07 left")
+    assert ("term_7" in line) == (width == 300) and ("images/s" in line) == (width > 40)
+
+
 def test_what_is_done_between_steps_does_not_slow_training(tmp_path, monkeypatch):
     log, now = log_of(tmp_path, monkeypatch)
     log.add({"loss": torch.tensor(1.0)})

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from cmim.config import default_config_path, load_config
+from cmim.data.datasets import IGNORED
+from cmim.data.labels import colour_map
 from cmim.engine import pictures
 from cmim.method import masking
 from cmim.method.objective import Objective
@@ -121,3 +123,30 @@ def test_the_middle_of_an_image_is_shown(size):
         assert pixels.shape == (5, side, side) and (classes == 1).all()
         inner = pixels[:, edge : side - edge, edge : side - edge]
         assert (inner == torch.tensor([10, 20, 30, 40, 50], dtype=torch.uint8)[:, None, None]).all()
+
+
+def test_what_has_no_class_is_hatched_and_looks_like_no_class():
+    colours = colour_map(255)
+    tile = pictures.colourise(np.full((48, 64), IGNORED), colours)
+    assert {tuple(c) for c in tile.reshape(-1, 3).tolist()} == {(96,) * 3, (224,) * 3}
+    assert all((tile[y] != tile[y, :1]).any() for y in range(48))  # stripes, whatever the palette
+    classes = np.arange(255).reshape(15, 17)
+    assert np.array_equal(pictures.colourise(classes, colours), colours[classes])
+
+
+def test_an_overlay_leaves_a_class_clear_and_names_the_others():
+    image = np.random.default_rng(0).integers(0, 256, (20, 160, 3), np.uint8)
+    classes = np.zeros((20, 160), np.uint8)
+    classes[:, 80:] = 2
+    colours = colour_map(3)
+    laid = np.asarray(pictures.overlay(image, classes, colours, clear=0))
+    assert np.array_equal(laid[:, :80], image[:, :80]) and (laid[:, 80:] != image[:, 80:]).any()
+    sheet = np.asarray(pictures.with_legend(Image.fromarray(laid), ["ground", "road", "tree"], colours, [2]))
+    assert sheet.shape == (20 + 4 + 24, 160, 3) and np.array_equal(sheet[:20], laid)
+    assert (sheet[20:] == colours[2]).all(-1).sum() > 100 and not (sheet[20:] == colours[1]).all(-1).any()
+
+
+def test_the_legend_of_a_picture_explains_the_hatch():
+    tiles = {"masked": [np.zeros((8, 8, 3), np.uint8)], "truth": [np.zeros((8, 8, 3), np.uint8)]}
+    sheet = np.asarray(pictures.grid(tiles, ["a", "b"], colour_map(2)))
+    assert (sheet[-28:] == 96).all(-1).any() and (sheet[-28:] == 224).all(-1).any()

@@ -5,16 +5,17 @@ m x batch + r x (batch / ranks) + i; everything about it is drawn from generator
 purpose. So no batch depends on the number of workers, on where a run was resumed or on the number of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmim.data.augmentation import cutmix_box, resize, strong, weak
 from cmim.data.datasets import ImageSet, Splits
+from cmim.data.loading import make_loader
 from cmim.errors import UserError
 from cmim.randomness import key, numpy_generator, torch_generator
 from cmim.settings import Config, DataSettings
@@ -135,9 +136,12 @@ class TrainBatches(Dataset):
         }
 
 
-def train_loader(batches: TrainBatches, start: int, stop: int, workers: int) -> DataLoader:
+def train_loader(batches: TrainBatches, start: int, stop: int, workers: int) -> Iterable[dict[str, Tensor]]:
     """The micro-batches `start` to `stop` - 1 in order; in pinned memory where there is a CUDA device."""
-    return DataLoader(batches, sampler=range(start, stop), **_options(workers))
+    train, data = batches.config.train, batches.config.data
+    views = train.labelled_batch + train.unlabelled_batch * (1 + batches.config.preset.strong_views)
+    bytes_each = views // batches.world_size * data.crop**2 * (data.channels + 1)
+    return make_loader(batches, range(start, stop), workers, bytes_each)
 
 
 def evaluation_loader(
@@ -153,7 +157,9 @@ def evaluation_loader(
         images (n, C, h, w) uint8; labels, a list of n tensors (H, W) uint8 at the original resolution; the n indices.
     """
     group, share = [], range(rank, len(image_set), world_size)
-    for image, label, index in DataLoader(_Evaluation(image_set, settings.size), sampler=share, **_options(workers)):
+    pixels = image_set.label(0).size if workers and len(image_set) else 0  # others may be several times larger
+    loader = make_loader(_Evaluation(image_set, settings.size), share, workers, 4 * pixels * (settings.channels + 1))
+    for image, label, index in loader:
         if group and (len(group) == batch or group[0][0].shape != image.shape):
             yield _collate(group)
             group = []
@@ -178,12 +184,6 @@ class _Evaluation(Dataset):
 def _collate(group):
     images, labels, indices = zip(*group, strict=True)
     return torch.stack(images), list(labels), list(indices)
-
-
-def _options(workers):
-    # Without a generator of its own, a loader would draw from torch's global one.
-    pinned = torch.cuda.is_available()
-    return dict(batch_size=None, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
 
 
 def _shown(image, size):

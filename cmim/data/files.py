@@ -260,4 +260,6 @@ def _open(path):
 
 def _unreadable(path, error):
     reason = getattr(error, "strerror", None) or ("no image, or damaged" if str(path) in str(error) else str(error))
+    if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
+        reason = "a link to a file that is not there"
     return UserError(f"cannot read {path}: {reason}; replace the file or take it away")

@@ -142,7 +142,7 @@ def _images_of(folder):
 def _walk(folder: Path, without: Sequence[str | None] = ()) -> Iterator[Path]:
     """The files below a folder, sorted by path, through links to folders too; folders `without` at its top are left out."""
     seen, found = set(), []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link to a folder above it
             folders.clear()
@@ -151,6 +151,10 @@ def _walk(folder: Path, without: Sequence[str | None] = ()) -> Iterator[Path]:
         folders[:] = [n for n in folders if not n.startswith(".") and (place != str(folder) or n not in without)]
         found += [Path(place, n) for n in names if not n.startswith(".") and n not in LEFT_BEHIND]
     yield from sorted(found)
+
+
+def _raise(error):
+    raise error
 
 
 def _suffix(path):

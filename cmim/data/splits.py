@@ -76,6 +76,8 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
         training = labelled
     else:
         training = source.training()
+        if settings.labelled is None:
+            settings = settings.model_copy(update={"labelled": 1.0 if source.more_unlabelled else 0.125})
         labelled, rest = divide(training, settings) if listed is None else _divide_again(training, settings, listed)
         unlabelled = rest + source.unlabelled()
     sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}
@@ -204,10 +206,10 @@ def refuse_shared_images(labelled: Sequence[Path], held_out: Sequence[Path], spl
     """Raise if a labelled image is also in a held-out split: the same file, or another one of the same bytes."""
     sizes = {}
     for path in held_out:
-        sizes.setdefault(path.stat().st_size, []).append(path)
+        sizes.setdefault(_bytes(path), []).append(path)
     digests = {}  # a file is read only if one of the same size is on the other side
     for path in labelled:
-        same_size = sizes.get(path.stat().st_size, ())
+        same_size = sizes.get(_bytes(path), ())
         for other in same_size:
             if other not in digests:
                 digests[other] = _digest(other)
@@ -217,5 +219,16 @@ def refuse_shared_images(labelled: Sequence[Path], held_out: Sequence[Path], spl
                 raise UserError(f"{path} is a labelled image and also in {split} ({other}): take it out of one of them")
 
 
+def _bytes(path):
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        what = "a link to a file that is not there" if path.is_symlink() else error.strerror
+        raise UserError(f"cannot read {path}: {what}; replace it or take it away") from None
+
+
 def _digest(path):
-    return hashlib.blake2b(path.read_bytes()).digest()
+    try:
+        return hashlib.blake2b(path.read_bytes()).digest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; replace it or take it away") from None

@@ -100,8 +100,12 @@ class RunLog:
         """`images`: how many, over all processes, each call of `add` stands for; `micro`: calls of `add` per step."""
         self.is_rank0 = distributed.rank() == 0
         if self.is_rank0:
-            self.file = open(run.metrics, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-            self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
+            self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            try:
+                self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
+            except UnicodeEncodeError:
+                self.board = None
+                self.warn("TensorBoard writes no files: it needs a path in UTF-8, such as another --output")
         self.device, self.steps, self.images, self.micro = device, steps, images, micro
         self.started, self.first_step = time.perf_counter(), first_step
         self.progress = Progress("train", steps, "steps", first_step, lines=False)
@@ -109,6 +113,16 @@ class RunLog:
 
     def _begin_interval(self):
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
+
+    def interval(self) -> list[tuple[tuple[str, ...], torch.Tensor, int]]:
+        """What has been added since the last line, over all processes: names, sums, how many times."""
+        return [(names, distributed.sum_over_ranks(sums.clone()).cpu(), times) for names, (sums, times) in self.sums.items()]
+
+    def continue_interval(self, interval: list[tuple[tuple[str, ...], torch.Tensor, int]]) -> None:
+        """Begin with what a stopped run had added; process 0 stands for all that there were."""
+        for names, sums, times in interval:
+            sums = sums.to(self.device) * self.is_rank0
+            self.sums[tuple(names)] = (sums, times)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -171,14 +185,21 @@ class RunLog:
             speed["memory_gib"] = memory
         self._store({"step": step, "lr": lr, **figures, **speed})
         left = (now - self.started) / (step - self.first_step) * (self.steps - step)
-        shown = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss"))
-        console.print(
-            f"step {step}/{self.steps}  {shown}"
-            + (f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "")
-            + f"  {speed['images_per_second']:.1f} images/s  data wait {speed['data_wait']:.0%}"
-            + (f"  {memory:.1f} GiB" if memory is not None else "")
-            + f"  {clock(left)} left"
-        )
+        terms = "".join(f"  {k.removeprefix('loss_')} {v:.3f}" for k, v in figures.items() if k.startswith("loss_"))
+        line = [
+            f"step {step}/{self.steps}  loss {figures['loss']:.3f}",
+            terms,
+            f"  coverage {figures['coverage']:.0%}" if "coverage" in figures else "",
+            f"  {speed['images_per_second']:.1f} images/s",
+            f"  data wait {speed['data_wait']:.0%}",
+            f"  {memory:.1f} GiB" if memory is not None else "",
+            f"  {clock(left)} left",
+        ]
+        # On a terminal a line that wraps is hard to read: what does not fit is in metrics.jsonl.
+        for i in (5, 1, 4, 2, 3):
+            if console.is_terminal and len("".join(line)) > console.width:
+                line[i] = ""
+        console.print("".join(line))
 
     def warn(self, text: str) -> None:
         """Print a warning of any process."""
@@ -199,14 +220,15 @@ class RunLog:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "step":
+            if self.board is not None and isinstance(value, int | float) and name != "step":
                 self.board.add_scalar(f"{line['split']}/{name}" if "split" in line else name, value, line["step"])
 
     def close(self) -> None:
         self.progress.close()
         if self.is_rank0:
             self.file.close()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
 
     def __enter__(self):
         return self

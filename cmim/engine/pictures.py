@@ -18,7 +18,7 @@ from cmim.randomness import torch_generator
 from cmim.settings import Config
 from cmim_kernels import patch_labels, random_mask
 
-GREY = 128
+HATCH = (96, 224)  # the greys of the stripes where there is no class: a palette may have either, but no stripes
 TILE = 192  # pixels per side of a tile
 
 
@@ -119,16 +119,41 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 
 def colourise(classes: Tensor | np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(H, W) class ids to (H, W, 3) uint8; grey where there is no class."""
-    table = np.full((256, 3), GREY, np.uint8)
+    """(H, W) class ids to (H, W, 3) uint8; hatched where there is no class."""
+    classes = torch.as_tensor(classes).cpu().numpy().astype(np.uint8)
+    table = np.zeros((256, 3), np.uint8)
     table[: len(colours)] = colours
-    return table[torch.as_tensor(classes).cpu().numpy().astype(np.uint8)]
+    height, width = classes.shape
+    period = max(4, min(height, width) // 12)
+    stripes = (np.add.outer(np.arange(height), np.arange(width)) % period < period / 2).astype(int)
+    return np.where((classes >= len(colours))[..., None], np.array(HATCH, np.uint8)[stripes][..., None], table[classes])
 
 
-def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray, opacity: float = 0.5) -> Image.Image:
-    """An image (H, W, C) uint8 with its classes (H, W) laid over it, as a PIL image."""
-    mixed = rgb(image) * np.float32(1 - opacity) + colourise(classes, colours) * np.float32(opacity)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+def overlay(
+    image: np.ndarray, classes: np.ndarray, colours: np.ndarray, opacity: float = 0.5, clear: int | None = None
+) -> Image.Image:
+    """An image (H, W, C) uint8 with its classes (H, W) laid over it, but for the class `clear`, as a PIL image."""
+    shown = rgb(image)
+    mixed = (shown * np.float32(1 - opacity) + colourise(classes, colours) * np.float32(opacity)).round().astype(np.uint8)
+    return Image.fromarray(mixed if clear is None else np.where((classes == clear)[..., None], shown, mixed))
+
+
+def with_legend(image: Image.Image, class_names: Sequence[str], colours: np.ndarray, present: Sequence[int]) -> Image.Image:
+    """An image above the names and colours of the classes `present`."""
+    width = max(image.width, 154)
+    per_line, line = max(1, width // 150), 24
+    sheet = Image.new("RGB", (width, image.height + 4 + -(-len(present) // per_line) * line), "white")
+    sheet.paste(image, (0, 0))
+    _legend(sheet, image.height, per_line, line, [(class_names[k], colours[k]) for k in present])
+    return sheet
+
+
+def _legend(sheet, top, per_line, line, entries):
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for k, (name, colour) in enumerate(entries):
+        x, y = k % per_line * 150 + 4, top + k // per_line * line
+        draw.rectangle((x, y + 3, x + 16, y + 19), fill=tuple(int(c) for c in colour), outline="black")
+        draw.text((x + 22, y + 2), name[:15], fill="black", font=font)
 
 
 def grid(columns: dict[str, list[np.ndarray]], class_names: Sequence[str], colours: np.ndarray) -> Image.Image:
@@ -136,8 +161,9 @@ def grid(columns: dict[str, list[np.ndarray]], class_names: Sequence[str], colou
     font = ImageFont.load_default(16)
     rows, gap, head, line = len(next(iter(columns.values()))), 4, 26, 24
     per_line = max(1, len(columns) * (TILE + gap) // 150)
-    legend = -(-len(class_names) // per_line) * line + gap
-    sheet = Image.new("RGB", (len(columns) * (TILE + gap), head + rows * (TILE + gap) + legend), "white")
+    legend = -(-len(class_names) // per_line) * line
+    size = (len(columns) * (TILE + gap), head + rows * (TILE + gap) + legend + line + gap)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for x, (title, tiles) in enumerate(columns.items()):
         draw.text((x * (TILE + gap) + gap, 4), title, fill="black", font=font)
@@ -145,8 +171,12 @@ def grid(columns: dict[str, list[np.ndarray]], class_names: Sequence[str], colou
             sheet.paste(
                 Image.fromarray(tile).resize((TILE, TILE), Image.NEAREST), (x * (TILE + gap), head + y * (TILE + gap))
             )
-    for k, name in enumerate(class_names):
-        x, y = k % per_line * 150 + gap, head + rows * (TILE + gap) + k // per_line * line
-        draw.rectangle((x, y + 3, x + 16, y + 19), fill=tuple(int(c) for c in colours[k]), outline="black")
-        draw.text((x + 22, y + 2), name[:15], fill="black", font=font)
+    top = head + rows * (TILE + gap)
+    _legend(sheet, top, per_line, line, list(zip(class_names, colours, strict=False)))
+    hatched = Image.fromarray(colourise(np.full((16, 16), IGNORED), colours))
+    sheet.paste(hatched, (gap, top + legend + 4))
+    said = "no class, or not confident"
+    if "masked" in columns:
+        said += "; plain blocks of the masked image (brown, black or the learned colour) are hidden"
+    draw.text((gap + 22, top + legend + 2), said, fill="black", font=font)
     return sheet

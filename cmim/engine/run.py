@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # on Windows
 # Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
 
-SETTLED = ("exif", "mean", "std")
+SETTLED = ("exif", "mean", "std", "labelled")
 """Keys of `data` that a new run decides where they are not given, and a continued one takes over."""
 
 
@@ -92,7 +92,10 @@ def locked(run: Run) -> Iterator[None]:
         yield
         return
     made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # as in /proc
+        raise UserError(f"{run.folder} cannot be made; give another --output") from None
     file = _take_lock(run)
     try:
         yield

@@ -6,6 +6,7 @@ from cmim import distributed
 from cmim.config import load_config
 from cmim.data import load_splits
 from cmim.data.datasets import Splits
+from cmim.data.loading import transport_note
 from cmim.data.survey import decide_exif, survey, surveyed
 from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import scaled_lr
@@ -72,7 +73,8 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
         f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
         + (f"; {processes} processes" if processes > 1 else "")
     )
-    for note in (*splits.notes, *notes):
+    way = transport_note(config.data.workers)
+    for note in (*splits.notes, *notes, *([way] if way else [])):
         console.print(f"note: {note}")
     train, optimizer = config.train, config.optimizer
     if train.epochs is not None:

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cmim.distributed import all_reduce
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose statistics in train mode are those of the images of all processes.
+class _Synchronised(_BatchNorm):
+    """A BatchNorm layer whose statistics in train mode are those of the images of all processes.
 
     One all-reduce of 2 C + 1 numbers forward and one backward. Unlike torch's own it runs on CPU tensors and compiles
     without a graph break. `drop` and `act` follow the normalisation, as in timm's BatchNormAct2d.
@@ -26,13 +26,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.drop, self.act = getattr(like, "drop", nn.Identity()), getattr(like, "act", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w), any float dtype; statistics and arithmetic in float32 (float64 for float64)."""
+        """(B, C, ...), any float dtype; statistics and arithmetic in float32 (float64 for float64)."""
         return self.act(self.drop(self._over_all_processes(x) if self.training else super().forward(x)))
 
     def _over_all_processes(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Sums are in float64: in float32, squares cancel where the mean is large.
-        variance, mean = (s.double() for s in torch.var_mean(wide, (0, 2, 3), correction=0))
+        others = [0, *range(2, wide.dim())]
+        variance, mean = (s.double() for s in torch.var_mean(wide, others, correction=0))
         origin = torch.zeros_like(mean) if self.running_mean is None else _snapshot([self.running_mean])[0].to(mean.dtype)
         offset, count = mean - origin, x.numel() / x.shape[1]
         sums = all_reduce(torch.cat([count * offset, count * (variance + offset.square()), mean.new_full((1,), count)]))
@@ -41,9 +42,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean, variance = (s.to(wide.dtype) for s in (origin + offset, (square - offset.square()).clamp(min=0)))
         if self.track_running_stats:
             self._track(mean.detach(), variance.detach() * (total / (total - 1).clamp(min=1)).to(variance.dtype))
-        y = (wide - mean[:, None, None]) * (variance + self.eps).rsqrt()[:, None, None]
+        along = (-1, *(1,) * (wide.dim() - 2))
+        y = (wide - mean.view(along)) * (variance + self.eps).rsqrt().view(along)
         if self.affine:
-            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+            y = y * self.weight.view(along) + self.bias.view(along)
         return y.to(x.dtype)
 
     @torch.no_grad()
@@ -54,11 +56,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
+class SyncBatchNorm1d(_Synchronised, nn.BatchNorm1d):
+    """(B, C) or (B, C, n)."""
+
+
+class SyncBatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    """(B, C, h, w)."""
+
+
+class SyncBatchNorm3d(_Synchronised, nn.BatchNorm3d):
+    """(B, C, d, h, w)."""
+
+
 def synchronise_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm layer inside `module` by a `SyncBatchNorm2d` with the same parameters and names."""
+    """Replace every BatchNorm layer inside `module` by one of the same parameters and names that is synchronised."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            setattr(module, name, SyncBatchNorm2d(child))
+            kinds = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm3d: SyncBatchNorm3d}
+            made = next((made for kind, made in kinds.items() if isinstance(child, kind)), SyncBatchNorm2d)
+            setattr(module, name, made(child))
         else:
             synchronise_batch_norm(child)
 

@@ -108,6 +108,8 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
             load_timm_file(model.encoder.model, encoder.removeprefix("tu-"), path)
         else:
             load_weights(model.encoder, read_weights(path), encoder, path)
+    if encoder.startswith("tu-"):
+        _refuse_tables(model, settings.arch, layout.geometry.multiple, len(mean))
     for name, parameter in model.named_parameters():
         if name in layout.unused:
             parameter.requires_grad_(False)
@@ -131,6 +133,23 @@ def normalisation(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[flo
     if not mean or not std or given.get("input_space") != "RGB" or list(given.get("input_range") or [0, 1]) != [0, 1]:
         return None
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+@torch.no_grad()
+def _refuse_tables(model: nn.Module, arch: str, multiple: int, channels: int) -> None:
+    """Raise a UserError where an encoder looks up positions in a table of one image size, which tensors without numbers
+    cannot show: it fails at an image of at least 288 pixels."""
+    side = -(-288 // multiple) * multiple
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()(torch.zeros(1, channels, side, side))
+    except Exception as error:  # of many types, as networks word it
+        raise UserError(
+            f"model.arch: {arch} takes no images of {side} pixels ({brief(error)}); choose another encoder"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @lru_cache
@@ -157,7 +176,7 @@ def measure(arch: str) -> Layout:
 def _measure(arch: str, device: str) -> Layout:
     with torch.device(device):
         model = _create(arch, None, in_channels=3, classes=2).eval()
-        multiple = model.encoder.output_stride
+        multiple = _size_multiple(model)
         side = 8 * multiple  # large enough for decoders that pool the deepest map
         images = torch.zeros(1, 3, side, side)
         features = model.encoder(images)
@@ -167,6 +186,22 @@ def _measure(arch: str, device: str) -> Layout:
     unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
     strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple)
     return Layout(strides, tuple(maps), feature.shape[1], unused)
+
+
+@torch.no_grad()
+def _size_multiple(model: nn.Module) -> int:
+    """What sides of images are multiples of: the stride of the encoder or, for encoders that divide their maps into windows,
+    more. A number serves if images whose sides are 8 and 9 times as long pass, square or not."""
+    stride, error = model.encoder.output_stride, None
+    for multiple in (stride, 2 * stride, 4 * stride, 8 * stride):
+        try:
+            for height, width in ((9, 9), (8, 9), (9, 8)):
+                model.decoder(model.encoder(torch.zeros(1, 3, height * multiple, width * multiple)))
+        except Exception as found:  # of many types, as networks word it
+            error = error or found
+        else:
+            return multiple
+    raise ValueError(f"it takes no images of other sizes: {brief(error)}")
 
 
 def _create(arch: str, weights: str | bool | None, **options) -> nn.Module:

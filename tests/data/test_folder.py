@@ -100,6 +100,10 @@ def test_labelled_samples(root):
     assert all(4 <= chosen.count(name) <= 28 for name in draw(labelled=1.0))  # 15 expected
 
 
+def test_every_mask_is_used_unless_one_says_otherwise(root):
+    assert names(load(root).labelled) == ["a", "b", "c", "d"]
+
+
 def test_a_list_of_labelled_images(root):
     (root / "list.txt").write_text("c.png\n\ntrain/images/a.png\nc\n")
     splits = load(root, labelled=str(root / "list.txt"))
@@ -327,7 +331,7 @@ CAMVID = os.environ.get("CMIM_TEST_CAMVID")
 @pytest.mark.skipif(not CAMVID, reason="CMIM_TEST_CAMVID names no CamVid folder")
 def test_camvid():
     root = Path(CAMVID)
-    config = Config(data={"root": CAMVID, "size": (180, 240), "crop": 160}, mask={"block": 16})
+    config = Config(data={"root": CAMVID, "labelled": 0.125, "size": (180, 240), "crop": 160}, mask={"block": 16})
     splits = load_splits(config.data)
     assert len(splits.class_names) == 11
     total = len(list((root / "train/images").iterdir()))

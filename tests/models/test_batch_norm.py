@@ -98,3 +98,27 @@ def test_bfloat16_channels_last_and_eval_mode(tmp_path):
         torch.testing.assert_close(y, nn.BatchNorm2d(3)(x))
         torch.testing.assert_close(still, nn.BatchNorm2d(3).eval()(x.float()))
         assert same
+
+
+SHAPES = {1: (3, 4), 2: (3, 4, 2, 5), 3: (3, 4, 2, 3, 2), "1, with a length": (3, 4, 6)}
+
+
+def of_any_dimensions():
+    found = []
+    for kind, shape in SHAPES.items():
+        torch.manual_seed(0)
+        net = nn.Sequential({1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[int(str(kind)[0])](4)).double()
+        synchronise_batch_norm(net)
+        g = torch.Generator().manual_seed(distributed.rank())
+        found.append((net(torch.randn(shape, generator=g, dtype=torch.float64)).detach(), net[0].running_var))
+    return found
+
+
+def test_layers_of_one_and_three_dimensions(tmp_path):
+    answers = run_on_ranks(of_any_dimensions, 2, tmp_path)
+    for i, (kind, shape) in enumerate(SHAPES.items()):
+        x = [torch.randn(shape, generator=torch.Generator().manual_seed(r), dtype=torch.float64) for r in range(2)]
+        layer = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[int(str(kind)[0])](4).double()
+        whole = layer(torch.cat(x))
+        torch.testing.assert_close(torch.cat([answer[i][0] for answer in answers]), whole)
+        torch.testing.assert_close(answers[0][i][1], layer.running_var)
