@@ -72,15 +72,15 @@ cuda: .venv/installed
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --error-exitcode 1
 CHECKED := tests/backends -k "not compile and not inductor and not graph and not 2_to_the_31 and not beyond_32_bits
 
-mem# The kernels for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
-asan: .venv/installed-test
-	$(BIN)/python -m tests.csrc.sanitize
-
-check: .venv/installed-test
+memcheck: .venv/installed-test
 	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest $(CHECKED)"
 
 racecheck: .venv/installed-test
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest $(CHECKED) and cuda"
+
+# The kernels for the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+asan: .venv/installed-test
+	$(BIN)/python -m tests.csrc.sanitize
 
 # The reference of the public functions and of every setting: build/docs/index.html.
 docs: .venv/installed-test
