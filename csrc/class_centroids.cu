@@ -4,12 +4,12 @@
 // anything but its tokens, and the order of summation is fixed. A segment that begins in a run leaves its sum in `mean`;
 // what continues from an earlier run goes to `rest`, and a second kernel adds the pieces of segments that have several.
 //
-// Must move the features and the means, and moves besides: `order`, and `rest`, a row of float32 for each 64 tokens.
+// Memory traffic (minimum): the features and the means. Besides: `order`, and `rest`, a row of float32 for each 64 tokens.
 // Features whose channels are neighbours are read 16 bytes at a time, whole rows in any order; others one element at a time
 // along the tokens, whose order within a class is that of memory. Triton reads tokens where they lie, through the tensor
 // cores, and needs no order: with a layout at hand expect a tie, without one Triton wins by the launches of the packing.
-// Backward must move the gradient of the features, and does, 16 bytes at a time; a row of grad_mean for each token comes
-// from the cache.
+// Backward (minimum): the gradient of the features, 16 bytes at a time; a row of grad_mean for each token comes from the
+// cache.
 #include "device.cuh"
 
 namespace cmim {

@@ -4,10 +4,10 @@
 // then one warp adds their errors to the block's sums by class, always in the same order. A second kernel adds up what the
 // blocks found. No error reaches memory, and the target is computed where it is needed, in both directions.
 //
-// Forward must move, and moves: prediction and image of the tokens that count, all masks and labels; a row of K sums and
-// counts for each block besides. Backward: the same, and the whole gradient. With `normalize` the image is read three times,
-// the last two from the cache. Bound by bandwidth like Triton's kernels, which however write and read an error for each
-// token, and look at all tokens once for each 64 classes: expect a tie for few classes.
+// Memory traffic (minimum), forward: prediction and image of the tokens that count, all masks and labels; besides, a row
+// of K sums and counts for each block. Backward: the same, and the whole gradient. With `normalize` the image is read
+// three times, the last two from the cache. Bound by bandwidth like Triton's kernels, which however write and read an
+// error for each token, and look at all tokens once for each 64 classes: expect a tie for few classes.
 #include "device.cuh"
 
 namespace cmim {
@@ -202,8 +202,8 @@ __device__ Totals totals(const int* class_count, int num_classes) {
   return result;
 }
 
-// A block of 8 x 32 threads adds up 32 classes of all blocks; the last one to end computes the loss. Which one that is is
-// left to chance, what it computes is not.
+// A block of 8 x 32 threads adds up 32 classes of all blocks; the last one to end computes the loss. Which
+// one that is varies; the result does not.
 constexpr int SUM_THREADS = 256;
 
 __global__ void __launch_bounds__(SUM_THREADS)

@@ -4,9 +4,9 @@
 // tile, turn the counts into the packed position where the tile's tokens of the segment begin, place. Within a tile each
 // warp ranks its own stretch of tokens, 32 at a time, by asking which lanes hold the same segment.
 //
-// Must move labels, masks and three int32 a token, and does; for images of several tiles labels and masks twice, and a row
-// of counts for each tile. Triton compares every two of the 128 tokens of a tile; here a token costs one comparison with
-// its warp, and short images one launch instead of three.
+// Memory traffic (minimum): labels, masks and three int32 a token. Images of several tiles read labels and masks twice, and
+// write a row of counts for each tile. Triton compares every two of the 128 tokens of a tile; here a token costs one
+// comparison with its warp, and short images one launch instead of three.
 #include "device.cuh"
 
 namespace cmim {

@@ -4,10 +4,10 @@
 // place, image after image, so that the images' common position comes from the cache. The packed row of a place is found
 // through the inverse permutation, in either direction.
 //
-// Forward must move, and moves: the rows that are needed, the output, `inverse`, `segment` (gathering with a mask token),
-// and the positions once (again for each image from the cache). Backward: the gradients of rows and position once each,
-// `inverse`, `segment`, and a row of partial sums of the mask token's gradient for each group of blocks. Both are bound by
-// bandwidth, as Triton's are: expect a tie, and `auto` stays with Triton.
+// Memory traffic (minimum), forward: the rows that are needed, the output, `inverse`, `segment` (gathering with a mask
+// token), and the positions once (again for each image from the cache). Backward: the gradients of rows and position once
+// each, `inverse`, `segment`, and a row of partial sums of the mask token's gradient for each group of blocks. Both are
+// bound by bandwidth, as Triton's are: expect a tie, and `auto` stays with Triton.
 #include "device.cuh"
 
 namespace cmim {

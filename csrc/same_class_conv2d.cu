@@ -6,10 +6,10 @@
 // rows: each is loaded once and serves the k output rows that it is part of, whose sums stay in registers, as do the
 // weights. The gradient of x is the same with flipped weights; that of the weights swaps the roles of weights and sums.
 //
-// Must move x, the labels and the output once. Moves x (1 + (k - 1) / ROWS) times (1 + (k - 1) / columns), from the cache as
-// far as it reaches, and labels once for each block of channels. Bound by arithmetic: k^2 multiply-adds for each output, to
-// which loads, moves and a bit test for every row of taps add half as many instructions. Without a window of registers every
-// tap costs a load, a comparison and a selection besides: this should win against Triton.
+// Memory traffic (minimum): x, the labels and the output. x is read (1 + (k - 1) / ROWS) (1 + (k - 1) / columns) times,
+// from the cache as far as it reaches, and labels once for each block of channels. Arithmetic bounds it: k^2
+// multiply-adds for each output, besides loads, moves, index arithmetic and a bit test for every row of taps. Without a
+// window of registers every tap costs a load, a comparison and a selection more: this should win against Triton.
 #include "device.cuh"
 
 namespace cmim {

@@ -111,7 +111,8 @@ def _class_attention_backward_queries_kernel(
     grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows are queries. Must move grad, q, k, v, out, logsumexp, the segments, and the outputs; k and v as above."""
+    """Rows are queries. Memory traffic (minimum): grad, q, k, v, out, logsumexp, the segments, and the outputs; k and v are
+    read as in the forward pass."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     place = (image * num_heads + head) * num_tokens + row
@@ -151,9 +152,9 @@ def _class_attention_backward_keys_kernel(
     grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows are keys and values, columns queries. Must move grad, q, k, v, logsumexp, delta, the segments, and the outputs.
-    Reads k and v and writes the outputs once; each block of BLOCK_Q keys reads the rest, of its classes, from the cache
-    after the first."""
+    """Rows are keys and values, columns are queries. Memory traffic (minimum): grad, q, k, v, logsumexp, delta, the
+    segments, and the outputs. k and v are read once; each block of BLOCK_Q keys reads the rest, of its classes, from the
+    cache after the first."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     first_place = (image * num_heads + head) * num_tokens

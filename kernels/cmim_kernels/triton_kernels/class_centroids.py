@@ -1,7 +1,22 @@
 """Mean feature of the visible and masked tokens of each class: kernels and launchers. See `reference/class_centroids.py`.
 
-Up to 64 (class, masked) segments: tokens where they lie, one-hot times features on tensor cores. Beyond: tokens in class
-order, one segment at a time. Either reads the features once, in one launch; a second adds up the parts.
+A segment is a class and whether its tokens are masked: there are 2 K. Their tokens are summed in one of two ways. Both
+read the features once, in one launch; a second launch adds up the parts and divides.
+
+Up to 64 segments, tokens are read where they lie (`one_hot`). An image's tokens are cut into splits. In each split, block
+after block, a matrix (segments, tokens) of ones and zeros is multiplied with the features (tokens, channels) on tensor
+cores.
+
+Beyond that, such a matrix would be mostly zeros, and tokens are read in the class order of `pack_classes` (`run`). A
+program reads at most RUN rows, which all belong to one segment, and the order of each sum is fixed. With RUN = 8 and
+segments a, b, c:
+
+    packed row       0       8       16      24
+    segment          aaaaabbbbbbbbbbbbbbbbbbbbbbbcccc
+    first RUN rows   aaaaabbbbbbbb               cccc   programs s = 0 to 2 K - 1, one for each segment s
+    the rest                      111222222223333       programs 2 K + r, one for each run r of RUN packed rows
+
+Most segments have at most RUN tokens and are finished then; the second launch completes the others.
 """
 
 from typing import NamedTuple
@@ -118,8 +133,8 @@ def _class_centroids_one_hot_kernel(
     IS_GRID: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
     SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move the features once, and does; reads labels and masks once for each block of channels, and writes the sums
-    of each split, besides. Where a sum is not finite the features are read again, to find whose."""
+    """Memory traffic (minimum): the features. Besides, labels and masks are read once for each block of channels, and the
+    sums of each split are written. Where a sum is not finite, the features are read again to find whose it is."""
     program = tl.program_id(0).to(tl.int64)
     b, split = program // splits, program % splits
     first = (split * tokens_of_split).to(tl.int32)
@@ -151,7 +166,7 @@ def _class_centroids_mean_kernel(
     num_channels, segments, splits,
     SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move sums, counts and what it writes, and does."""
+    """Memory traffic (minimum): sums, counts, and the outputs."""
     b = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1) * SEGMENTS + tl.arange(0, SEGMENTS)
     channel = tl.program_id(2).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
@@ -182,7 +197,7 @@ def _class_centroids_run_kernel(
     strides, labels_strides, masked_strides,
     IS_GRID: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move the features once, `order`, and what it writes, and does; and `rest`: one row for RUN tokens.
+    """Memory traffic (minimum): the features, `order`, and the outputs. Besides, one row of `rest` for each RUN tokens.
 
     An image has 2K + runs programs. Program s < 2K adds the first RUN rows of segment s: its mean, if it has no more.
     Program 2K + r adds what is left among the packed rows from r RUN to (r + 1) RUN: all of it belongs to the segment of
@@ -229,7 +244,7 @@ def _class_centroids_run_mean_kernel(
     num_channels, segments, runs,
     RUN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Moves the rows of `rest` and of the means that it completes."""
+    """Memory traffic (minimum): the rows of `rest`, and of the means that it completes."""
     b = (tl.program_id(0) // segments).to(tl.int64)
     segment = tl.program_id(0) % segments
     begin = tl.load(offsets + b * (segments + 2) + segment)
@@ -258,8 +273,8 @@ def _class_centroids_spread_kernel(
     grad_mean_strides, strides, labels_strides, masked_strides,
     IS_GRID: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move the gradient of the features, and does; reads labels and masks once for each block of channels, and a
-    row of grad_mean for each token, from the cache, besides."""
+    """Memory traffic (minimum): the gradient of the features. Besides, labels and masks are read once for each block of
+    channels, and a row of grad_mean for each token, from the cache."""
     blocks = tl.cdiv(num_tokens, TOKENS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)

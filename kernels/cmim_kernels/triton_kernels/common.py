@@ -38,7 +38,7 @@ def _sum_rows_kernel(
     num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Moves what it must: R C and C values."""
+    """Memory traffic (minimum): the R C values and the C sums."""
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, num_rows, ROWS):

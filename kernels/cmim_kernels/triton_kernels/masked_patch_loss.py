@@ -1,7 +1,14 @@
 """Reconstruction loss over masked patches: kernels and launchers. See `reference/masked_patch_loss.py`.
 
-Forward: one kernel writes the error of each masked token with a valid label, another sums the errors by class. Backward
-computes target and difference again. The entries of a patch go through a program in blocks of ENTRIES, mostly one.
+Forward: the kernel `error` writes the mean distance of each token that counts (masked, with a valid label); `class_sum` adds
+these errors up by class and computes the loss. Backward: `gradient` computes target and difference again, and writes slope
+times weight.
+
+`error` and `gradient` see a patch in the same way. A program has TOKENS patches and runs through their p p c entries in
+blocks of ENTRIES, mostly one. An entry lies where its token starts (`_token_offset`) plus its place in the token
+(`_entry_offset`): so predictions may be images or tokens of any strides. `_target` loads pixels and normalises bytes,
+`_statistics` gives mean and deviation of a target patch, `_difference` is prediction minus target. The many arguments are
+strides, sizes and compile-time options of these five.
 """
 
 from typing import NamedTuple
@@ -94,10 +101,14 @@ def _masked_patch_loss_class_sum_kernel(
     masked_strides, labels_strides, batch, num_tokens, num_classes, tokens_of_program,
     PER_CLASS: tl.constexpr, TOKENS: tl.constexpr, CLASSES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Must move errors, masks and labels once, and moves them once for each block of CLASSES classes.
+    """Memory traffic (minimum): errors, masks and labels. They are read again for each block of CLASSES classes.
 
-    The last program of a block of classes adds up what all of them found, in the order of the programs; the last block
-    of classes computes the loss. Who is last is left to chance, what it computes is not.
+    A sum in one launch that is the same to the bit every time:
+    1. each program sums the errors of its tokens by class, and stores a row of `sums` and `counts`;
+    2. a counter tells the program that finishes last within a block of classes; it adds up the rows of all programs, in
+       the order of the programs;
+    3. a second counter tells the block of classes that finishes last; it computes the loss.
+    Which program finishes last varies; the result does not.
     """
     program, programs = tl.program_id(1), tl.num_programs(1)
     k = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)

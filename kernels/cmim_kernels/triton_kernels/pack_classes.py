@@ -37,7 +37,7 @@ def _pack_classes_count_kernel(
     labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
     TILE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Must move labels and masks once, and does; writes a row of counts for each tile besides."""
+    """Memory traffic (minimum): labels and masks. Besides, a row of counts is written for each tile."""
     program = tl.program_id(0).to(tl.int64)
     token = program % num_tiles * TILE + tl.arange(0, TILE)
     segment = _segments(labels, masked, program // num_tiles, token, labels_strides, masked_strides, num_tokens, num_classes)
@@ -77,8 +77,8 @@ def _pack_classes_place_kernel(
     labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
     TILE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Must move labels, masks and the three (B, N) int32 outputs, and does; reads an image's totals for each tile and
-    one count for each token besides."""
+    """Memory traffic (minimum): labels, masks and the three (B, N) int32 outputs. Besides, an image's totals are read for
+    each tile, and one count for each token."""
     program = tl.program_id(0).to(tl.int64)
     image, tile = program // num_tiles, program % num_tiles
     i = tl.arange(0, TILE)

@@ -48,7 +48,7 @@ def _patch_labels_few_pixels_kernel(
     labels_strides, rows, columns, blocks, patch_size, num_classes, votes_needed,
     SIDE: tl.constexpr, PATCHES: tl.constexpr,
 ):  # fmt: skip
-    """Must move the labels and the output once, and does."""
+    """Memory traffic (minimum): the labels and the output."""
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * PATCHES + tl.arange(0, PATCHES)
     pixel = tl.arange(0, SIDE * SIDE)
@@ -74,7 +74,7 @@ def _patch_labels_many_pixels_kernel(
     labels_strides, rows, columns, patch_size, num_classes, votes_needed,
     SIDE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Must move the labels and the output once, and does."""
+    """Memory traffic (minimum): the labels and the output."""
     row, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     pixel = tl.arange(0, SIDE * SIDE)
     label = _load_labels(labels, row, column, pixel, _inside_patch(pixel, patch_size, SIDE),

@@ -58,7 +58,7 @@ def _same_class_conv2d_frame_kernel(
     labels_strides, batch, height, width, rows, columns, reach, num_classes,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Must move the labels and their copy, and does."""
+    """Memory traffic (minimum): the labels and their copy."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     image, y, x = place // (rows * columns), place // columns % rows - reach, place % columns - reach
     inside = (image < batch) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -78,8 +78,8 @@ def _same_class_conv2d_convolve_kernel(
     x_strides, out_strides, bias_strides, num_channels, height, width, rows, columns, next_tap,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move x, the labels and the output. Reads x once and, from neighbouring programs' edges, up to twice more (a
-    tile of 8 x 8 pixels has 14 x 14 in reach for k = 7)."""
+    """Memory traffic (minimum): x, the labels and the output. x is read once and, at the edges of neighbouring programs, up
+    to twice more (a tile of 8 x 8 pixels has 14 x 14 in reach for k = 7)."""
     image, row, column = _tile(height, width, ROWS, COLUMNS)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -112,8 +112,8 @@ def _same_class_conv2d_weight_kernel(
     grad_strides, x_strides, num_rows, rows_of_chunk, num_channels, height, width, rows, columns,
     SIZE: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Must move the gradient of the output, x and the labels. They are read by the k programs of a chunk, one for each row
-    of taps, which run side by side: once from memory, k times from the cache."""
+    """Memory traffic (minimum): the gradient of the output, x and the labels. The k programs of a chunk, one for each row of
+    taps, run side by side and all read them: once from memory, then from the cache."""
     chunk, i = (tl.program_id(0) // SIZE).to(tl.int64), tl.program_id(0) % SIZE
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels

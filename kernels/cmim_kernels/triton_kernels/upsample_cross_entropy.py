@@ -63,8 +63,8 @@ def _upsample_cross_entropy_forward_kernel(
     column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Must move logits, target, loss and logsumexp once, and does; a cell is read for every tile around it, from caches but
-    for the first time. The state of a pixel is 8 bytes, whatever the number of classes."""
+    """Memory traffic (minimum): logits, target, loss and logsumexp. Every tile around a cell reads it, from the cache after
+    the first. A pixel keeps 8 bytes of state, whatever the number of classes."""
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
@@ -101,12 +101,21 @@ def _upsample_cross_entropy_backward_kernel(
     column_cells, column_pixels, column_step, column_start, column_unit,
     CLASSES: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """Must move grad, logits, target and logsumexp once, and the gradient of the logits once; does, but for caches, and for
-    spans on the border of two programs, which belong to both. Each block of classes reads the pixels again.
+    """Memory traffic (minimum): grad, logits, target, logsumexp, and the gradient of the logits. Spans on the border of two
+    programs are read by both, and each block of classes reads the pixels again.
 
-    An element has one class and one column span, and walks down the row spans. In each, it adds up what the pixels give to
-    the four corners. A cell is complete when the spans above it, which were left to wait, and below it have been visited,
-    both those to its left and those to its right, which are two elements' side by side.
+    The gradient at a cell is a sum over the pixels of the four spans that meet there::
+
+                  column span s        column span s + 1
+        row span r       bottom right | bottom left
+                         -------------+------------     the cell between spans r and r + 1, s and s + 1
+        row span r + 1      top right | top left
+
+    An element of the tile has one class and one column span s, and walks down the row spans. For each it sums
+    (softmax - one hot) grad, times the weight of the corner, into four numbers, one for each corner of the span. Those of
+    the two bottom corners wait for one round, and start the sums of the top corners of the span below. When span r + 1 is
+    done, this element has what its left cell gets from its own side, and the element before it has the rest (its right
+    corners): one exchange between neighbours, and the cell is written.
     """
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)

@@ -26,8 +26,8 @@ def _upsample_pseudo_labels_kernel(
     column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Must move logits, labels and confidences once, and does; a cell is read for every tile around it, from caches but
-    for the first time. The state of a pixel is 12 bytes, whatever the number of classes."""
+    """Memory traffic (minimum): logits, labels and confidences. Every tile around a cell reads it, from the cache after the
+    first. A pixel keeps 12 bytes of state, whatever the number of classes."""
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
