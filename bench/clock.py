@@ -4,7 +4,7 @@ On CUDA: device time. Calls are captured into a CUDA graph that goes round copie
 than three times the L2 cache, so that every call finds it cold; CUDA events around a replay give the time, divided by the
 number of calls. What cannot be captured, because the host waits for the device in it, is called from Python between two
 events ("eager" in the results). `host_seconds` is what a call costs the host, without waiting for the device. On the CPU:
-time of the process, all threads together.
+time of the process with one thread, which other processes disturb least; with more, time of the wall.
 """
 
 import time
@@ -23,7 +23,7 @@ class CaptureError(Exception):
 
 
 class Timing(NamedTuple):
-    clock: str  # "graph", "eager" or "process"
+    clock: str  # "graph", "eager", "process" or "wall"
     peak_bytes: int | None = None  # of memory that one call adds; None on the CPU
     launches: int | None = None  # kernels of one call; None on the CPU
     host_seconds: float | None = None  # None on the CPU, where it is the time itself
@@ -54,13 +54,15 @@ def time_calls(benchmark, function, arguments, *, capture=True):
         CaptureError: the function cannot be captured.
     """
     if not torch.cuda.is_available():
-        seconds = _seconds_on_cpu(function, arguments)
-        benchmark._timer = time.process_time
+        one_thread = torch.get_num_threads() == 1
+        clock = time.process_time if one_thread else time.perf_counter
+        seconds = _seconds_on_cpu(clock, function, arguments)
+        benchmark._timer = clock
         rounds = max(3, min(ROUNDS, int(CPU_SECONDS / max(seconds, 1e-9))))
         # Short calls are repeated: the clock has its own grain.
         repeats = max(1, min(1000, int(CPU_SECONDS / ROUNDS / max(seconds, 1e-9))))
         benchmark.pedantic(function, arguments, rounds=rounds, iterations=repeats)
-        return Timing("process")
+        return Timing("process" if one_thread else "wall")
     copies = copies_of(arguments) if arguments else [[]]
     peak, launches = _peak_bytes(function, arguments), _launches(function, arguments)
     seconds, host = _seconds_eager(function, arguments)
@@ -118,11 +120,11 @@ def differentiable(inputs):
     return [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
-def _seconds_on_cpu(function, arguments):
+def _seconds_on_cpu(clock, function, arguments):
     function(*arguments)
-    start = time.process_time()
+    start = clock()
     function(*arguments)
-    return time.process_time() - start
+    return clock() - start
 
 
 def _seconds_eager(function, arguments, calls=10):

@@ -11,7 +11,7 @@ import triton
 from cpuinfo import get_cpu_info
 
 import cmim_kernels
-from bench import floor
+from bench import floor, inputs
 from bench.clock import time_calls
 from bench.comparison import OURS
 from bench.table import ratio_table
@@ -19,11 +19,15 @@ from bench.table import ratio_table
 
 def pytest_addoption(parser):
     parser.addoption("--profile-steps", metavar="FOLDER", help="write a profiler trace of every training step that is timed")
+    parser.addoption("--threads", type=int, default=1, help="on a CPU; with more than one, time is that of the wall")
+    parser.addoption("--dtype", choices=("float32", "bfloat16"), help="of what is computed on")
 
 
 def pytest_configure(config):
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # so that the time of the process is not that of threads that wait
+    if not inputs.ON_GPU:
+        torch.set_num_threads(config.getoption("threads"))
+    if config.getoption("dtype"):
+        inputs.DTYPE = getattr(torch, config.getoption("dtype"))  # before a benchmark is imported
     if not config.getoption("benchmark_verbose", False):
         config.option.benchmark_quiet = True  # the table of ratios replaces pytest-benchmark's
 
@@ -58,7 +62,7 @@ class _Timed:
         moved, seconds = comparison.moved[backward], self.benchmark.stats.stats.min
         info = self.benchmark.extra_info
         info |= {"moved_bytes": moved, "bytes_per_second": moved / seconds}
-        if info["clock"] != "process":
+        if inputs.ON_GPU:
             launches = comparison.launches[backward] if comparison.launches else self.timing.launches
             work = comparison.exponentials[backward], comparison.products[backward]
             info["target_seconds"] = floor.target_seconds(moved, launches, *work)
@@ -92,6 +96,7 @@ def versions():
         "triton": triton.__version__,
         "cmim_kernels": cmim_kernels.__version__,
         "threads": torch.get_num_threads(),
+        "dtype": str(inputs.DTYPE).removeprefix("torch."),
         "cpu_name": get_cpu_info().get("brand_raw", platform.machine()),
         "commit": _said("git", "rev-parse", "HEAD"),
     }

@@ -1,12 +1,16 @@
 """Shapes and random inputs."""
 
+import os
 from typing import NamedTuple
 
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-"""Of tokens, features, images and logits: what the trainer uses on each device."""
+ON_GPU = DEVICE.type == "cuda"
+DRY_RUN = bool(os.environ.get("CMIM_BENCH_DRY_RUN"))
+"""On a CPU, whether everything runs: the smallest shapes."""
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+"""Of tokens, features, images and logits: what the trainer uses on each device, or `--dtype`."""
 
 
 class Shape(NamedTuple):
@@ -24,9 +28,11 @@ LARGE = (
     Shape("ADE 504", 8, 36, 768, 150, 14),
     Shape("MAE-B", 256, 14, 768, 1, 16),
 )
+TWO_IMAGES = tuple(s._replace(name=f"{s.name}, 2 images", batch=2) for s in LARGE if s.name in ("VOC 320", "ADE 504"))
 SMALL = (Shape("20x20, K 21", 2, 20, 64, 21, 4), Shape("12x12, K 150", 2, 12, 96, 150, 14))
-"""For the CPU: a run of all benchmarks takes minutes."""
-SHAPES = LARGE if DEVICE.type == "cuda" else SMALL
+TINY = Shape("tiny", 1, 4, 8, 3, 4)
+"""So small that the time of a call on the CPU is what it costs before and after the work."""
+SHAPES = LARGE if ON_GPU else SMALL if DRY_RUN else (*TWO_IMAGES, TINY)
 
 
 def generator(seed=0):

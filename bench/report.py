@@ -2,7 +2,7 @@
 
 RESULTS are JSON files of `pytest bench/ --benchmark-json FILE`, or lines of `bench.recorder` (`bench.gpu`), complete or not,
 of one run each. FILE.md gets every measurement and what failed, and bench/README.md, between its markers, one row for each
-op: how many times faster than the best baseline.
+op: how many times faster than the best baseline; and what class-wise work costs beside the same without classes.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 from bench.comparison import CUDA_CPP, FORMULAS, OURS
+from bench.inputs import TINY
 from bench.recorder import last_of_each, read
 from bench.table import in_words
 
@@ -59,6 +60,7 @@ class Run:
         versions = f"torch {self.machine.get('torch', '?')}, triton {self.machine.get('triton', '?')}"
         threads = self.machine.get("threads", "?")
         device = self.machine.get("gpu") or f"{self.machine.get('cpu_name', 'CPU')}, {threads} thread{'s' * (threads != 1)}"
+        device += f", {self.machine['dtype']}" if "dtype" in self.machine else ""
         commit = self.machine.get("commit", "unknown")[:7]
         return f"{device}; {versions}; commit {commit}, {self.date}: `{self.machine.get('command', '?')}`"
 
@@ -80,6 +82,13 @@ class Run:
                 found[group] = best[0] / baselines[OURS][0]
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
 
+    def costs(self):
+        """(group, baseline, how many times as long ours takes) of the baselines that do less than ours."""
+        for group, baselines in self.groups.items():
+            for name, (seconds, info) in baselines.items():
+                if OURS in baselines and name != OURS and not info.get("comparable", True):
+                    yield group, name, baselines[OURS][0] / seconds
+
 
 def all_rows(run):
     """Markdown of every measurement, the best speed-up first, then what was noted and what failed."""
@@ -100,22 +109,42 @@ def all_rows(run):
 
 
 def summary(run):
-    """Markdown: for each op the geometric mean of its speed-ups over all shapes, and the lowest; the best op first."""
-    parts = {}
+    """Markdown: for each op the geometric mean of its speed-ups over all shapes, the lowest, and the time of a tiny call;
+    the best op first. Then what our own costs beside baselines that do less."""
+    parts, own_time = {}, {}
     for group, ratio in run.speed_ups().items():
         name, _, rest = group.partition("; ")
         part = "both" if rest.endswith("forward and backward") else "forward"
-        parts.setdefault(name, {"forward": [], "both": []})[part].append(ratio)
-    mean = lambda ratios: math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None  # noqa: E731
-    in_two_digits = lambda ratio: "" if ratio is None else f"{ratio:.2f}"  # noqa: E731
+        if rest.startswith(f"{TINY.name};"):
+            own_time[name, part] = run.groups[group][OURS][0]
+        else:
+            parts.setdefault(name, {"forward": [], "both": []})[part].append(ratio)
+    in_two_digits = lambda ratios: f"{_mean(ratios):.2f}" if ratios else ""  # noqa: E731
     yield f"{run.describe()}\n"
-    yield "| | forward | forward and backward | lowest |"
-    yield "| --- | ---: | ---: | ---: |"
-    for name, found in sorted(parts.items(), key=lambda entry: -mean(entry[1]["forward"] + entry[1]["both"])):
+    yield "| | forward | forward and backward | lowest | a call that has nothing to do |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    everything = {"forward": [], "both": []}
+    for name, found in sorted(parts.items(), key=lambda entry: -_mean(entry[1]["forward"] + entry[1]["both"])):
         lowest = min(found["forward"] + found["both"])
-        yield f"| {name} | {in_two_digits(mean(found['forward']))} | {in_two_digits(mean(found['both']))} | {lowest:.2f} |"
+        times = ", ".join(in_words(own_time[name, part]) for part in ("forward", "both") if (name, part) in own_time)
+        yield f"| {name} | {in_two_digits(found['forward'])} | {in_two_digits(found['both'])} | {lowest:.2f} | {times} |"
+        if (name, "forward") in own_time:  # an op
+            for part in everything:
+                everything[part] += [_mean(found[part])] if found[part] else []
+    if any(everything.values()):
+        yield f"| all ops | {in_two_digits(everything['forward'])} | {in_two_digits(everything['both'])} | | |"
+    costs = list(run.costs())
+    if costs:
+        yield "\n| what | beside | takes times as long |"
+        yield "| --- | --- | ---: |"
+        yield from (f"| {group} | {name} | {ratio:.2f} |" for group, name, ratio in costs)
     if run.failed:
         yield f"\n{len(run.failed)} measurements or tests did not pass: see {run.path.with_suffix('.md').name}."
+
+
+def _mean(ratios):
+    """Geometric."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def write_summary(readme, runs):

@@ -11,7 +11,7 @@ import torch
 from bench import baselines_pixels as pixels
 from bench import baselines_tokens as tokens
 from bench.comparison import BACKENDS, OURS, error_against_float64, prepared
-from bench.inputs import DEVICE, SHAPES
+from bench.inputs import ON_GPU, SHAPES
 
 OPS = {
     "pack_classes": (tokens.packing, ["two sorts"]),
@@ -52,7 +52,7 @@ def cases():
                 continue
             everyone = [OURS, *BACKENDS, *names]
             everyone += [f"{name}, compiled" for name in names if not name.endswith("compiled")]
-            if DEVICE.type == "cpu" and shape != SHAPES[0]:  # compilation takes seconds
+            if not ON_GPU and shape != SHAPES[0]:  # compilation takes seconds
                 everyone = [name for name in everyone if not name.endswith("compiled")]
             for part in ("forward",) if op in WITHOUT_GRADIENT else ("forward", "forward and backward"):
                 for name in everyone:

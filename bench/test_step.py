@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import inputs
 from bench.comparison import OURS
-from bench.inputs import DEVICE, class_map, generator, token_mask
+from bench.inputs import DEVICE, DRY_RUN, ON_GPU, class_map, generator, token_mask
 from bench.unimatch_baseline import IGNORED, UsualLoop
 
 pytest.importorskip("pydantic", reason="the step is the trainer's, whose settings need pydantic")
@@ -23,11 +24,17 @@ from cmim.engine.optimizer import build_optimizer
 from cmim.method.objective import Objective
 from cmim.method.perturbations import drop_channels
 
-ON_GPU = DEVICE.type == "cuda"
 CLASSES = 21
-CROP, ENCODER = (320, "resnet101s.gluon_in1k") if ON_GPU else (64, "test_resnet.r160_in1k")
-BATCHES = ((8, 8), (4, 4)) if ON_GPU else ((2, 2),)
-DTYPE = torch.bfloat16 if ON_GPU else None
+if DRY_RUN and not ON_GPU:
+    CROP, ENCODER, BATCHES = 64, "test_resnet.r160_in1k", ((2, 2),)
+    MASK, RECONSTRUCTION = {"block": 16}, {"width": 32, "depth": 2}
+elif ON_GPU:
+    CROP, ENCODER, BATCHES = 320, "resnet101s.gluon_in1k", ((8, 8), (4, 4))
+    MASK, RECONSTRUCTION = {}, {}
+else:
+    CROP, ENCODER, BATCHES = 160, "tf_efficientnet_lite0.in1k", ((4, 4),)
+    MASK, RECONSTRUCTION = {}, {"width": 128, "depth": 4}
+DTYPE = inputs.DTYPE if torch.bfloat16 == inputs.DTYPE else None
 USUAL = "the usual loop"
 
 
@@ -36,8 +43,8 @@ def config_of(preset):
         "data": {"format": "voc", "root": ".", "split": ".", "crop": CROP},
         "model": {"encoder": ENCODER, "weights": "none"},
         "method": {"preset": preset, "tau": 0.3},  # low enough that pixels of an untrained network pass
-        "mask": {} if ON_GPU else {"block": 16},
-        "reconstruction": {} if ON_GPU else {"width": 32, "depth": 2},
+        "mask": MASK,
+        "reconstruction": RECONSTRUCTION,
     }
     return config_from(values, "the benchmark")
 
@@ -119,7 +126,7 @@ def test_losses_are_equal(labelled, unlabelled):
     loop, theirs = usual(batch, dropout=lambda maps: drop_channels(maps, batch["channel_key"], 0.5))
     ours = Ours("unimatch", dtype=None, compile=False)
     with torch.no_grad():
-        torch.testing.assert_close(loop.loss(theirs), ours.loss(batch), rtol=1e-2 if ON_GPU else 1e-4, atol=1e-4)
+        torch.testing.assert_close(loop.loss(theirs), ours.loss(batch), rtol=1e-2 if DTYPE else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("labelled, unlabelled", BATCHES)
@@ -146,7 +153,7 @@ def test_presets(labelled, unlabelled, preset, timed, request):
     step = lambda: ours.step(batch)  # noqa: E731
     group = f"step, cmim; batch {labelled} + {unlabelled}, crop {CROP}"
     name = OURS if preset == "cmim" else "the unimatch preset"
-    timed(group, name, step, [], capture=False, images=labelled + unlabelled)
+    timed(group, name, step, [], capture=False, images=labelled + unlabelled, comparable=preset == "cmim")
     trace(step, f"{preset} {labelled}", request)
 
 

@@ -27,7 +27,7 @@ def run_on_ranks(function, ranks, folder, *arguments):
     try:
         answers = []
         for receive, _ in pipes:
-            assert receive.poll(120), "a process gave no answer"
+            assert receive.poll(300), "a process gave no answer"
             answers.append(torch.load(io.BytesIO(receive.recv_bytes()), weights_only=False))
     finally:
         for process in processes:

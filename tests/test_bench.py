@@ -16,6 +16,7 @@ from bench.table import in_words, ratio_table
 
 def run(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "XDIST" not in k}
+    environment["CMIM_BENCH_DRY_RUN"] = "1"  # small shapes
     result = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -32,7 +33,7 @@ def test_from_the_command_to_the_table(tmp_path):
     run("bench.report", str(path), "--readme", str(readme))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert re.search(r"\| patch_labels \| \d+\.\d\d \|  \| \d+\.\d\d \|", text)
+    assert re.search(r"\| patch_labels \| \d+\.\d\d \|  \| \d+\.\d\d \|  \|", text)
     rows = path.with_suffix(".md").read_text()
     assert rows.count("| patch_labels; ") == len({entry["group"] for entry in content["benchmarks"]})
     assert path.with_suffix(".png").stat().st_size > 0
@@ -67,13 +68,16 @@ def test_lines_of_an_unfinished_run_become_a_table(tmp_path):
     ]
     for name, seconds, comparable in ((OURS, 1.0, True), ("slow", 3.0, True), ("fast", 2.0, True), ("blind", 0.1, False)):
         info = {"baseline": name, "comparable": comparable, "error": 1e-6, "share_of_target": 0.5}
-        line = {"stage": "ops", "item": name, "status": "passed", "stats": {"min": seconds}, "group": "op; VOC; forward"}
-        lines.append(line | {"extra_info": info})
+        for shape, unit in (("VOC", 1.0), ("ADE", 0.5), ("tiny", 1e-5)):
+            line = {"stage": "ops", "item": name + shape, "status": "passed", "stats": {"min": seconds**unit * min(1, unit)}}
+            lines.append(line | {"extra_info": info, "group": f"op; {shape}; forward"})
     path, readme = tmp_path / "results.jsonl", tmp_path / "README.md"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ops", "it')
     readme.write_text(f"{START}{END}")
     run("bench.report", str(path), "--readme", str(readme))
-    assert "| op | 2.00 |  | 2.00 |" in readme.read_text() and "A GPU; torch 2.11" in readme.read_text()
+    summary = readme.read_text()
+    assert "| op | 1.68 |  | 1.41 | 10 us |" in summary and "A GPU; torch 2.11" in summary  # (2 x 2 ** 0.5) ** 0.5
+    assert "| all ops | 1.68 |  | | |" in summary and "| op; VOC; forward | blind | 10.00 |" in summary
     rows = path.with_suffix(".md").read_text()
     assert "| op; VOC; forward | 1 s | 2.00 | blind: 0.10; fast: 2.00; slow: 3.00 | 50% | 1.0e-06 |" in rows
     assert "- ops: a: started" in rows

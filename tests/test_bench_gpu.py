@@ -51,7 +51,7 @@ def call(tmp_path, monkeypatch):
     path = tmp_path / "test_things.py"
     path.write_text(TESTS)
 
-    def call(*, again=False, budget=100.0, arguments="", item_seconds=4):
+    def call(*, again=False, budget=100.0, arguments="", item_seconds=20):
         options = argparse.Namespace(dry_run=False, again=again, budget=budget, wheels=None, data=None)
         run = gpu.Run(tmp_path, options)
         stage = gpu.Stage("things", f"{path} --rootdir {tmp_path} {arguments}", "", 100, item_seconds)

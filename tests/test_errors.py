@@ -388,7 +388,7 @@ def test_a_backend_that_is_not_there():
             env=os.environ | {"CMIM_KERNELS_BACKEND": "foo"},
         )  # fmt: skip
         assert result.returncode == 2
-        assert result.stderr == "error: CMIM_KERNELS_BACKEND is 'foo', expected one of auto, cuda, triton, torch\n"
+        assert result.stderr == "error: CMIM_KERNELS_BACKEND is 'foo', expected one of auto, cpu, cuda, triton, torch\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a file system that makes no folders")

@@ -23,7 +23,9 @@ def first_derivative(backward):
     @functools.wraps(backward)
     def checked(ctx, *grads):
         # The largest level is that of the transform that asks for this pass; one below it differentiates its result.
-        if not torch.compiler.is_compiling() and len(set().union(*map(_levels, (*grads, *ctx.saved_tensors)))) > 1:
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return backward(ctx, *grads)
+        if len(set().union(*map(_levels, (*grads, *ctx.saved_tensors)))) > 1:
             raise RuntimeError("cmim_kernels: the ops have no second derivative, as torch.func asks for here")
         return backward(ctx, *grads)
 

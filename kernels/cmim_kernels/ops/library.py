@@ -34,7 +34,35 @@ def declare(schema, *, torch_backend, fake, kernels=()):
     for dispatch_key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, dispatch_key)
     torch.library.register_fake(f"cmim_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cmim_kernels, name).default
+    return _directly(getattr(torch.ops.cmim_kernels, name).default, implementation)
+
+
+def _directly(op, implementation):
+    """`op`, but its implementation alone where PyTorch's dispatcher has nothing else to do: ordinary tensors, in eager mode.
+    The dispatcher takes a sixth of the time of a small call."""
+
+    @functools.wraps(implementation)
+    def call(*arguments):
+        if torch.compiler.is_compiling() or _is_watched():
+            return op(*arguments)
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and (type(a) not in _ORDINARY or a.device.type not in ("cpu", "cuda")):
+                return op(*arguments)
+        return implementation(*arguments)
+
+    return call
+
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_watched():
+    """Whether a dispatch mode (fake tensors, tracing, a counter), a transform of `torch.func` or the profiler is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _choosing(name, torch_backend):
@@ -49,7 +77,7 @@ def _choosing(name, torch_backend):
         if backend == "torch":
             return torch_backend(*arguments)
         launcher = _launcher(backend, name)
-        if device.type != "cuda":
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launcher(*arguments)
         with torch.cuda.device(device):  # launches go to the current device
             return launcher(*arguments)
