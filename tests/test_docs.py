@@ -7,7 +7,7 @@ import pytest
 
 from cmim.method import objective
 from cmim.models.build import ARCHITECTURES
-from cmim.settings import PRESETS, ModelSettings
+from cmim.settings import PRESETS, ModelSettings, Preset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -55,6 +55,10 @@ def test_every_preset_and_every_architecture_is_described():
         line = r"^\| `{}` \|" if page.endswith(".md") else r"^    ([\w, ]+, )?{}\b.* L = "
         missing = [preset for preset in PRESETS if not re.search(line.format(preset), text, flags=re.M)]
         assert not missing, f"{page} has no formula of these presets"
+        terms = [name for name, kind in Preset.__annotations__.items() if kind is float]
+        terms += [name for preset in PRESETS.values() for name in preset.masked]
+        missing = [name for name in terms if not re.search(rf"^ +L_{name} += ", text, flags=re.M)]
+        assert not missing, f"{page} has no formula of these terms"
     listed, setting = (ROOT / "docs/training.md").read_text(), ModelSettings.model_fields["arch"].description
     missing = [arch for arch in ARCHITECTURES if f"- `{arch}" not in listed or f"`{arch}" not in setting]
     assert not missing, "docs/training.md or ModelSettings.arch does not say that these architectures exist"

@@ -32,7 +32,7 @@ def test_every_term_is_among_the_cases():
 
 
 def terms_of(preset):
-    return {*BASES[PRESETS[preset].base or preset], *MASKED.get(preset, ())}
+    return {*BASES.get(PRESETS[preset].base or preset, ()), *MASKED.get(preset, ())}
 
 
 def uneven_batch(config):
