@@ -24,7 +24,10 @@ BASES = {
     "unimatch_v2": {"sup": 1 / 2, "strong1": 1 / 4, "strong2": 1 / 4},
 }
 """The weight of each term without masks."""
-BASE_TERMS = {"sup", "strong", "fp"}
+BASE_TERMS = set().union(*BASES.values())
+MASKED = {"semantic": {"sem"}, "mim": {"pix", "feat", "sem"}, "cmim": {"pix", "feat", "sem"}}
+"""The terms of the masked views."""
+CLASS_WISE = {"cmim"}
 UNLABELLED_SEM = {"sem_weak", "sem_strong"}
 OHEM = {"threshold": 0.05, "min_kept": 300}
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -107,7 +110,7 @@ def make_batch(config, seed=0, labelled=2, unlabelled=2):
     base = base_of(config)
     if base != "supervised":
         batch |= unlabelled_batch(2 if "strong2" in BASES[base] else 1, unlabelled, images, keys)
-    if config.method.preset in ("semantic", "mim", "cmim"):
+    if masked_of(config):
         for name, count in (("labelled", labelled), ("weak", unlabelled), ("strong", unlabelled)):
             side = CROP // config.mask.block
             batch[f"{name}_mask"] = random_mask(count, side, side, config.mask.ratio, generator=g)
@@ -117,7 +120,16 @@ def make_batch(config, seed=0, labelled=2, unlabelled=2):
 
 def base_of(config):
     """The preset on which the masked terms stand, or the preset itself."""
-    return config.preset.base or config.method.preset
+    base = config.preset.base or config.method.preset
+    assert base in BASES, f"tests/plain_objective.py: BASES has no row for the preset {base}"
+    return base
+
+
+def masked_of(config):
+    """The terms of the masked views that the preset has."""
+    preset = config.method.preset
+    assert preset in (*MASKED, *BASES), f"tests/plain_objective.py: MASKED has no row for the preset {preset}"
+    return MASKED.get(preset, set())
 
 
 def unlabelled_batch(views, unlabelled, images, keys):
@@ -144,7 +156,7 @@ def plain_terms(objective, batch, ramp):
     config = objective.config
     terms, weak, strong = base_terms(objective, batch)
     terms = {name: weight * terms[name] for name, weight in BASES[base_of(config)].items()}
-    if config.method.preset not in ("semantic", "mim", "cmim") or ramp is None:
+    if not masked_of(config) or ramp is None:
         return terms
     return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong).items()}
 
@@ -236,15 +248,16 @@ def masked_terms(objective, batch, weak, strong):
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
 
     tokens = maps[-1] if settings.tokens == "encoder" else feature
-    terms = {}
-    if config.method.preset != "semantic":
-        groups = token_classes if config.method.preset == "cmim" else token_classes.clamp(max=0)
+    terms, wanted = {}, masked_of(config)
+    groups = token_classes if config.method.preset in CLASS_WISE else token_classes.clamp(max=0)
+    if "pix" in wanted:
         reconstructed = decode_per_class(objective.reconstruction, tokens, groups, masked)
         pixels = pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings)
         terms["pix"] = config.mim.w_pix * pixels
+    if "feat" in wanted:
         terms["feat"] = config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids)
     first = 0
-    for name in config.mim.views:
+    for name in config.mim.views if "sem" in wanted else ():
         part = slice(first, first + len(views[name][0]))
         share = {"labelled": 1 / 2, "weak": 1 / 4, "strong": 1 / 4}[name]
         terms[f"sem_{name}"] = (

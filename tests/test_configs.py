@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmim.config import check_counts, default_config_path, load_config
-from cmim.data import load_splits
+from cmim.data import FORMATS, load_splits
 from cmim.engine.optimizer import scaled_lr
 from cmim.engine.schedule import total_steps
 from cmim.errors import UserError
@@ -15,7 +15,8 @@ from cmim.models.build import check_sizes
 from cmim.settings import PRESETS, OptimizerSettings, TrainSettings
 from tests.tiny_runs import tiny
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -24,6 +25,14 @@ def test_every_config_is_valid_with_every_method(path, preset):
     config = load_config(path, ["--data.root", "x", "--method.preset", preset])
     check_sizes(config)
     assert scaled_lr(config.optimizer, config.train) == config.optimizer.lr  # what the file says is what is used
+
+
+def test_every_format_has_a_config_and_every_config_its_line_in_the_docs():
+    formats = {load_config(path, ["--data.root", "x"]).data.format for path in CONFIGS}
+    assert not set(FORMATS) - formats, "configs/ has no recipe for these values of data.format"
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/training.md", "Makefile"))
+    named = {path.stem for path in CONFIGS if path.name in pages} | {default_config_path().stem}
+    assert not {path.stem for path in CONFIGS} - named, "docs/training.md does not name these files of configs/"
 
 
 @pytest.mark.parametrize("name, folder", [("voc", "pascal"), ("cityscapes", "cityscapes")])

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cmim.method import objective
+from cmim.models.build import ARCHITECTURES
+from cmim.settings import PRESETS, ModelSettings, Preset
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 
@@ -41,6 +45,23 @@ def test_every_command_of_the_makefile_that_a_page_names_is_there():
     for page in PAGES:
         named = set(re.findall(r"\bmake ([a-z][a-z-]+)\b", "".join(re.findall(r"`[^`]+`", page.read_text()))))
         assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_every_preset_and_every_architecture_is_described():
+    for page, text in (
+        ("docs/method.md", (ROOT / "docs/method.md").read_text()),
+        ("cmim.method.objective", objective.__doc__),
+    ):
+        line = r"^\| `{}` \|" if page.endswith(".md") else r"^    ([\w, ]+, )?{}\b.* L = "
+        missing = [preset for preset in PRESETS if not re.search(line.format(preset), text, flags=re.M)]
+        assert not missing, f"{page} has no formula of these presets"
+        terms = [name for name, kind in Preset.__annotations__.items() if kind is float]
+        terms += [name for preset in PRESETS.values() for name in preset.masked]
+        missing = [name for name in terms if not re.search(rf"^ +L_{name} += ", text, flags=re.M)]
+        assert not missing, f"{page} has no formula of these terms"
+    listed, setting = (ROOT / "docs/training.md").read_text(), ModelSettings.model_fields["arch"].description
+    missing = [arch for arch in ARCHITECTURES if f"- `{arch}" not in listed or f"`{arch}" not in setting]
+    assert not missing, "docs/training.md or ModelSettings.arch does not say that these architectures exist"
 
 
 def test_the_version_stands_once():

@@ -100,4 +100,6 @@ def test_no_option_is_left_untested():
         "reconstruction": settings.ReconstructionSettings, "centroids": settings.CentroidSettings,
         "teacher": settings.TeacherSettings,
     }  # fmt: skip
-    assert tested | elsewhere == {f"{name}__{key}" for name, section in sections.items() for key in section.model_fields}
+    every = {f"{name}__{key}" for name, section in sections.items() for key in section.model_fields}
+    assert not every - tested - elsewhere, "EFFECTS above has no line for these settings"
+    assert not (tested | elsewhere) - every, "these are no settings"

@@ -6,7 +6,8 @@ import torch
 from cmim import distributed
 from cmim.method import objective as objective_module
 from cmim.models.batch_norm import synchronise_batch_norm
-from tests.plain_objective import CLASSES, OHEM, make_batch, make_config, make_objective, ramp, tiny_segmenter
+from cmim.settings import PRESETS
+from tests.plain_objective import BASES, CLASSES, MASKED, OHEM, make_batch, make_config, make_objective, ramp, tiny_segmenter
 from tests.ranks import run_on_ranks
 
 CASES = [
@@ -22,6 +23,16 @@ CASES = [
 
 def cases(compiled):
     return [CASES[0], CASES[-1]] if compiled else CASES  # compiling takes its time
+
+
+def test_every_term_is_among_the_cases():
+    compared = {term for preset, _ in CASES for term in terms_of(preset)}
+    missing = {term for preset in PRESETS for term in terms_of(preset)} - compared
+    assert not missing, "CASES above has no preset with these terms"
+
+
+def terms_of(preset):
+    return {*BASES.get(PRESETS[preset].base or preset, ()), *MASKED.get(preset, ())}
 
 
 def uneven_batch(config):

@@ -99,6 +99,7 @@ def _module(arch: str) -> ModuleType:
     name, colon, _ = arch.partition(":")
     if name in ARCHITECTURES and bool(colon) == (name == "smp"):
         return import_module(ARCHITECTURES[name])
-    nearest = difflib.get_close_matches(arch, [name for name in ARCHITECTURES if name != "smp"], 1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "expected deeplabv3plus, dpt or smp:ARCH/ENCODER"
+    names = [name for name in ARCHITECTURES if name != "smp"]
+    nearest = difflib.get_close_matches(arch, names, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join(names)} or smp:ARCH/ENCODER"
     raise UserError(f"model.arch: unknown architecture {arch}; {hint}")

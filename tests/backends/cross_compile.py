@@ -138,7 +138,10 @@ def missing_launchers(kernels):
 
 def missing_configurations():
     """The launch configurations that no case makes, in words."""
-    missing = [f"{name}: no configurations" for name in launches.cases().keys() - launches.CONFIGURATIONS.keys()]
+    missing = [
+        f"{name}: no row in CONFIGURATIONS of tests/backends/launches.py"
+        for name in launches.cases().keys() - launches.CONFIGURATIONS.keys()
+    ]
     for op, configurations in launches.CONFIGURATIONS.items():
         made = [launch.kwargs for case in launches.cases()[op] for launch in record(case)]
         for configuration in configurations:
@@ -156,7 +159,9 @@ def main():
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     options = parser.parse_args()
     if options.list_missing:
-        missing = [f"{name}: no case" for name in missing_launchers(KERNELS)] + missing_configurations()
+        missing = [
+            f"{name}: no case in CASES of tests/backends/launches.py" for name in missing_launchers(KERNELS)
+        ] + missing_configurations()
         print("\n".join(missing))
         return 1 if missing else 0
     wrong = 0

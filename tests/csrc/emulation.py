@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import os
+import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -21,15 +23,24 @@ FLAGS = (
 )  # fmt: skip
 
 
+def implemented(source):
+    """Names of the ops that a library.cpp implements."""
+    return re.findall(r"CMIM_IMPLEMENT\((\w+)\);", source.read_text())
+
+
 @functools.cache
 def cpu_library():
-    """The path of the library for the CPU, compiled where it is older than its sources; None without a C++ compiler."""
-    folder = ROOT / "build" / "cpu"
-    library, new = folder / "libcmim_cpu.so", folder / f"libcmim_cpu.{os.getpid()}"  # other processes test, too
+    """The path of the library for the CPU, compiled where it is older than its sources; None without a C++ compiler, and on
+    machines that it is not for. A source that does not compile is an error."""
     try:
-        csrc.build_cpu(new, folder, torch=Path(torch.__file__).parent)
+        csrc.find_compiler()
     except csrc.BuildError:
         return None
+    if platform.machine() not in csrc.INSTRUCTION_SETS or platform.system() != "Linux":
+        return None
+    folder = ROOT / "build" / "cpu"
+    library, new = folder / "libcmim_cpu.so", folder / f"libcmim_cpu.{os.getpid()}"  # other processes test, too
+    csrc.build_cpu(new, folder, torch=Path(torch.__file__).parent)
     new.rename(library)  # another process may have loaded the one that was there
     return library
 

@@ -81,6 +81,9 @@ def write_ade20k(root, train=(0, 1, 2, 150), val=(0, 1, 149), count=3):
     return root
 
 
+WRITERS = {"voc": write_voc, "cityscapes": write_cityscapes, "coco": write_coco, "ade20k": write_ade20k}
+
+
 def write_split(folder, labelled, unlabelled, **others):
     folder.mkdir(parents=True)
     for name, lines in {"labeled": labelled, "unlabeled": unlabelled, **others}.items():

@@ -8,11 +8,12 @@ from PIL import Image
 
 from cmim.data import FORMATS
 from cmim.data.benchmark_classes import ADE20K_NAMES, CITYSCAPES_NAMES, COCO_NAMES, VOC_NAMES
-from cmim.data.benchmarks import INSPECTED
+from cmim.data.benchmarks import INSPECTED, Benchmark
 from cmim.settings import DataSettings
 from tests.data.small_benchmarks import (
     HEIGHT,
     WIDTH,
+    WRITERS,
     load,
     mistake,
     names,
@@ -38,7 +39,24 @@ def cityscapes(tmp_path):
 
 
 def test_every_format_of_the_settings_has_its_loader():
-    assert tuple(FORMATS) == get_args(DataSettings.model_fields["format"].annotation)
+    said = "DataSettings.format in cmim/settings.py and FORMATS in cmim/data/__init__.py name the same formats, in one order"
+    assert tuple(FORMATS) == get_args(DataSettings.model_fields["format"].annotation), said
+
+
+@pytest.mark.parametrize("name", [n for n, source in FORMATS.items() if source and issubclass(source, Benchmark)])
+def test_every_benchmark_is_read_and_says_what_is_missing(name, tmp_path):
+    assert name in WRITERS, f"tests/data/small_benchmarks.py: WRITERS has no function that writes a few images of {name}"
+    root, source = WRITERS[name](tmp_path / name), FORMATS[name]
+    splits = load(root, name, labelled=1.0)
+    assert len(splits.labelled) > 0 and len(splits.val) > 0 and len(splits.colours) == len(splits.class_names)
+    values = {int(v) for part in (splits.labelled, splits.val) for i in range(len(part)) for v in part.label(i).ravel()}
+    assert values <= {*range(len(splits.class_names)), 255}
+    assert source.split_example in mistake(load, root, name, split=str(tmp_path))
+    splits.val.masks[0].unlink()
+    assert source.mask_remedy in mistake(load, root, name)
+    for image in splits.val.images:
+        image.unlink()
+    assert source.layout in mistake(load, root, name)
 
 
 def test_classes():

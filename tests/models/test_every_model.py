@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmim.models.build import build_segmenter, geometry
+from cmim.models.build import ARCHITECTURES, build_segmenter, geometry, normalisation
 from cmim.settings import ModelSettings
 
 TINY_DEEPLAB = dict(decoder_width=8, low_level_width=4, atrous_rates=(1, 2))
@@ -32,6 +32,22 @@ SMALL = ("deeplabv3plus-byobnet", "dpt-16", "smp-fpn", "smp-upernet-empty-map")
 COMPILED = ("deeplabv3plus-resnet-8", "dpt-16", "smp-pspnet-cut-encoder", "smp-upernet-empty-map")
 OWN_LAYOUT = ("smp-fpn", "smp-segformer-own-encoder")
 """Whose code in smp, a stack and a reshape, ends the layout of channels-last images."""
+
+
+def arch_of(name):
+    return MODELS[name][1].get("arch", "deeplabv3plus")
+
+
+def test_every_architecture_is_among_them():
+    for table in (MODELS, COMPILED):
+        missing = set(ARCHITECTURES) - {arch_of(name).partition(":")[0] for name in table}
+        assert not missing, "MODELS or COMPILED above has no network of these architectures"
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "smp" not in n or "/tu-" in arch_of(n)])  # smp's own ask the network
+def test_it_is_known_what_pretrained_weights_expect(name):
+    """The name of the encoder is read once more for it; without an answer the images would be normalised as ImageNet's."""
+    assert normalisation(settings(name).model_copy(update={"weights": "timm"}), 3) is not None
 
 
 def settings(name, **more):
