@@ -20,8 +20,8 @@ from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
-FORM = 1
-"""Raised when what is kept of a file changes its meaning."""
+FORM = 2
+"""Raised when what is kept of a file changes its meaning, or when files are refused that were not before."""
 
 
 class Counts:
