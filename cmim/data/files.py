@@ -23,8 +23,8 @@ IMAGE_SUFFIXES = (
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
 _UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error, TokenError,
-    BadZipFile, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
+    TokenError, BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
 # Formats, and compressions of TIFF, that change the numbers of a mask.
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
@@ -245,6 +245,7 @@ def _open_array(path, channels):
 
 def _map_array(path):
     """A .npy file whose content is not read yet, so that a damaged header cannot ask for more memory than the file has."""
+    _refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
@@ -291,6 +292,7 @@ def orientation(image: Image.Image | Path) -> int:
 
 
 def _open(path):
+    _refuse_pipe(path)
     try:
         image = Image.open(path)
         if image.format == "TIFF":
@@ -298,6 +300,12 @@ def _open(path):
         return image
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _refuse_pipe(path):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    if Path(path).is_fifo():
+        raise _unreadable(path, OSError(0, "a pipe, not a file"))
 
 
 def _unreadable(path, error):

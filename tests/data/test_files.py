@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 from types import SimpleNamespace
@@ -219,6 +220,15 @@ def test_a_tiff_without_its_size(tmp_path):
     for read in (open_mask, lambda path: open_image(path, 3), image_size):
         with pytest.raises(UserError, match=r"cannot read .*x\.tif"):
             read(tmp_path / "x.tif")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["x.png", "x.npy"])
+def test_a_pipe_among_the_images(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    for read in (lambda path: open_image(path, 3), image_size):
+        with pytest.raises(UserError, match=r"cannot read .*x\.(png|npy): a pipe, not a file"):
+            read(tmp_path / name)
 
 
 def test_pictures_that_do_not_fit(tmp_path):
