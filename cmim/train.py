@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
 from cmim.command_line import parser_of
-from cmim.config import check_counts, default_config_path, load_config
+from cmim.config import check_background, check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
@@ -323,7 +323,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
     console.quiet = distributed.world().rank > 0
-    config_path = given.config or default_config_path()
+    config_path = default_config_path() if given.config is None else given.config
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
@@ -333,6 +333,7 @@ def main(arguments: Sequence[str]) -> None:
         config = take_over(config, load_config(earlier.config))
     check_sizes(config)
     splits = load_splits(config.data, earlier.labelled if continues and earlier.labelled.exists() else None)
+    check_background(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     folder = given.output or default_folder(config_path)
