@@ -290,9 +290,14 @@ class Trainer:
         if state["class_names"] != list(self.splits.class_names):
             raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
         checkpoint.load_into(self.objective, state["objective"], self.run.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_miou = state["step"], state["best_miou"]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best_miou = int(state["step"]), float(state["best_miou"])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{self.run.last} is no checkpoint of this run's last step; put that there, or give another --output"
+            ) from None
         self.saved, self.interval = self.step, state.get("interval", [])
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")

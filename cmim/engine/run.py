@@ -68,6 +68,8 @@ def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
             return run
         if not resume:
             raise UserError(f"{run.folder} holds a run; continue it with --resume, or give another --output")
+        if run.result.exists() and not run.last.exists():  # it would start anew, over the best weights and the figures
+            raise UserError(f"{run.folder} has a result, but {run.last} is gone; put it back, or give another --output")
         key = changed_setting(load_config(run.config), config)
         if key is not None:
             raise UserError(f"{key} differs from {run.config}; resume with the same settings, or give another --output")

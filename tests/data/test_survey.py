@@ -58,6 +58,8 @@ def test_masks_whose_object_is_255_are_refused(masks, tmp_path):
 def test_masks_without_any_class_are_refused(tmp_path):
     said = refused(write(tmp_path / "data", [[255, 255]], [[0, 1, 2]], "abc"))
     assert said.startswith("not one pixel of the labelled masks has a class: they hold 255 only")
+    said = refused(write(tmp_path / "val", [[0, 1, 2]], [[255, 255]], "abc"))
+    assert said.startswith("not one pixel of the val masks has a class: they hold 255 only; ")
 
 
 def test_absent_classes_are_named(tmp_path):
