@@ -12,7 +12,7 @@ NEEDED = {
 }  # fmt: skip
 """Module -> distribution, of what the trainer cannot do without: the extra `train` of pyproject.toml."""
 
-BACKENDS = ("auto", "cuda", "triton", "torch")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
 """What CMIM_KERNELS_BACKEND may be."""
 
 
