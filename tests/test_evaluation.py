@@ -15,6 +15,7 @@ from cmim.config import config_from
 from cmim.engine import evaluation, logging
 from cmim.engine.evaluation import evaluate
 from cmim.engine.inference import probabilities
+from cmim.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -282,3 +283,14 @@ def test_a_long_evaluation_says_how_far_it_is(monkeypatch, capsys):
         "val  3/7 images  0.1 images/s  0:00:52 left",
         "val  6/7 images  0.1 images/s  0:00:13 left",
     ]
+
+
+def test_outputs_that_are_not_finite_are_no_result():
+    class Broken(Net):
+        def forward(self, images):
+            return super().forward(images) * float("nan")
+
+    with pytest.raises(
+        UserError, match=r"the outputs of the network are not finite; lower optimizer.lr, use --train.precision fp32"
+    ):
+        evaluate(Broken(), Images(2), full_config(), 3, CPU, None, "test")
