@@ -20,7 +20,9 @@ from cmim import early
 if __name__ == "__main__":
     early.begin("train", __doc__)
 
+import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -85,6 +87,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
+        self.images = {name: digest(getattr(splits, name)) for name in ("unlabelled", "val")}
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
@@ -274,6 +277,7 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "images": self.images,
             "best_miou": self.best_miou,
             **self.about(),
         } | ({"interval": list(interval)} if interval else {})
@@ -299,9 +303,21 @@ class Trainer:
                 f"{self.run.last} is no checkpoint of this run's last step; put that there, or give another --output"
             ) from None
         self.saved, self.interval = self.step, state.get("interval", [])
+        for name, images in state.get("images", self.images).items():
+            if images != self.images[name]:
+                console.print(
+                    f"warning: the {name} images are not those that the run had until now ({images[0]}, here are "
+                    f"{self.images[name][0]}): it goes on, and ends otherwise than with them"
+                )
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
         console.print(f"continuing {self.run.folder} at step {self.step}")
+
+
+def digest(image_set: ImageSet) -> tuple[int, str]:
+    """The number of images and a digest of their names, by which a continued run sees that they changed."""
+    names = "\n".join(map(image_set.name, range(len(image_set))))
+    return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
 def eager_if(wanted: bool) -> AbstractContextManager:
