@@ -66,8 +66,9 @@ class UserError(Exception):
         super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
-class Stopped(Exception):
-    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal."""
+class Stopped(BaseException):
+    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal. It may be raised
+    anywhere, and is no `Exception`, so that nobody takes it for a mistake."""
 
     def __init__(self, number: int):
         self.code = 128 + number
