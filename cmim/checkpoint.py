@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -56,10 +57,19 @@ class _Writer:
             raise self.error from None
 
 
+def _refuse_other_bits(path):
+    """PyTorch writes checksums and does not compare them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint; nothing in it can run code."""
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of foreign files; the error below names them
+            _refuse_other_bits(path)
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None

@@ -53,6 +53,9 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f"unknown option {word}; did you mean {nearest[0]}?" if nearest else unknown_key(word.lstrip("-")))
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
+        empty = next((name for name, value in vars(namespace).items() if value == "" or value == Path("")), None)
+        if empty is not None:  # as from an empty variable of a shell; it would stand for this folder, or for the default
+            self.error(f"the argument {empty} is empty; give a value")
         return namespace, overrides
 
 

@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cmim.command_line import parser_of
 from cmim.config import load_config
@@ -83,7 +84,7 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
         errors = [line for line in said if line.startswith("error: ")]  # torchrun prints a report below them
         raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
-    miou = json.loads(Run(folder).result.read_text(encoding="utf-8"))["miou"]
+    miou = read_result(Run(folder))["miou"]
     console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
 
 
@@ -91,19 +92,26 @@ def finished(run: Run, config: Config) -> bool:
     """Whether the folder holds the result of these settings. cmim.train refuses or continues what else it holds."""
     if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
-    result = json.loads(run.result.read_text(encoding="utf-8"))
+    result = read_result(run)
     if config.train.epochs is not None:
         return result.get("epochs") == config.train.epochs
     return result["step"] == total_steps(config.train, unlabelled=0)
 
 
+def read_result(run: Run) -> dict[str, Any]:
+    """The result.json of a run that has one."""
+    try:
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        float(result["miou"]), float(result["best_miou"]), int(result["step"]), str(result["split"])
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{run.result} is no result of cmim.train; take it away, and the run writes it anew") from None
+    return result
+
+
 def make_table(given: Namespace) -> str:
     """The results of all runs as a table in Markdown."""
     results = {
-        preset: [
-            json.loads(Run(given.output / f"{preset}-{seed}").result.read_text(encoding="utf-8")) for seed in given.seeds
-        ]
-        for preset in given.presets
+        preset: [read_result(Run(given.output / f"{preset}-{seed}")) for seed in given.seeds] for preset in given.presets
     }
     split = results[given.presets[0]][0]["split"]
     rows = [

@@ -6,6 +6,7 @@ line. What the settings are is in `cmim.settings`.
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -82,7 +83,7 @@ def _read_yaml(path):
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: brackets inside brackets without end") from None
     if values is not None and not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as 'train:', got {values!r}")
+        raise UserError(f"{path}: expected sections such as 'train:', got {_short(values)}")
     return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
 
 
@@ -102,9 +103,11 @@ def _pairs(words):
 
 def _parse(key, text):
     field = _fields(Config).get(key)
+    if field and not text.strip():  # as from an empty variable of a shell; YAML would take it for null
+        raise UserError(f"--{key} is empty; give a value" + ", or null for none" * (NoneType in get_args(field.annotation)))
     types = set(get_args(field.annotation) or [field.annotation]) if field else set()
     if types and types <= {Path, str, NoneType}:
-        return _text(key, text, optional=NoneType in types)
+        return _text(text)
     try:
         value = _load(text)
     except (yaml.YAMLError, RecursionError):
@@ -112,16 +115,14 @@ def _parse(key, text):
             return text
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
     if Path in types and not isinstance(value, int | float):  # a path among numbers
-        return _text(key, text, optional=False)
+        return _text(text)
     # YAML drops underscores of numbers: 1_8 is a name, or a mistake.
     return text if isinstance(value, int | float) and "_" in text else value
 
 
-def _text(key, text, optional):
+def _text(text):
     """A path or a name is taken as it stands, since YAML would cut `run #2` and refuse `@home`. Quotes around the whole are
     taken off, and `null` is none where no such file is there."""
-    if not text.strip():
-        raise UserError(f"--{key} is empty; give a value" + (", or null for none" if optional else ""))
     if Path(text).exists():
         return text
     if text == "null":
@@ -137,7 +138,19 @@ def _text(key, text, optional):
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: yes, no, on and off are names, such as those of classes, and 12:30, 010 and 2024-01-01 are
-    no numbers. An underscore may still divide the digits of a number."""
+    no numbers. An underscore may still divide the digits of a number. A key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        places = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in places:
+                    raise yaml.constructor.ConstructorError(
+                        f"{key.value} of line {places[key.value]} stands here again; take one of both away",
+                        problem_mark=key.start_mark,
+                    )
+                places[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 _PLAIN = {
@@ -172,13 +185,19 @@ def _explain(error):
         place.pop()
     key = ".".join(place)
     if problem["type"] in ("model_type", "dict_type"):
-        return f"{key}: expected settings of its own, got {problem['input']!r}"
+        return f"{key}: expected settings of its own, got {_short(problem['input'])}"
     if _is_choice(fields[key].annotation):  # pydantic reports one problem for each type: print the description instead
-        return f"{key}: got {problem['input']!r}, expected: {' '.join(fields[key].description.split())}"
+        return f"{key}: got {_short(problem['input'])}, expected: {' '.join(fields[key].description.split())}"
     if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], int | float):
-        return f"{key}: expected text, got {problem['input']!r}; write it in quotes"
+        return f"{key}: expected text, got {_short(problem['input'])}; write it in quotes"
     hint = f"; {HINTS[key]}" if key in HINTS else ""
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}{hint}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {_short(problem['input'])}{hint}"
+
+
+_shortened = reprlib.Repr()
+_shortened.maxlevel, _shortened.maxstring, _shortened.maxother = 2, 120, 120
+_shortened.maxlist = _shortened.maxtuple = _shortened.maxset = _shortened.maxdict = 12
+_short = _shortened.repr
 
 
 HINTS = {
@@ -282,3 +301,12 @@ def check_counts(config: Config, labelled: int, unlabelled: int, processes: int)
             each = "pairs of images (method.cutmix)" if multiple == 2 else "images"
             more = -(-size // (processes * multiple)) * processes * multiple
             raise UserError(f"train.{name} is {size}, but {processes} processes share {each} equally; try {more}")
+
+
+def check_background(config: Config, classes: int) -> None:
+    """Raise a UserError where `data.background` is none of the classes."""
+    background = config.data.background
+    if background is not None and background >= classes:
+        raise UserError(
+            f"data.background is {background}, but the classes are 0 to {classes - 1}; give one of them, or null"
+        )

@@ -34,11 +34,15 @@ def world() -> World:
 
     def number(name, default):
         text = os.environ.get(name, str(default))
-        if not text.strip().isdecimal():
-            raise UserError(f"{name} is {text!r}, expected a number: start with torchrun, or unset {name}")
+        if not text.strip().isdecimal() or int(text) < default:
+            what = "a number from 1" if default else "a number"
+            raise UserError(f"{name} is {text!r}, expected {what}: start with torchrun, or unset {name}")
         return int(text)
 
-    return World(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
+    found = World(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1))
+    if found.rank >= found.size:
+        raise UserError(f"RANK is {found.rank}, but WORLD_SIZE is {found.size}: start with torchrun, or unset RANK")
+    return found
 
 
 def available_cores() -> int:

@@ -19,6 +19,8 @@ _OF_THE_PLACE = (
     *_FULL, *_PROTECTED, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ELOOP,
 )  # fmt: skip
+# Errors of a limit of the system.
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 RANK0_HEAD_START = 10
 """Seconds that the other processes of a run wait with a message: process 0 meets most mistakes too, and then its message is
 the only one."""
@@ -27,6 +29,12 @@ the only one."""
 OUT_OF_MEMORY = (
     "out of memory: lower data.crop, train.labelled_batch and train.unlabelled_batch (train.accumulate makes up for them), "
     "evaluation.batch, data.size or evaluation.scales, or take a smaller model"
+)
+
+TOO_MANY_FILES = "too many open files: raise the limit (ulimit -n 4096), or lower data.workers"
+
+TOO_MANY_PROCESSES = (
+    "the system starts no more processes or threads: raise the limit (ulimit -u), free memory, or lower data.workers"
 )
 
 LOADER_KILLED = (
@@ -38,7 +46,13 @@ LOADER_KILLED = (
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch says that memory, of the machine or of a GPU, is short, or that a size is beyond all memory."""
     said = str(error).lower()
-    return any(words in said for words in ("out of memory", "can't allocate memory", "storage size calculation overflowed"))
+    beyond = (
+        "out of memory",
+        "can't allocate memory",
+        "storage size calculation overflowed",
+        "could not create a primitive",
+    )
+    return any(words in said for words in beyond)
 
 
 class UserError(Exception):
@@ -52,8 +66,9 @@ class UserError(Exception):
         super().__init__(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()))  # without colour codes
 
 
-class Stopped(Exception):
-    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal."""
+class Stopped(BaseException):
+    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal. It may be raised
+    anywhere, and is no `Exception`, so that nobody takes it for a mistake."""
 
     def __init__(self, number: int):
         self.code = 128 + number
@@ -98,7 +113,9 @@ def run_command(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, message = 128 + signal.SIGPIPE, None
     except OSError as error:
-        if error.errno not in _OF_THE_PLACE:
+        of_the_system = {errno.ENOMEM: OUT_OF_MEMORY, errno.EAGAIN: TOO_MANY_PROCESSES}
+        of_the_system |= dict.fromkeys(_TOO_MANY_FILES, TOO_MANY_FILES)
+        if error.errno not in (*_OF_THE_PLACE, *of_the_system):
             raise
         place = error.filename2 or error.filename or "the output folder"
         remedy = "give another --output"
@@ -106,12 +123,15 @@ def run_command(main: Callable[[], object]) -> None:
             remedy = "free some space or give another --output"
         elif error.errno in _PROTECTED:
             remedy = "let this user read it, or write there, or give another path"
-        code, message = 2, f"{error.strerror}: {place}; {remedy}"
+        code, message = 2, of_the_system.get(error.errno, f"{error.strerror}: {place}; {remedy}")
+        sys.unraisablehook = lambda unraisable: None  # a loader that was not quite there complains when it is taken away
     except MemoryError:
         code, message = 2, OUT_OF_MEMORY
     except RuntimeError as error:
         message = OUT_OF_MEMORY if is_out_of_memory(error) else LOADER_KILLED
-        if message == LOADER_KILLED and "DataLoader worker (pid" not in str(error):
+        if "can't start new thread" in str(error):
+            message = TOO_MANY_PROCESSES
+        elif message == LOADER_KILLED and "DataLoader worker (pid" not in str(error):
             raise
         code = 2
     except Stopped as stop:
@@ -128,7 +148,8 @@ def run_command(main: Callable[[], object]) -> None:
 
 def _report_thread(arguments):
     """A thread that writes, such as TensorBoard's, meets a full disk first; the main thread says it in one line."""
-    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in _OF_THE_PLACE):
+    known = (*_OF_THE_PLACE, *_TOO_MANY_FILES)
+    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in known):
         threading.__excepthook__(arguments)
 
 

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     dtype = choose_precision(config.train.precision, device)
     with distributed.process_group(device):
         result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
+    if all(iou is None for iou in result.scores.iou):
+        raise UserError(f"not one pixel of the {split} masks has a class, so that nothing is measured; give other masks")
     print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
 
 

@@ -30,7 +30,7 @@ from cmim.command_line import parser_of
 from cmim.data.augmentation import resize
 from cmim.data.files import IMAGE_SUFFIXES, open_image, orientation
 from cmim.engine.device import autocast, choose_device, choose_precision
-from cmim.engine.inference import probabilities
+from cmim.engine.inference import NOT_FINITE, probabilities
 from cmim.engine.logging import Progress, console
 from cmim.engine.pictures import overlay, with_legend
 from cmim.engine.run import load_trained
@@ -110,6 +110,8 @@ def predict(
     shown = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
     with autocast(device, dtype):
         (prediction,) = probabilities(net, shown, [image.shape[:2]], config)
+    if prediction.isnan().any():
+        raise UserError(NOT_FINITE)
     return prediction.argmax(0).to(torch.uint8).cpu().numpy()
 
 
@@ -135,7 +137,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def written_by_predict(path: Path) -> bool:
     """Whether a file is a PNG of `write_png`."""
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() != ".png" or path.is_fifo():
         return False
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -184,7 +186,7 @@ def find_images(path: Path) -> tuple[list[Path], int]:
 
 
 def _is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of red, green and blue in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+MOST_PIXELS = 1 << 28
+"""Of an image that is resized or cropped: one with more takes gigabytes, and the system may end the run without a word."""
+
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
 
 
 class Section(BaseModel):
@@ -52,18 +55,18 @@ class DataSettings(Section):
     classes: list[str] | Positive | None = None
     """Names or number of the classes of `folder`; by default read from ROOT/classes.txt, one name a line. Benchmarks
     have their own, as of the next two."""
-    ignore: Annotated[int, Field(ge=0, le=255)] = 255
+    ignore: Annotated[int, Field(ge=0, le=255, strict=True)] = 255
     """Mask value without a class."""
     label_map: dict[int, int] = {}
     """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
-    background: Annotated[int, Field(ge=0, le=254)] | None = None
+    background: Annotated[int, Field(ge=0, le=254, strict=True)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
     channels: Positive = 3
     """Of the images; 1 for grey ones, 4 for RGB and one more, any number from .npy files of (H, W, channels) uint8."""
     mean: tuple[Fraction, ...] | None = None
     """Of each channel, of values in [0, 1]; by default that of the pretrained weights, else ImageNet's (for other than 3
     channels the mean of those three)."""
-    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...] | None = None
     """Of each channel, on the same scale: numbers meant for 0 to 255 are divided by 255."""
     exif: Literal["apply", "ignore"] | None = None
     """Whether images are turned as their EXIF orientation says. By default whichever fits the sizes of the masks, decided at
@@ -73,7 +76,7 @@ class DataSettings(Section):
     labelled: Path | Positive | Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled. By default all images of `folder` that have a mask, and an eighth of a benchmark's."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(strict=True)] = 0
     """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
     val: str = "val"
     """`val`: val.txt of the split if there is one, else ROOT/val (folder) or the official validation images. Else another
@@ -84,15 +87,20 @@ class DataSettings(Section):
     """Images are resized to (height, width) first; evaluation still compares at the original resolution."""
     crop: Positive = 320
     """Side of the training crop in pixels."""
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    scale: tuple[Annotated[float, Field(gt=0, strict=True)], Annotated[float, Field(gt=0, strict=True)]] = (0.5, 2.0)
     """Random resize of the weak augmentation."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
 
     def check(self) -> None:
         if self.format != "shapes" and self.root is None:
             raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        for key, size in (("size", self.size), ("crop", (self.crop, self.crop))):
+            if size is not None and size[0] * size[1] > MOST_PIXELS:
+                raise UserError(
+                    f"data.{key} is {list(size) if key == 'size' else size[0]}, too large for an image; it is in pixels"
+                )
         if self.format == "shapes" and self.split is not None:
             raise UserError("data.split is given, but data.format shapes has no files; leave it away")
         if self.format == "shapes" and self.channels != 3:
@@ -137,7 +145,7 @@ class ModelSettings(Section):
 
 
 class OhemSettings(Section):
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.7
     """Pixels whose true class has at most this probability count."""
     min_kept: Positive = 800_000
     """Pixels of the labelled batch (of all processes) that count at least."""
@@ -199,7 +207,7 @@ class MethodSettings(Section):
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
     """Probability of a CutMix box in a strong view."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
     """Channel dropout of the feature-perturbed view."""
     complementary: bool = True
     """In unimatch_v2: the two strong views of half of the images see complementary halves of the encoder's channels."""
@@ -235,7 +243,7 @@ class MimSettings(Section):
 
 
 class MaskSettings(Section):
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.6
     """Share of the blocks that is hidden."""
     block: Positive = 32
     """Side of a mask block in pixels."""
@@ -288,18 +296,18 @@ class CentroidSettings(Section):
 class TeacherSettings(Section):
     kind: Literal["student", "ema"] = "student"
     """`student`: pseudo-labels of the training pass itself; `ema`: of a moving average of the weights, in eval mode."""
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.996
+    decay: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.996
     """Of the moving average, reached step by step: min(1 - 1 / (step + 1), decay)."""
 
 
 class OptimizerSettings(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
-    lr: Annotated[float, Field(gt=0)] = 0.001
+    lr: Annotated[float, Field(gt=0, strict=True)] = 0.001
     """Of the encoder."""
     lr_batch: Positive = 8
     """Labelled images of a step that `lr` is meant for; with another number of them it is scaled in proportion."""
-    head_lr_factor: Annotated[float, Field(gt=0)] = 10.0
+    head_lr_factor: Annotated[float, Field(gt=0, strict=True)] = 10.0
     """Everything but the encoder learns at lr x this."""
     momentum: Fraction = 0.9
     """Of SGD."""
@@ -312,7 +320,7 @@ class OptimizerSettings(Section):
 class TrainSettings(Section):
     steps: Positive | None = None
     """Optimiser steps; 40,000 where `epochs` is not given either."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, strict=True)] | None = None
     """Length in passes over the unlabelled images, each of whole batches, instead of `steps`; the same number of steps
     for every preset."""
     labelled_batch: Positive = 8
@@ -358,7 +366,7 @@ class EvaluationSettings(Section):
     """By default two thirds of the window."""
     flip: bool = False
     """Average with the prediction of the mirrored image."""
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    scales: tuple[Annotated[float, Field(gt=0, strict=True)], ...] = (1.0,)
     """Average the predictions of the image at these scales."""
 
     def check(self) -> None:
@@ -367,7 +375,7 @@ class EvaluationSettings(Section):
 
 
 class Config(Section):
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
     """Of everything that is drawn at random, but for the choice of labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()

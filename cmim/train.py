@@ -20,7 +20,9 @@ from cmim import early
 if __name__ == "__main__":
     early.begin("train", __doc__)
 
+import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -34,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
 from cmim.command_line import parser_of
-from cmim.config import check_counts, default_config_path, load_config
+from cmim.config import check_background, check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
@@ -85,6 +87,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
+        self.images = {name: digest(getattr(splits, name)) for name in ("unlabelled", "val")}
         if run.last.exists():
             self.load()
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
@@ -274,6 +277,7 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "images": self.images,
             "best_miou": self.best_miou,
             **self.about(),
         } | ({"interval": list(interval)} if interval else {})
@@ -290,13 +294,30 @@ class Trainer:
         if state["class_names"] != list(self.splits.class_names):
             raise UserError(f"the classes of the data are not those of {self.run.last}; give another --output")
         checkpoint.load_into(self.objective, state["objective"], self.run.last)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best_miou = state["step"], state["best_miou"]
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best_miou = int(state["step"]), float(state["best_miou"])
+        except (LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{self.run.last} is no checkpoint of this run's last step; put that there, or give another --output"
+            ) from None
         self.saved, self.interval = self.step, state.get("interval", [])
+        for name, images in state.get("images", self.images).items():
+            if images != self.images[name]:
+                console.print(
+                    f"warning: the {name} images are not those that the run had until now ({images[0]}, here are "
+                    f"{self.images[name][0]}): it goes on, and ends otherwise than with them"
+                )
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
         console.print(f"continuing {self.run.folder} at step {self.step}")
+
+
+def digest(image_set: ImageSet) -> tuple[int, str]:
+    """The number of images and a digest of their names, by which a continued run sees that they changed."""
+    names = "\n".join(map(image_set.name, range(len(image_set))))
+    return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
 def eager_if(wanted: bool) -> AbstractContextManager:
@@ -323,7 +344,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
     console.quiet = distributed.world().rank > 0
-    config_path = given.config or default_config_path()
+    config_path = default_config_path() if given.config is None else given.config
     if given.resume and given.config is None and Run(given.output).config.exists():
         config_path = Run(given.output).config
     config = load_config(config_path, overrides)
@@ -333,6 +354,7 @@ def main(arguments: Sequence[str]) -> None:
         config = take_over(config, load_config(earlier.config))
     check_sizes(config)
     splits = load_splits(config.data, earlier.labelled if continues and earlier.labelled.exists() else None)
+    check_background(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     folder = given.output or default_folder(config_path)

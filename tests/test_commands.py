@@ -1,6 +1,7 @@
 """evaluate and predict on runs of a few steps."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,6 +79,10 @@ def test_evaluate_elsewhere(run, monkeypatch, tmp_path):
     assert evaluated(monkeypatch, run.folder, "--data.root", root)[2].endswith("step 3, val")
     with pytest.raises(UserError, match="there are no test images; use --split val"):
         evaluate.main([str(run.folder), "--data.root", str(root), "--split", "test"])
+    for mask in root.glob("val/masks/*"):
+        Image.fromarray(np.full((40, 48), 255, np.uint8)).save(mask)
+    with pytest.raises(UserError, match="not one pixel of the val masks has a class, so that nothing is measured"):
+        evaluate.main([str(run.folder), "--data.root", str(root)])
     (root / "classes.txt").write_text("sky\ntree\nroad\n")
     with pytest.raises(UserError, match=r"classes .* are not those of the run"):
         evaluate.main([str(run.folder), "--data.root", str(root)])
@@ -120,10 +125,16 @@ def test_predict_skips_what_it_cannot_read(run, tmp_path, capsys):
     for i in (0, 2):
         path = tmp_path / f"in/{i}.png"
         path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"^2 of 4 images have no mask: they are listed above$"):
+    (tmp_path / "in/link.png").symlink_to("nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "in/pipe.jpg")
+    else:
+        (tmp_path / "in/pipe.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^4 of 6 images have no mask: they are listed above$"):
         predict.main([str(run.folder), str(tmp_path / "in"), "-o", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert all(f"skipped: cannot read {tmp_path / f'in/{i}.png'}" in said for i in (0, 2)) and "2 images: " in said
+    unread = ("0.png", "2.png", "link.png", "pipe.jpg")
+    assert all(f"skipped: cannot read {tmp_path / 'in' / name}" in said for name in unread) and "2 images: " in said
     assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == ["1.png", "3.png"]
 
 

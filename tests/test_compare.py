@@ -131,7 +131,7 @@ def test_what_compare_takes_for_finished(settings, result, done, tmp_path):
     config = config_from({"data": {"format": "shapes"}, **settings}, "test")
     assert not compare.finished(run, config)
     run.config.write_text(dump_config(config.model_copy(update={"seed": 0})))
-    run.result.write_text(json.dumps(result))
+    run.result.write_text(json.dumps({"miou": 0.5, "best_miou": 0.5, "split": "test"} | result))
     assert compare.finished(run, config) == done
 
 
@@ -156,3 +156,10 @@ def test_compare_refuses_before_it_starts(arguments, said, tmp_path):
     with pytest.raises(UserError) as caught:
         compare.main(["--output", str(tmp_path / "table"), *arguments])
     assert said in str(caught.value) and not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"step": 3, "miou": null, "best_miou": 0, "split": "test"}'])
+def test_a_damaged_result(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match=r"result.json is no result of cmim.train; take it away, and the run writes it anew"):
+        compare.read_result(Run(tmp_path))

@@ -7,8 +7,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmim.command_line import CommandLine
-from cmim.config import _fields, _is_choice, _load, config_from, default_config_path, dump_config, load_config
+from cmim.command_line import CommandLine, parser_of
+from cmim.config import (
+    _fields,
+    _is_choice,
+    _load,
+    check_background,
+    config_from,
+    default_config_path,
+    dump_config,
+    load_config,
+)
+from cmim.data import load_held_out, load_splits
 from cmim.errors import UserError
 from cmim.models.build import check_sizes, token_stride
 from cmim.settings import Config
@@ -368,3 +378,86 @@ def test_yes_and_no_are_names_of_classes(name, tmp_path):
 )
 def test_colours_are_on_the_scale_from_0_to_1(key, value):
     assert refused(f"--data.{key}={value}").startswith(f"command line: data.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("train:\n  steps: 3\n  steps: 4\n", "steps", 2),
+        ("data: {crop: 32}\ntrain: {steps: 3}\ndata: {format: shapes}\n", "data", 1),
+        ("data: {label_map: {1: 0, 255: 1, 1: 2}}\n", "1", 1),
+    ],
+)
+def test_a_key_that_stands_twice(text, key, line, tmp_path):
+    said = refused(path=write(tmp_path, text))
+    assert f"own.yaml is not valid YAML: {key} of line {line} stands here again; take one of both away" in said
+    assert "--data.label_map: '{1: 0, 1: 2}' is not a YAML value" in refused("--data.label_map", "{1: 0, 1: 2}")
+
+
+def test_merged_keys_may_be_set_again(tmp_path):
+    path = write(
+        tmp_path,
+        "data: {format: shapes}\ntrain: &t {steps: 3, log_every: 2}\nevaluation: {<<: {batch: 2, flip: true}, batch: 3}\n",
+    )
+    assert load_config(path).evaluation.batch == 3 and load_config(path).evaluation.flip
+
+
+@pytest.mark.parametrize(
+    "key", ["train.steps", "data.size", "data.crop", "seed", "data.labelled", "data.root", "method.preset"]
+)
+def test_an_empty_value_is_no_null(key):
+    for form in ([f"--{key}", ""], [f"--{key}= "]):
+        assert f"--{key} is empty; give a value" in refused(*form)
+
+
+@pytest.mark.parametrize(
+    "key", ["optimizer.lr", "method.tau", "evaluation.scales", "data.workers", "seed", "data.background"]
+)
+def test_true_is_no_number(key):
+    value = "[true]" if key == "evaluation.scales" else "true"
+    assert f"{key}: input should be a valid" in refused(f"--{key}", value)
+
+
+def test_a_value_that_unfolds_is_said_in_short(tmp_path):
+    lines = ["  - &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"  - &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefg", "bcdefgh", strict=True)]
+    said = refused(path=write(tmp_path, "\n".join(["data:", "  classes:", *lines])))
+    assert "data.classes: got" in said and len(said) < 2000
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.size", "[10000000, 10000000]"), ("data.crop", "100000000")])
+def test_an_image_beyond_all_memory(key, value):
+    assert f"{key} is {value}, too large for an image" in refused(f"--{key}", value, "--mask.block", "16")
+
+
+def test_a_background_that_is_no_class():
+    check_background(load_config(SHAPES, ["--data.background", "4"]), 5)
+    with pytest.raises(UserError, match=r"data.background is 5, but the classes are 0 to 4; give one of them, or null"):
+        check_background(load_config(SHAPES, ["--data.background", "5"]), 5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--data.root", "x"],
+        ["--data.classes", "3"],
+        ["--data.labelled", "0.5"],
+        ["--data.format", "voc", "--data.root", "x", "--data.label_map", "{1: 0}"],
+        ["--data.format", "coco", "--data.root", "x", "--data.ignore", "0"],
+    ],
+)
+def test_a_setting_of_the_data_that_would_count_for_nothing(overrides):
+    settings = load_config(SHAPES, overrides).data
+    for load in (load_splits, lambda settings: load_held_out(settings, "val")):
+        with pytest.raises(
+            UserError, match=rf"{overrides[-2][2:]} is given, but data.format {settings.format} does not use"
+        ):
+            load(settings)
+
+
+@pytest.mark.parametrize("words", [["", "--output", "x"], ["--output", ""], ["--output="]])
+def test_an_argument_that_is_empty(words):
+    with pytest.raises(
+        UserError, match=r"the argument (config|output) is empty; give a value; see python -m cmim.train --help"
+    ):
+        parser_of("train", "").parse(words)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cmim import checkpoint, compare, evaluate, predict, train
+from cmim import checkpoint, compare, distributed, evaluate, predict, train
+from cmim.engine.logging import console
 from cmim.engine.run import Run
 from cmim.errors import UserError, run_command
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder
@@ -268,12 +270,12 @@ def finite(path, key):
 def test_a_loss_that_is_not_finite_is_named(tmp_path, capfd):
     settings = dict(
         method__preset="fixmatch", optimizer__name="sgd", optimizer__lr=1e30, train__steps=4, train__picture_every=9,
-        train__checkpoint_every=1, train__evaluate_every=1,
+        train__checkpoint_every=1, train__evaluate_every=9,
     )  # fmt: skip
     run = Run(tmp_path / "run")
     said = said_by(capfd, train.main, *tiny(run.folder, **settings))
     assert said.startswith("the loss term sup is not finite at or before step 2; lower optimizer.lr")
-    assert checkpoint.load(run.last)["step"] == 1 and finite(run.last, "objective") and finite(run.best, "net")
+    assert checkpoint.load(run.last)["step"] == 1 and finite(run.last, "objective")
 
 
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path, capfd):
@@ -349,6 +351,8 @@ def test_a_seed_or_preset_twice_is_refused(tmp_path, capfd):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na total capacity"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+        RuntimeError("could not create a primitive"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
 def test_want_of_memory_names_what_to_lower(error, capfd):
@@ -356,6 +360,40 @@ def test_want_of_memory_names_what_to_lower(error, capfd):
         raise error
 
     assert said_by(capfd, main).startswith("out of memory: lower data.crop, train.labelled_batch")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "x.png"), "too many open files: raise the limit (ulimit -n"),
+        (OSError(errno.ENFILE, "File table overflow"), "too many open files: raise the limit (ulimit -n"),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "the system starts no more processes or threads",
+        ),
+        (
+            RuntimeError("can't start new thread"),
+            "the system starts no more processes or threads: raise the limit (ulimit -u)",
+        ),
+    ],
+)
+def test_limits_of_the_system_are_named(error, said, capfd, monkeypatch):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    assert said_by(capfd, main).startswith(said)
+
+
+def test_who_reads_the_output_may_leave():
+    """The exit code is that of other programs, which run_command gives."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        type(console)(file=Gone()).print("a line")
 
 
 def test_a_killed_loader_is_one_line(capfd):
@@ -375,6 +413,20 @@ def test_values_that_cannot_be(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(UserError, match="RANK is 'x', expected a number: start with torchrun, or unset RANK"):
         train.main(tiny(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WORLD_SIZE", "0", "WORLD_SIZE is '0', expected a number from 1: start with torchrun, or unset WORLD_SIZE"),
+        ("LOCAL_WORLD_SIZE", "0", "LOCAL_WORLD_SIZE is '0', expected a number from 1"),
+        ("RANK", "1", "RANK is 1, but WORLD_SIZE is 1: start with torchrun, or unset RANK"),
+    ],
+)
+def test_processes_that_cannot_be(name, value, said, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        distributed.world()
 
 
 def test_a_backend_that_is_not_there():

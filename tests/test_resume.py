@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cmim import checkpoint, train
-from cmim.engine.run import Run
+from cmim.engine.run import Run, cut_metrics, load_trained
 from cmim.errors import UserError
-from tests.tiny_runs import read_metrics, run_tiny, tiny
+from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder
 
 TIMING = ("images_per_second", "data_wait", "seconds", "memory_gib")
 STEPS = 12
@@ -224,3 +224,54 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(damage, tmp_path):
     with pytest.raises(UserError) as caught:
         checkpoint.load(path)
     assert str(caught.value).startswith(f"{path} is not a ")
+
+
+def test_a_changed_bit_is_a_damage(tmp_path):
+    """PyTorch would read other weights without a word."""
+    path = tmp_path / "last.pt"
+    checkpoint.save({"class_names": [], "value": torch.arange(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes([9, 0, 0, 0, 0, 0, 0, 0, 10])) + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last.pt is not a readable checkpoint \(BadZipFile\)"):
+        checkpoint.load(path)
+
+
+def test_other_unlabelled_images_are_said_when_a_run_goes_on(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    settings = FOLDER | dict(data__root=str(root), method__preset="fixmatch")
+    run_tiny(tmp_path / "run", train__steps=1, **settings)
+    run_tiny(tmp_path / "run", "--resume", train__steps=2, **settings)
+    assert "warning" not in capsys.readouterr().out
+    shutil.copy(root / "train/images/train0.png", root / "train/images/more.png")
+    run_tiny(tmp_path / "run", "--resume", train__steps=3, **settings)
+    said = capsys.readouterr().out
+    assert "warning: the unlabelled images are not those that the run had until now (2, here are 3)" in said
+    assert "the val images" not in said
+
+
+@pytest.mark.parametrize("value", [{}, {"step": 0}, {"step": "x", "best_miou": 0}])
+def test_a_state_that_is_not_whole(value, tmp_path):
+    run = run_tiny(tmp_path / "run", train__steps=1)
+    state = checkpoint.load(run.last)
+    kept = {key: state[key] for key in ("objective", "class_names", "optimizer", "scaler")}
+    checkpoint.save(kept | value, run.last)
+    with pytest.raises(UserError, match=r"last.pt is no checkpoint of this run's last step"):
+        run_tiny(tmp_path / "run", "--resume", train__steps=2)
+    with pytest.raises(UserError, match=r"last.pt is not a whole checkpoint of cmim.train, it has no (step|colours)"):
+        load_trained(run.folder, "last")
+
+
+def test_a_result_whose_checkpoint_is_gone_is_not_written_over(tmp_path):
+    run = run_tiny(tmp_path / "run", train__steps=1)
+    run.last.unlink()
+    with pytest.raises(UserError, match=r"run has a result, but .*last.pt is gone; put it back"):
+        run_tiny(tmp_path / "run", "--resume", train__steps=1)
+    assert run.best.exists()
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "split": "val"}', '{"step": 1, "split": "val", "miou": null}'])
+def test_an_evaluation_without_its_figure(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is none that a run wrote"):
+        cut_metrics(tmp_path / "metrics.jsonl", 1)

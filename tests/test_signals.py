@@ -12,7 +12,7 @@ import pytest
 from cmim import checkpoint, train
 from cmim.engine import evaluation
 from cmim.engine.run import Run
-from cmim.errors import Stopped, run_command
+from cmim.errors import Stopped, UserError, run_command
 from tests.test_resume import assert_same_run
 from tests.tiny_runs import read_metrics, run_tiny, tiny
 
@@ -118,3 +118,17 @@ def test_a_signal_to_the_whole_group_with_workers(tmp_path):
     step = checkpoint.load(run.last)["step"]
     assert out.splitlines()[-1].startswith(f"stopped after step {step}; continue with: ")
     assert max(line["step"] for line in read_metrics(run)) in (step - 1, step)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_catches_every_exception_does_not_catch_a_signal(number, code):
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except Exception:
+            raise UserError("cannot read it") from None
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == code

@@ -9,6 +9,7 @@ from cmim.data.datasets import ImageSet, Splits
 from cmim.data.folder import Folder
 from cmim.data.shapes import load_shapes
 from cmim.data.splits import Source, held_out_set, load_files
+from cmim.errors import UserError
 from cmim.settings import DataSettings
 
 FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
@@ -22,6 +23,22 @@ FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
 """The `Source` of each `data.format`."""
 
 
+OWN = {"shapes": ("root", "classes", "label_map", "labelled", "exif")}
+"""Settings that a format has no use for; benchmarks have classes and encodings of their own."""
+
+
+def _source(settings: DataSettings) -> Source | None:
+    """The `Source`; None where the images are drawn. A setting that would count for nothing is a mistake."""
+    for key in OWN.get(settings.format, ("classes", "label_map", "ignore") if settings.format != "folder" else ()):
+        if getattr(settings, key) != DataSettings.model_fields[key].default:
+            raise UserError(
+                f"data.{key} is given, but data.format {settings.format} does not use it; leave it away, or give another "
+                "data.format, such as that of configs/camvid.yaml"
+            )
+    made = FORMATS[settings.format]
+    return None if made is None else made(settings)
+
+
 def load_splits(settings: DataSettings, labelled: Path | None = None) -> Splits:
     """The `Splits` that `DataSettings` describe.
 
@@ -31,8 +48,8 @@ def load_splits(settings: DataSettings, labelled: Path | None = None) -> Splits:
     Raises:
         UserError: a file, a folder or a setting is missing or wrong; the message names it and the remedy.
     """
-    source = FORMATS[settings.format]
-    return load_shapes(settings) if source is None else load_files(settings, source(settings), labelled)
+    source = _source(settings)
+    return load_shapes(settings) if source is None else load_files(settings, source, labelled)
 
 
 def load_held_out(settings: DataSettings, name: Literal["val", "test"]) -> tuple[ImageSet | None, tuple[str, ...]]:
@@ -42,9 +59,8 @@ def load_held_out(settings: DataSettings, name: Literal["val", "test"]) -> tuple
     Raises:
         UserError: as `load_splits`.
     """
-    source = FORMATS[settings.format]
+    source = _source(settings)
     if source is None:
         splits = load_shapes(settings)
         return getattr(splits, name), splits.class_names
-    made = source(settings)
-    return held_out_set(settings, made, name), made.class_names
+    return held_out_set(settings, source, name), source.class_names

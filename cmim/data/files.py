@@ -5,9 +5,11 @@ A TIFF is always turned, since its orientation belongs to the format.
 """
 
 import re
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -20,7 +22,13 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TokenError, Image.DecompressionBombError)
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
+    TokenError, BadZipFile, Image.DecompressionBombError,
+)  # fmt: skip
+# Formats, and compressions of TIFF, that change the numbers of a mask.
+_LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
 class FileSet:
@@ -91,7 +99,7 @@ def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarra
 
     Three channels are RGB and one is grey, whatever the colours of the file. Four are the bands of a file that stores four
     (RGBA, CMYK). Any number may come from a .npy file of (H, W, channels) uint8, other numbers only from there. With `turn`
-    the image is turned and mirrored as its EXIF orientation says.
+    the image is turned and mirrored as its EXIF orientation says. Of several pages or frames it is the first.
 
     Raises:
         UserError: the file cannot be read, or holds another number of channels or more than 8 bits of each.
@@ -121,9 +129,15 @@ def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarra
 
 
 def open_mask(path: str | Path) -> np.ndarray:
-    """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours."""
+    """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours.
+
+    Raises:
+        UserError: the file cannot be read, is no mask, has several pages, or is stored in a way that changes numbers.
+    """
     mask = _open(path)
     stored = _stored(mask)
+    _refuse_lossy(path, mask)
+    _refuse_pages(path, mask)
     if mask.format == "BMP" and (indices := _open_bmp(path, mask)) is not None:
         return indices
     if "16" in stored and len(mask.getbands()) > 1:
@@ -144,6 +158,29 @@ def open_mask(path: str | Path) -> np.ndarray:
         return _as_stored(np.asarray(mask), mask.mode, stored)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _refuse_lossy(path, mask):
+    """The suffix does not say how a file is stored: a JPEG may be called .png."""
+    compression = mask.info.get("compression")
+    if mask.format in _LOSSY or (mask.format == "TIFF" and compression in _LOSSY_TIFF):
+        kind = f"a TIFF with {compression} compression" if mask.format == "TIFF" else f"stored as {mask.format}"
+        raise UserError(f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids")
+
+
+def _refuse_pages(path, mask):
+    """One page would be read and the others lost. Smaller copies of a page, and its transparency, are no others."""
+    try:
+        several = getattr(mask, "is_animated", False)
+        if several and mask.format == "TIFF":
+            size = mask.size
+            mask.seek(1)
+            several = mask.size == size and not mask.tag_v2.get(254, 0) & 0b101
+            mask.seek(0)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    if several:
+        raise UserError(f"{path} holds several pages: a mask is one, with the class of each pixel; save it as a PNG")
 
 
 def _as_stored(values, mode, stored):
@@ -208,10 +245,13 @@ def _open_array(path, channels):
 
 def _map_array(path):
     """A .npy file whose content is not read yet, so that a damaged header cannot ask for more memory than the file has."""
+    _refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("no .npy file")
+        if not array.size:
+            raise ValueError("an array without pixels")
         return array
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
@@ -252,10 +292,20 @@ def orientation(image: Image.Image | Path) -> int:
 
 
 def _open(path):
+    _refuse_pipe(path)
     try:
-        return Image.open(path)
+        image = Image.open(path)
+        if image.format == "TIFF":
+            image.filename = ""  # else Pillow may map it into memory, and mixes up the pixels of one that is turned sideways
+        return image
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _refuse_pipe(path):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    if Path(path).is_fifo():
+        raise _unreadable(path, OSError(0, "a pipe, not a file"))
 
 
 def _unreadable(path, error):

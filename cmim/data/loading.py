@@ -21,6 +21,8 @@ from cmim.distributed import loader_workers, world
 SHARED = "/dev/shm"
 AHEAD = 2
 """Items that PyTorch has each loader make ahead of time."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask a run to stop."""
 LEAST = 256 << 20
 """Bytes of shared memory below which none is used."""
 
@@ -38,8 +40,8 @@ def make_loader(dataset: Dataset, sampler: Sequence[int], workers: int, bytes_ea
         return DataLoader(dataset, **options)
     options |= dict(num_workers=workers, worker_init_fn=_outlive_signals)
     if way == "shared":
-        return DataLoader(dataset, **options)
-    return _AsTensors(DataLoader(_AsArrays(dataset), collate_fn=_as_it_is, **options | {"pin_memory": False}))
+        return _Loader(dataset, **options)
+    return _AsTensors(_Loader(_AsArrays(dataset), collate_fn=_as_it_is, **options | {"pin_memory": False}))
 
 
 def transport(workers: int, bytes_each: int = 0) -> Literal["shared", "pickled", "none"]:
@@ -65,6 +67,20 @@ def transport_note(asked: int | None) -> str | None:
     if way == "none":
         return f"{SHARED} cannot be used, so that images are loaded without processes of their own (data.workers 0)"
     return f"{SHARED} has little space, so that images are passed through pipes, which is slower; docker run --shm-size=8g"
+
+
+class _Loader(DataLoader):
+    """Signals wait until its processes are there: one that came in between would raise in a new process, which still has the
+    handlers of the run."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _AsArrays(Dataset):
@@ -106,3 +122,5 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(1))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -105,8 +105,16 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
     known = [image for image, _ in training]
     by_path = dict(zip(known, short_names(known), strict=True))
     made["labelled"].names = [by_path[image] for image in images["labelled"]]
+    _refuse_names(made["labelled"].names)
     about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(dict.fromkeys(notes))}
     return Splits(**{"test": None} | made | about)
+
+
+def _refuse_names(names):
+    """A list holds one name a line, without the spaces around it: that of the labelled images must give them again."""
+    wrong = next((name for name in names if name != name.strip() or len(name.splitlines()) > 1), None)
+    if wrong is not None:
+        raise UserError(f"the labelled image {wrong!r} has a line break or a space at the end of its name: rename it")
 
 
 def held_out_set(settings: DataSettings, source: Source, name: str) -> FileSet | None:

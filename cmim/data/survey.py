@@ -20,8 +20,8 @@ from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
-FORM = 1
-"""Raised when what is kept of a file changes its meaning."""
+FORM = 2
+"""Raised when what is kept of a file changes its meaning, or when files are refused that were not before."""
 
 
 class Counts:
@@ -206,7 +206,7 @@ def _count_values(values):
 
 def _refuse_nonsense(counts, names, settings):
     """Masks in which 255, which stands for no class, is meant as one; and masks without any class."""
-    labelled, every = counts["labelled"], set().union(*(c.values for c in counts.values()))
+    every = set().union(*(c.values for c in counts.values()))
     meant = IGNORED in every and settings.ignore == IGNORED and IGNORED not in settings.label_map
     pixels = sum(c.classes for c in counts.values())
     if meant and len(names) == 2 and pixels[1] == 0:
@@ -215,12 +215,13 @@ def _refuse_nonsense(counts, names, settings):
             "give --data.label_map '{255: 1}'; if it is no class, label an image with class 1, or say so: "
             "--data.label_map '{255: 255}'"
         )
-    if labelled.classes.sum() == 0:
-        values = ", ".join(map(str, sorted(labelled.values)[:10]))
-        raise UserError(
-            f"not one pixel of the labelled masks has a class: they hold {values} only; map values to classes with "
-            "data.label_map, or label other images"
-        )
+    for name, c in counts.items():  # labelled first
+        if c.classes.sum() == 0:
+            values = ", ".join(map(str, sorted(c.values)[:10]))
+            raise UserError(
+                f"not one pixel of the {name} masks has a class: they hold {values} only; map values to classes with "
+                f"data.label_map, or {'label' if name == 'labelled' else 'give'} other images"
+            )
 
 
 def _absent_classes(counts, names):

@@ -8,9 +8,10 @@ from cmim import distributed
 from cmim.data.batches import evaluation_loader
 from cmim.data.datasets import ImageSet
 from cmim.engine.device import autocast
-from cmim.engine.inference import probabilities
+from cmim.engine.inference import NOT_FINITE, probabilities
 from cmim.engine.logging import Progress
 from cmim.engine.metrics import Confusion, Scores, scores
+from cmim.errors import UserError
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
@@ -35,6 +36,9 @@ def evaluate(
     """Evaluate `net` on an ImageSet; progress under `title`.
 
     Each process takes its share of the images; all return the result over all images.
+
+    Raises:
+        UserError: the outputs of the network are not finite.
     """
     net.eval()
     torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
@@ -42,6 +46,7 @@ def evaluate(
     background = config.data.background
     # rows: all pixels, foreground; columns: pixels with a class, confident ones, confident and right ones
     counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     workers = distributed.loader_workers(config.data.workers)
     rank, ranks = distributed.rank(), distributed.size()
     loader = evaluation_loader(image_set, config.data, config.evaluation.batch, workers, rank=rank, world_size=ranks)
@@ -52,6 +57,7 @@ def evaluate(
             for label, prediction in zip(labels, predictions, strict=True):
                 truth = label.to(device, non_blocking=True)
                 confidence, classes = prediction.max(0)
+                broken += confidence.isnan().sum()
                 confusion.add(classes, truth)
                 known = truth < num_classes
                 sure = known & (confidence >= config.method.tau)
@@ -62,6 +68,8 @@ def evaluate(
             progress.advance(len(images) * ranks)
     distributed.sum_over_ranks(confusion.matrix)
     distributed.sum_over_ranks(counts)
+    if distributed.sum_over_ranks(broken):
+        raise UserError(NOT_FINITE)
     names = ("",) if background is None else ("", "_foreground")
     figures = {}
     for name, (total, sure, right) in zip(names, counts.tolist(), strict=False):

@@ -9,6 +9,10 @@ from torch import Tensor
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
+NOT_FINITE = (
+    "the outputs of the network are not finite; lower optimizer.lr, use --train.precision fp32 or another checkpoint"
+)
+
 
 def probabilities(net: Segmenter, images: Tensor, sizes: Sequence[tuple[int, int]], config: Config) -> Iterator[Tensor]:
     """Class probabilities of each image, one after another, so that only one is held at its full resolution.

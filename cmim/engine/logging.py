@@ -28,7 +28,14 @@ try:
 except ModuleNotFoundError:  # on Windows
     resource = None
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`cmim.errors.run_command` ends the command; rich would do so with another code."""
+        raise BrokenPipeError
+
+
+console = _Console(highlight=False, soft_wrap=True, markup=False)
 
 # One display for all loops. The loops draw it themselves: a drawing thread would be forked into the workers of the loader.
 _bars = Bars(

@@ -68,6 +68,8 @@ def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
             return run
         if not resume:
             raise UserError(f"{run.folder} holds a run; continue it with --resume, or give another --output")
+        if run.result.exists() and not run.last.exists():  # it would start anew, over the best weights and the figures
+            raise UserError(f"{run.folder} has a result, but {run.last} is gone; put it back, or give another --output")
         key = changed_setting(load_config(run.config), config)
         if key is not None:
             raise UserError(f"{key} differs from {run.config}; resume with the same settings, or give another --output")
@@ -223,6 +225,8 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
         try:
             figures = json.loads(line)
             keep = figures["step"] <= step and figures.get("split") != "test"
+            if figures.get("split") == "val":
+                float(figures["miou"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             if number == len(lines) and line.startswith("{"):
                 continue
@@ -256,6 +260,9 @@ def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: 
     check_sizes(config)
     path = run.last if which == "last" else run.best
     state = checkpoint.load(path)
+    lacking = [key for key in ("step", "colours") if key not in state]
+    if lacking:
+        raise UserError(f"{path} is not a whole checkpoint of cmim.train, it has no {lacking[0]}; use another checkpoint")
     state.setdefault("evaluated", load_config(run.config).evaluated_weights)  # older checkpoints do not say
     weights = checkpoint.network_weights(state, path, config.evaluated_weights)
     model = config.model.model_copy(update={"weights": "none", "init_from": None})

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
-from cmim.data.files import FileSet, open_image, open_mask
+from cmim.data.files import FileSet, image_size, open_image, open_mask
 from cmim.data.labels import Encoding, class_ids, colour_map, label_table, table_of
 from cmim.errors import UserError
 
@@ -144,6 +145,90 @@ def test_an_archive_that_is_called_npy(tmp_path):
         np.savez(file, a=np.zeros(3))
     with pytest.raises(UserError, match=r"cannot read .*x\.npy"):
         open_image(tmp_path / "x.npy", 3)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04cut", b"", b"\x93NUMPY", None])
+def test_an_array_that_is_damaged_or_empty(content, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((0, 4, 3), np.uint8))
+    if content is not None:
+        (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*x\.npy: .*replace the file"):
+        open_image(tmp_path / "x.npy", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("m.png", {"format": "JPEG"}),
+        ("m.png", {"format": "WEBP"}),
+        ("m.png", {"format": "JPEG2000"}),
+        ("m.tif", {"format": "JPEG"}),
+        ("m.tif", {"compression": "jpeg"}),
+    ],
+)
+def test_a_mask_whose_numbers_were_changed_by_its_compression(name, options, tmp_path):
+    """Whatever its suffix says: a JPEG of 0, 1 and 2 may hold these numbers only, in the wrong places."""
+    Image.fromarray(np.tile(VALUES.astype(np.uint8) % 3, (8, 8))).save(tmp_path / name, **options)
+    with pytest.raises(UserError, match=r"m\.(png|tif) is .* which changes class ids: save it as an indexed or grey PNG"):
+        open_mask(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["m.tif", "m.gif", "m.png"])
+def test_a_mask_of_several_pages(name, tmp_path):
+    pages = [indexed(VALUES), indexed(VALUES[::-1].copy())]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    with pytest.raises(UserError, match=rf"{name} holds several pages"):
+        open_mask(tmp_path / name)
+
+
+def test_smaller_copies_in_a_mask_are_no_pages_of_it(tmp_path):
+    page = indexed(VALUES)
+    page.save(tmp_path / "m.tif", save_all=True, append_images=[page.resize((2, 1))])
+    assert (open_mask(tmp_path / "m.tif") == VALUES).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_oriented_tiff_keeps_its_pixels(mode, orientation, tmp_path):
+    """Turned sideways too, where Pillow would map pixels that are not compressed in rows of the wrong length."""
+    path, exif = tmp_path / "x.tif", Image.Exif()
+    exif[0x112] = orientation
+    size = {"RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode, 1)
+    stored = np.random.default_rng(0).integers(0, 256, (5, 9, size), np.uint8)
+    array = stored.squeeze().astype(np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.frombytes(mode, (9, 5), array.tobytes())
+    if mode == "P":
+        image.putpalette([value for value in range(256) for _ in range(3)])
+    image.save(path, exif=exif)
+    upright = (np.fliplr(stored), np.rot90(stored, 2), np.flipud(stored), stored.swapaxes(0, 1), np.rot90(stored, -1),
+               np.rot90(stored, 2).swapaxes(0, 1), np.rot90(stored))  # fmt: skip
+    expected = (stored, *upright)[orientation - 1]
+    assert image_size(path) == expected.shape[:2]
+    if size == 1:
+        assert (open_mask(path) == expected[..., 0]).all()
+    if mode != "I;16":
+        channels = size if mode != "P" else 1
+        assert (open_image(path, channels) == expected).all()
+
+
+def test_a_tiff_without_its_size(tmp_path):
+    Image.new("L", (5, 4)).save(tmp_path / "x.tif")
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    entries = content.index(struct.pack("<HH", 256, 4))
+    content[entries : entries + 2] = struct.pack("<H", 300)
+    (tmp_path / "x.tif").write_bytes(content)
+    for read in (open_mask, lambda path: open_image(path, 3), image_size):
+        with pytest.raises(UserError, match=r"cannot read .*x\.tif"):
+            read(tmp_path / "x.tif")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["x.png", "x.npy"])
+def test_a_pipe_among_the_images(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    for read in (lambda path: open_image(path, 3), image_size):
+        with pytest.raises(UserError, match=r"cannot read .*x\.(png|npy): a pipe, not a file"):
+            read(tmp_path / name)
 
 
 def test_pictures_that_do_not_fit(tmp_path):

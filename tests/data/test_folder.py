@@ -256,6 +256,14 @@ def test_mistakes_in_a_list(root, text, message):
         load(root, labelled=str(root / "list.txt"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a ", " a", "a\x85b"])
+def test_a_name_that_no_line_can_hold(root, name):
+    """A continued run finds its labelled images by the lines of labelled.txt."""
+    for path in (root / "train/images/a.png", root / "train/masks/a.png"):
+        path.rename(path.with_name(f"{name}.png"))
+    assert f"the labelled image {name!r} has a line break or a space" in mistake(root, labelled=1.0)
+
+
 def test_an_unlabelled_image_may_be_in_val(root):
     (root / "val/images/x.png").write_bytes((root / "train/images/f.PNG").read_bytes())
     assert len(load(root, labelled=1.0).val) == 2

@@ -1,10 +1,14 @@
 """Loaders where /dev/shm is small or missing."""
 
+import os
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.data import Dataset
+from torch.utils.data._utils import worker
 
 from cmim.data import loading
 from cmim.data.loading import make_loader, transport, transport_note
@@ -50,6 +54,20 @@ def test_items_are_the_same_on_every_way(free, monkeypatch):
     items = list(make_loader(Items(), range(1, 4), 2, 100))
     for i, item in zip(range(1, 4), items, strict=True):
         assert torch.equal(item["a"], torch.full((3, 2), i)) and item["b"][0].tolist() == [True, False] and item["b"][1] == i
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes of a loader are forked on Linux alone")
+def test_a_signal_to_a_process_of_a_loader_that_just_begins(monkeypatch):
+    """It has the handlers of the run until it sets its own, and what they raise would end it."""
+    loop = worker._worker_loop
+
+    def hit(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        loop(*arguments)
+
+    monkeypatch.setattr(worker, "_worker_loop", hit)
+    assert len(list(make_loader(Items(), range(5), 1, 100))) == 5
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 def test_a_run_with_workers_and_little_shared_memory(tmp_path, monkeypatch, capsys):

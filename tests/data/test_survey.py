@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from cmim.data import load_splits
 from cmim.data import survey as survey_module
-from cmim.data.survey import Cache, count, decide_exif, survey
+from cmim.data.survey import FORM, Cache, count, decide_exif, survey
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
@@ -58,6 +58,8 @@ def test_masks_whose_object_is_255_are_refused(masks, tmp_path):
 def test_masks_without_any_class_are_refused(tmp_path):
     said = refused(write(tmp_path / "data", [[255, 255]], [[0, 1, 2]], "abc"))
     assert said.startswith("not one pixel of the labelled masks has a class: they hold 255 only")
+    said = refused(write(tmp_path / "val", [[0, 1, 2]], [[255, 255]], "abc"))
+    assert said.startswith("not one pixel of the val masks has a class: they hold 255 only; ")
 
 
 def test_absent_classes_are_named(tmp_path):
@@ -92,7 +94,7 @@ def test_a_file_is_opened_again_only_if_it_changed(tmp_path, monkeypatch):
     (root / "train/images/train2.png").write_bytes(b"no image any more")
     assert refused(root).startswith(f"cannot read {root / 'train/images/train2.png'}")
     for path in (tmp_path / "cache").iterdir():  # a cache that somebody else wrote, and one that cannot be written
-        path.write_text(json.dumps({"form": 1, "files": {key: "x" for key in json.loads(path.read_text())["files"]}}))
+        path.write_text(json.dumps({"form": FORM, "files": {key: "x" for key in json.loads(path.read_text())["files"]}}))
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(root / "train/images/train2.png")
     assert lines(root) == []
     monkeypatch.setenv("CMIM_CACHE", os.devnull)
