@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import os
+import sys
 
 import torch
 
@@ -47,4 +49,7 @@ def _describe(device):
 
 
 if __name__ == "__main__":
-    print("\n".join(report()))
+    try:
+        print("\n".join(report()), flush=True)
+    except BrokenPipeError:  # who reads this, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

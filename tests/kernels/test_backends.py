@@ -106,3 +106,11 @@ def test_the_report_names_every_op_and_why():
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
         assert ("has no kernels for" in line) != (("cpu" if not torch.cuda.is_available() else "triton") in kernels)
     assert any(line.startswith("device: ") for line in lines)
+
+
+def test_a_reader_of_the_report_may_leave():
+    reads, writes = os.pipe()
+    os.close(reads)
+    result = subprocess.run([sys.executable, "-m", "cmim_kernels.info"], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert result.returncode == 0 and result.stderr == ""
