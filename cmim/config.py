@@ -7,7 +7,7 @@ line. What the settings are is in `cmim.settings`.
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
@@ -35,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not overrides:
         return config_from(values, path)
     _validate(values, path)  # separately, so that an error names either the file or the command line
-    for key, text in _pairs(overrides):
+    for key, text in overridden(overrides):
         section = values
         *parents, last = key.split(".")
         for parent in parents:
@@ -87,7 +87,8 @@ def _read_yaml(path):
     return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
 
 
-def _pairs(words):
+def overridden(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The key and the text of each override on a command line."""
     words = list(words)
     while words:
         word = words.pop(0)

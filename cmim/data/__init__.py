@@ -23,13 +23,13 @@ FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
 """The `Source` of each `data.format`."""
 
 
-OWN = {"shapes": ("root", "classes", "label_map", "labelled", "exif")}
-"""Settings that a format has no use for; benchmarks have classes and encodings of their own."""
+UNUSED = {"shapes": ("root", "classes", "label_map", "labelled", "exif")}
+"""Settings that a format has no use for. Benchmarks, which have their own classes, say so themselves."""
 
 
 def _source(settings: DataSettings) -> Source | None:
     """The `Source`; None where the images are drawn. A setting that would count for nothing is a mistake."""
-    for key in OWN.get(settings.format, ("classes", "label_map", "ignore") if settings.format != "folder" else ()):
+    for key in UNUSED.get(settings.format, ()):
         if getattr(settings, key) != DataSettings.model_fields[key].default:
             raise UserError(
                 f"data.{key} is given, but data.format {settings.format} does not use it; leave it away, or give another "

@@ -99,6 +99,7 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
             "no unlabelled image was found: the labelled ones serve as unlabelled, without their masks; "
             + source.more_unlabelled
         )
+    notes += _repeated(images)
     masks["unlabelled"] = [None] * len(images["unlabelled"])
     turn = settings.exif == "apply"
     made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, turn=turn) for name in images}
@@ -108,6 +109,18 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
     _refuse_names(made["labelled"].names)
     about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(dict.fromkeys(notes))}
     return Splits(**{"test": None} | made | about)
+
+
+def _repeated(images):
+    """Notes on unlabelled images that a list names twice, or that are held out too."""
+    unlabelled = set(images["unlabelled"])
+    more = len(images["unlabelled"]) - len(unlabelled)
+    if more:
+        yield f"the unlabelled images are {len(unlabelled)} files; {more} more lines name them again, and count"
+    for name in ("val", "test"):
+        shared = unlabelled & set(images.get(name, ()))
+        if shared:
+            yield f"{len(shared)} images of {name} are unlabelled images of training too, such as {min(shared)}"
 
 
 def _refuse_names(names):

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from cmim import checkpoint
-from cmim.config import dump_config, load_config
+from cmim.config import dump_config, load_config, overridden
 from cmim.errors import UserError
 from cmim.models.build import build_segmenter, check_sizes
 from cmim.models.segmenter import Segmenter
@@ -239,6 +239,10 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     return [figures for _, figures in kept]
 
 
+_NOT_OF_TRAINING = ("data.", "evaluation.", "train.device", "train.precision", "train.channels_last", "method.tau")
+"""Beginnings of the settings that a trained run obeys."""
+
+
 class Trained(NamedTuple):
     net: Segmenter
     config: Config
@@ -256,6 +260,9 @@ def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: 
     run = Run(folder)
     if not run.config.exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    for key, _ in overridden(overrides):
+        if not key.startswith(_NOT_OF_TRAINING):
+            raise UserError(f"--{key} counts while training only; leave it away")
     config = load_config(run.config, overrides)
     check_sizes(config)
     path = run.last if which == "last" else run.best

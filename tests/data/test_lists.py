@@ -49,6 +49,13 @@ def test_a_split_folder(voc):
     assert names(load(voc, "voc", split=split).unlabelled) == ["2007_1"]
 
 
+def test_unlabelled_images_that_are_named_twice_or_held_out_are_said(voc):
+    split = write_split(voc / "s", [voc_line("2007_1")], [voc_line(n) for n in ("2007_2", "2007_3", "2007_2", "2008_9")])
+    first, second = load(voc, "voc", split=split).notes
+    assert first == "the unlabelled images are 3 files; 1 more lines name them again, and count"
+    assert second.startswith("1 images of val are unlabelled images of training too, such as ") and "2008_9" in second
+
+
 def test_masks_of_unlabelled_images_are_never_opened(voc):
     for name in ("2007_2", "2007_3"):
         for mask in voc.glob(f"*/{name}.png"):
