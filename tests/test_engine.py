@@ -171,7 +171,8 @@ def test_cut_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     cut_metrics(path, 3)
     assert not path.exists()
-    lines = [{"step": 2}, {"step": 3, "a": 1}, {"step": 3, "split": "val"}, {"step": 3, "split": "test"}, {"step": 4}]
+    val, test = {"step": 3, "split": "val", "miou": 0.5}, {"step": 3, "split": "test", "miou": 0.5}
+    lines = [{"step": 2}, {"step": 3, "a": 1}, val, test, {"step": 4}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "los')
     cut_metrics(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]

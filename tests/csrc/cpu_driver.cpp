@@ -1,6 +1,7 @@
 // Every kernel for the CPU without PyTorch, for AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: each runs on
 // random inputs of several sizes and types with 1 thread and with 3, and must give the same bytes. Tensors are allocated one
-// by one and exactly as large as they are, so that the sanitizers see each access beyond.
+// by one and exactly as large as they are, so that the sanitizers see each access beyond. `driver FILE` also writes all outputs
+// there, which another instruction set or processor should give too: inputs are the same everywhere.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -92,6 +93,16 @@ struct Tensor {
   }
 };
 
+std::FILE* written = nullptr;
+
+void write(const char* name, const Tensor& x) {
+  const char* const types[] = {"float32", "float16", "bfloat16", "uint8", "int32", "int64"};
+  const Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16, Dtype::uint8, Dtype::int32, Dtype::int64};
+  for (int i = 0; i < 6; ++i)
+    if (x.view.dtype == dtypes[i]) std::fprintf(written, "%s %s %zu\n", name, types[i], x.bytes);
+  std::fwrite(x.view.data, 1, x.bytes, written);
+}
+
 MaybeView maybe(const Tensor& x) { return MaybeView{x.view}; }
 
 // Runs a kernel with 1 thread and with 3; what it writes must have the same bytes.
@@ -104,8 +115,10 @@ void check(const char* name, std::initializer_list<const Tensor*> outputs, const
     size_t i = 0;
     for (const Tensor* out : outputs) {
       const uint8_t* const bytes = static_cast<const uint8_t*>(out->view.data);
-      if (threads == 1) first.emplace_back(bytes, bytes + out->bytes);
-      else if (std::memcmp(first[i++].data(), bytes, out->bytes)) {
+      if (threads == 1) {
+        first.emplace_back(bytes, bytes + out->bytes);
+        if (written) write(name, *out);
+      } else if (std::memcmp(first[i++].data(), bytes, out->bytes)) {
         std::printf("%s: 1 thread and %d differ\n", name, threads);
         std::exit(1);
       }
@@ -135,7 +148,9 @@ void run_all(const Kernels& kernels, int64_t side, int64_t channels, int64_t cla
   }();
   Tensor mean(f32, {B, K, 2, C}), count(i32, {B, K, 2});
   const Tensor grad_mean = Tensor(f32, {B, K, 2, C}).randomly();
-  for (const auto& [x, is_grid] : features) {
+  for (const auto& feature : features) {
+    const Tensor& x = feature.first;
+    const bool is_grid = feature.second;
     check("centroids_forward", {&mean, &count}, [&] { kernels.centroids_forward(for_each, x.view, rows, masked.view, mean.view, count.view); });
     Tensor grad(T, is_grid ? std::vector<int64_t>{B, C, side, side} : std::vector<int64_t>{B, N, C});
     check("centroids_backward", {&grad}, [&] { kernels.centroids_backward(for_each, grad_mean.view, count.view, rows, masked.view, grad.view); });
@@ -225,12 +240,14 @@ void run_all(const Kernels& kernels, int64_t side, int64_t channels, int64_t cla
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   const Kernels& kernels = CMIM_ISA::kernels;
+  if (argc > 1 && !(written = std::fopen(argv[1], "wb"))) return 2;
   run_all(kernels, 11, 37, 4, 3, Dtype::float32, Dtype::int64);
   run_all(kernels, 5, 1, 1, 2, Dtype::bfloat16, Dtype::int32);
   run_all(kernels, 7, 64, 300, 1, Dtype::float16, Dtype::uint8);
   run_all(kernels, 1, 3, 2, 5, Dtype::float32, Dtype::uint8);
   run_all(kernels, 23, 160, 2, 4, Dtype::float32, Dtype::int32);
+  if (written && std::fclose(written)) return 2;
   std::printf("%s: every kernel, the same bytes with 1 thread and 3\n", kernels.name);
 }
