@@ -28,7 +28,7 @@ elif ON_GPU:
     BATCH, CHANNELS, SIDE, SIDES, CLASSES = 8, 256, 80, (40, 80, 160), (2, 21, 150, 1000)
     SETTINGS = {}
 else:
-    BATCH, CHANNELS, SIDE, SIDES, CLASSES = 2, 256, 40, (20, 40, 80), (2, 21, 150, 1000)
+    BATCH, CHANNELS, SIDE, SIDES, CLASSES = 2, 256, 40, (20, 40), (2, 21, 150, 1000)
     SETTINGS = dict(width=128, depth=4, num_heads=4)
 LOW_PRECISION = torch.bfloat16 == DTYPE
 BLIND = "a decoder without classes"
