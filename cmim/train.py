@@ -28,7 +28,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -40,18 +40,18 @@ from cmim.config import check_background, check_counts, default_config_path, loa
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
-from cmim.engine.device import autocast, choose_device, choose_precision, to_device
+from cmim.engine.device import autocast, choose_device, choose_precision, eager_if, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, by_class, console, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
-from cmim.engine.start import describe, open_files, settle
+from cmim.engine.start import build_objective, describe, open_files, settle
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
 from cmim.errors import Stopped, UserError, run_command
 from cmim.method.objective import Objective
-from cmim.models.batch_norm import synchronise_batch_norm
+from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
 from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config
@@ -320,25 +320,6 @@ def digest(image_set: ImageSet) -> tuple[int, str]:
     return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
-def eager_if(wanted: bool) -> AbstractContextManager:
-    """Where `wanted`, code inside the `with` block runs eagerly, whatever was compiled."""
-    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()
-
-
-@contextmanager
-def explain_single_values() -> Iterator[None]:
-    """BatchNorm refuses a single value per channel, as where a network pools one image to one pixel: say it in one line."""
-    try:
-        yield
-    except Exception as error:  # its type depends on torch.compile
-        if "Expected more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "a pass of a single image leaves the network's batch norm one value a channel; raise train.labelled_batch or "
-            "train.unlabelled_batch to 2 or more for each process"
-        ) from error
-
-
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
@@ -374,22 +355,6 @@ def main(arguments: Sequence[str]) -> None:
             if distributed.rank() == 0:
                 start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
             trainer.train()
-
-
-def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
-    """With the weights that a run starts from; those of a continued run come from its checkpoint."""
-    torch.manual_seed(config.seed)
-    if run.last.exists():
-        model = config.model.model_copy(update={"weights": "none", "init_from": None})
-        config = config.model_copy(update={"model": model})
-    if config.model.weights != "none":  # the seconds that this may take are not silent
-        name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
-        where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
-        console.print(f"loading the pretrained weights of {name} ({where})")
-    objective = Objective(config, num_classes)
-    if objective.note:
-        console.print(f"note: {objective.note}")
-    return objective
 
 
 if __name__ == "__main__":

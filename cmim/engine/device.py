@@ -1,6 +1,7 @@
 """Where and how a run computes: device, autocast, memory layout."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -55,3 +56,8 @@ def to_device(batch: dict[str, Tensor], device: torch.device, channels_last: boo
             flat = image.flatten(0, -4).contiguous(memory_format=torch.channels_last)
             moved[name] = flat.unflatten(0, image.shape[:-3])
     return moved
+
+
+def eager_if(wanted: bool) -> AbstractContextManager:
+    """Where `wanted`, code inside the `with` block runs eagerly, whatever was compiled."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()

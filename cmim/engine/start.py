@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from cmim import distributed
 from cmim.config import load_config
 from cmim.data import load_splits
@@ -12,6 +14,7 @@ from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import scaled_lr
 from cmim.engine.run import Run, with_data
 from cmim.engine.schedule import total_steps
+from cmim.method.objective import Objective
 from cmim.models.build import normalisation, token_stride
 from cmim.models.reconstruction import receptive_warning
 from cmim.settings import Config
@@ -92,3 +95,19 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
         note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
         if note:
             console.print(f"note: {note}")
+
+
+def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
+    """With the weights that a run starts from; those of a continued run come from its checkpoint."""
+    torch.manual_seed(config.seed)
+    if run.last.exists():
+        model = config.model.model_copy(update={"weights": "none", "init_from": None})
+        config = config.model_copy(update={"model": model})
+    if config.model.weights != "none":  # the seconds that this may take are not silent
+        name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
+        where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
+        console.print(f"loading the pretrained weights of {name} ({where})")
+    objective = Objective(config, num_classes)
+    if objective.note:
+        console.print(f"note: {objective.note}")
+    return objective

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmim.distributed import all_reduce
+from cmim.errors import UserError
 
 
 class _Synchronised(_BatchNorm):
@@ -128,3 +129,17 @@ def _batch_norms(module):
     if isinstance(module, _BatchNorm):
         return [module]
     return [layer for child in module.children() for layer in _batch_norms(child)]
+
+
+@contextmanager
+def explain_single_values() -> Iterator[None]:
+    """BatchNorm refuses a single value per channel, as where a network pools one image to one pixel: say it in one line."""
+    try:
+        yield
+    except Exception as error:  # its type depends on torch.compile
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "a pass of a single image leaves the network's batch norm one value a channel; raise train.labelled_batch or "
+            "train.unlabelled_batch to 2 or more for each process"
+        ) from error
