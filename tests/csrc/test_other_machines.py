@@ -5,13 +5,17 @@ with PyTorch. QEMU runs what this processor cannot, and stops at an instruction 
 """
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+
+from cmim_kernels.libraries import cpu
 
 from .emulation import ROOT, csrc
 from .test_vector import runs_here
@@ -79,3 +83,32 @@ def test_the_same_numbers(machine, tmp_path_factory):
             size = b.float().abs().amax().clamp(min=0.1)  # of a single class gradients are 0 but for rounding
             differ = (a.float() - b.float()).abs() > TOLERANCE[str(b.dtype)[6:]] * size
         assert differ.sum() <= FEW * differ.numel(), f"{name}: {differ.sum()} of {differ.numel()} differ"
+
+
+PROGRAM = """
+import sys; sys.path[:0] = {path}
+import torch
+from cmim_kernels import class_centroids, use_backend
+x, labels, masked = torch.randn(1, 64, 33), torch.randint(0, 3, (1, 64)), torch.rand(1, 64) < 0.5
+with use_backend("cpu"):
+    got = class_centroids(x, labels, masked, 3).mean
+with use_backend("torch"):
+    torch.testing.assert_close(got, class_centroids(x, labels, masked, 3).mean)
+print(torch.ops.cmim_cpu.instruction_set(""))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processor", "instruction_set"), [("Nehalem", "baseline"), ("Haswell", "avx2")])
+def test_the_library_chooses_what_an_older_processor_runs(processor, instruction_set):
+    """In PyTorch, on a processor that stops at any other instruction."""
+    if platform.machine() != "x86_64" or shutil.which("qemu-x86_64-static") is None:
+        pytest.skip("needs x86-64 and qemu-x86_64-static")
+    reason = cpu.unavailable_reason(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    program = PROGRAM.format(path=[path for path in sys.path if path])
+    command = ["qemu-x86_64-static", "-cpu", processor, os.path.realpath(sys.executable), "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [instruction_set]
