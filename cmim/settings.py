@@ -188,6 +188,7 @@ PRESETS: dict[str, Preset] = {
     "unimatch_v2": Preset(sup=1 / 2, strong=1 / 4, strong_views=2, weak_pass=False, complementary=True),
 }
 """Everything that depends on the preset reads its row. Masked terms can stand on any row above: add a row below."""
+BASES = tuple(PRESETS)
 
 
 def standing_on(base: str, *masked: str, class_wise: bool = False) -> Preset:
@@ -203,6 +204,8 @@ PRESETS["cmim"] = standing_on("fixmatch_fp", "pix", "feat", "sem", class_wise=Tr
 class MethodSettings(Section):
     preset: Literal[*PRESETS] = "cmim"
     """Which views and terms are trained: a row of PRESETS; docs/method.md has the formulas."""
+    base: Literal[*BASES] | None = None
+    """A preset without masked terms, to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
     cutmix: Fraction = 0.5
@@ -225,7 +228,7 @@ class MimSettings(Section):
     ramp: Fraction = 0.05
     """Fraction of the training over which they then grow linearly to their full weight."""
     w_pix: NonNegative = 0.5
-    """Weight of the reconstruction of pixels."""
+    """Weight of the reconstruction of pixels. A masked term of weight 0 is left out, with what it alone needs."""
     w_feat: NonNegative = 0.1
     """Weight of the distance between centroids of hidden and visible tokens."""
     w_sem: NonNegative = 1.0
@@ -391,8 +394,11 @@ class Config(Section):
 
     @property
     def preset(self) -> Preset:
-        """The row of `PRESETS`."""
-        return PRESETS[self.method.preset]
+        """The row of `PRESETS`, on `method.base` and without masked terms of weight 0."""
+        row = PRESETS[self.method.preset]
+        if row.masked and self.method.base is not None:
+            row = standing_on(self.method.base, *row.masked, class_wise=row.class_wise)
+        return row._replace(masked=tuple(term for term in row.masked if getattr(self.mim, f"w_{term}") > 0))
 
     @property
     def has_teacher(self) -> bool:

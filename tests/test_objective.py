@@ -9,7 +9,7 @@ from cmim.method import masking, perturbations
 from cmim.method import objective as objective_module
 from cmim.method.diagnostics import gradient_norms
 from cmim.method.objective import Objective
-from cmim.settings import PRESETS, standing_on
+from cmim.settings import PRESETS
 from tests.plain_objective import (
     BASE_TERMS,
     BASES,
@@ -90,10 +90,29 @@ def test_equals_the_plain_rendering(monkeypatch, preset, options):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("preset", ["semantic", "cmim"])
 def test_masked_terms_stand_on_any_base(monkeypatch, base, preset):
-    row = PRESETS[preset]
-    monkeypatch.setitem(PRESETS, preset, standing_on(base, *row.masked, class_wise=row.class_wise))
     views = {"mim__views": ["labelled"]} if base == "supervised" else {}
-    test_equals_the_plain_rendering(monkeypatch, preset, views)
+    test_equals_the_plain_rendering(monkeypatch, preset, {"method__base": base, **views})
+
+
+def test_a_base_counts_under_masked_terms_alone():
+    assert make_config("supervised", method__base="unimatch").preset == PRESETS["supervised"]
+    assert make_config("cmim", method__base="fixmatch_fp").preset == PRESETS["cmim"]
+
+
+@pytest.mark.parametrize("zero", ["pix", "feat", "sem"])
+def test_a_masked_term_of_weight_0_is_left_out(monkeypatch, zero):
+    options = {f"mim__w_{zero}": 0}
+    test_equals_the_plain_rendering(monkeypatch, "cmim", options)
+    config = make_config("cmim", **options)
+    objective = make_objective(monkeypatch, config)
+    assert hasattr(objective, "reconstruction") == (zero != "pix")
+    assert not any(name.startswith(zero) for name in objective(make_batch(config), ramp()).terms)
+
+
+def test_without_any_masked_term_the_base_remains(monkeypatch):
+    config = make_config("cmim", mim__w_pix=0, mim__w_feat=0, mim__w_sem=0)
+    objective = make_objective(monkeypatch, config)
+    assert set(objective(make_batch(config), ramp()).terms) == set(BASES["fixmatch_fp"])
 
 
 def test_the_box_reaches_the_strong_view_alone(monkeypatch):

@@ -93,7 +93,13 @@ def test_the_remaining_options_change_what_they_should(monkeypatch):
 
 
 def test_no_option_is_left_untested():
-    tested = {e[0] for e in EFFECTS} | {"method__preset", "mim__views", "reconstruction__tokens", "teacher__decay"}
+    tested = {e[0] for e in EFFECTS} | {
+        "method__preset",
+        "method__base",
+        "mim__views",
+        "reconstruction__tokens",
+        "teacher__decay",
+    }
     elsewhere = {"method__cutmix", "mim__start", "mim__ramp"}  # the box of the batch, the schedule
     sections = {
         "method": settings.MethodSettings, "mim": settings.MimSettings, "mask": settings.MaskSettings,
