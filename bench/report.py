@@ -44,7 +44,11 @@ class Run:
             if "stats" in line:
                 self._add(line["group"], line["stats"]["min"], line["extra_info"])
             elif line["status"] == "passed":
-                told = {k: v for k, v in line.items() if k not in ("stage", "item", "status", "time", "seconds", "machine")}
+                told = {
+                    k: v
+                    for k, v in line.items()
+                    if k not in ("stage", "item", "status", "time", "date", "seconds", "machine")
+                }
                 if told:
                     self.notes.append(f"{stage}: {item.split('::')[-1]}: {json.dumps(told)}")
             if line["status"] not in ("passed", "skipped"):
