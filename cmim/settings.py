@@ -208,6 +208,12 @@ class MethodSettings(Section):
     """A preset without masked terms, to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
     tau: Fraction = 0.95
     """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
+    w_unlabelled: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
+    """Factor of the terms of the strong and the dropped-out views."""
+    start: Fraction = 0.0
+    """Fraction of the training after which images without labels begin to count; until then training is supervised."""
+    ramp: Fraction = 0.0
+    """Fraction of the training over which the terms of the strong and the dropped-out views then grow to their weight."""
     cutmix: Fraction = 0.5
     """Probability of a CutMix box in a strong view."""
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5

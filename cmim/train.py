@@ -54,7 +54,7 @@ from cmim.method.objective import Objective
 from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
 from cmim.models.build import check_sizes
 from cmim.randomness import key
-from cmim.settings import Config
+from cmim.settings import Config, MethodSettings, MimSettings
 
 
 class Trainer:
@@ -80,8 +80,8 @@ class Trainer:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 broadcast_buffers=False,  # synchronised BatchNorm keeps buffers identical across ranks
                 gradient_as_bucket_view=True,
-                # Before mim.start no gradient reaches the reconstruction decoder and a learned fill colour.
-                find_unused_parameters=bool(config.preset.masked) and config.mim.start > 0,
+                # Before the masked terms begin no gradient reaches the reconstruction decoder and a learned fill colour.
+                find_unused_parameters=bool(config.preset.masked) and max(config.mim.start, config.method.start) > 0,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -123,8 +123,7 @@ class Trainer:
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Report before each checkpoint: a loss term that is not finite stops the run and is named.
             report = self.due("log_every") or picture or save or evaluate
-            weight = ramp(self.step, self.steps, config.mim.start, config.mim.ramp)
-            weight = None if weight is None else torch.full((), weight, device=self.device)
+            ramps = self.ramp(config.mim), self.ramp(config.method)
             factor = poly(self.step, self.steps, config.optimizer.poly_power)
             set_learning_rate(self.optimizer, factor)
 
@@ -137,7 +136,7 @@ class Trainer:
                 torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
                 with self.no_sync_if(i + 1 < micro), eager_if(picture):
                     with autocast(self.device, self.dtype), explain_single_values():
-                        output = self.compute(batch, weight, diagnostics=report, gradients=picture)
+                        output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
                     self.scaler.scale(output.loss / micro).backward()
                 log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
             self.scaler.step(self.optimizer)
@@ -177,6 +176,11 @@ class Trainer:
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
         """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
         return self.compute.no_sync() if more_follow and self.ranks > 1 else nullcontext()
+
+    def ramp(self, section: MimSettings | MethodSettings) -> torch.Tensor | None:
+        """The factor of the coming step by `start` and `ramp` of a section; None before its start."""
+        factor = ramp(self.step, self.steps, section.start, section.ramp)
+        return None if factor is None else torch.full((), factor, device=self.device)
 
     def due(self, every: str) -> bool:
         """Whether the coming step ends an interval of this setting; the last step ends all."""

@@ -156,6 +156,7 @@ def plain_terms(objective, batch, ramp):
     config = objective.config
     terms, weak, strong = base_terms(objective, batch)
     terms = {name: weight * terms[name] for name, weight in BASES[base_of(config)].items()}
+    terms = {name: term * (1 if name == "sup" else config.method.w_unlabelled) for name, term in terms.items()}
     if not masked_of(config) or ramp is None:
         return terms
     return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong).items()}

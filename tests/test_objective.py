@@ -37,6 +37,7 @@ CASES = [
     ("mim", {"reconstruction__balance": "class", "centroids__distance": "l2", "mask__per_class": True}),
     ("mim", {"reconstruction__tokens": "encoder", "reconstruction__decoder": "attention"}),
     ("cmim", {"mim__views": ["strong"]}),
+    ("cmim", {"method__w_unlabelled": 0.5}),
     ("cmim", {"mim__views": ["weak", "labelled"], "mim__w_pix": 2.0, "mim__w_feat": 3.0, "mim__w_sem": 5.0}),
     ("cmim", {"reconstruction__balance": "class", "reconstruction__min_share": 0.95}),
     ("cmim", {"reconstruction__normalize": True, "reconstruction__distance": "mse"}),
@@ -238,6 +239,27 @@ def test_ramp_scales_the_masked_terms(monkeypatch):
     for name in low.terms:
         factor = 1 if name in BASE_TERMS else 0.25
         torch.testing.assert_close(low.terms[name], factor * high.terms[name])
+
+
+def test_base_ramp_scales_the_terms_of_unlabelled_images(monkeypatch):
+    config = make_config("unimatch")
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    low, high = (objective(batch, None, torch.tensor(r)) for r in (0.25, 1.0))
+    for name in low.terms:
+        torch.testing.assert_close(low.terms[name], (1 if name == "sup" else 0.25) * high.terms[name])
+    assert torch.equal(objective(batch, None).loss, high.loss)
+
+
+def test_without_base_ramp_training_is_supervised(monkeypatch):
+    config = make_config("cmim")
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    supervised = make_objective(monkeypatch, make_config("supervised"))
+    supervised.net.load_state_dict(objective.net.state_dict())
+    output, alone = objective(Recorder(batch), ramp(), None), supervised(batch, None)
+    assert set(output.terms) == {"sup"}
+    torch.testing.assert_close(output.loss, alone.loss / 2)  # the weight of L_sup in the base of cmim
+    # A preset without unlabelled images has nothing to wait for.
+    assert torch.equal(supervised(batch, None, None).loss, supervised(batch, None).loss)
 
 
 def see_graph(monkeypatch):

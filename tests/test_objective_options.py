@@ -15,6 +15,7 @@ EFFECTS = [
     ("method__ohem", OHEM, {}, {"sup"}),
     ("method__ohem", {**OHEM, "threshold": 0.5}, {"method__ohem": OHEM}, {"sup"}),
     ("method__ohem", {**OHEM, "min_kept": 1000}, {"method__ohem": OHEM}, {"sup"}),
+    ("method__w_unlabelled", 0.5, {}, {"strong", "fp"}),
     ("mim__tau", 0.7, {}, {"pix", "feat"} | UNLABELLED_SEM),
     ("mim__w_pix", 1.0, {}, {"pix"}),
     ("method__complementary", False, {"method__preset": "unimatch_v2"}, {"strong1", "strong2"}),
@@ -100,7 +101,8 @@ def test_no_option_is_left_untested():
         "reconstruction__tokens",
         "teacher__decay",
     }
-    elsewhere = {"method__cutmix", "mim__start", "mim__ramp"}  # the box of the batch, the schedule
+    elsewhere = {"method__cutmix"}  # the box of the batch
+    elsewhere |= {"method__start", "method__ramp", "mim__start", "mim__ramp"}  # the schedule
     sections = {
         "method": settings.MethodSettings, "mim": settings.MimSettings, "mask": settings.MaskSettings,
         "reconstruction": settings.ReconstructionSettings, "centroids": settings.CentroidSettings,

@@ -126,6 +126,12 @@ def test_masked_terms_are_left_out_before_mim_start(tmp_path):
     assert (terms_of(first), terms_of(second)) == (TERMS["fixmatch"] | {"fp"}, TERMS["mim"])
 
 
+def test_training_is_supervised_before_method_start(tmp_path):
+    run = run_tiny(tmp_path / "run", method__start=0.5, train__picture_every=1)
+    first, second = (line for line in read_metrics(run) if "split" not in line)
+    assert (terms_of(first), terms_of(second)) == (TERMS["supervised"], TERMS["mim"])
+
+
 def test_a_folder_without_test_images_reports_val(tmp_path, capsys):
     root = write_folder(tmp_path / "data", sizes=((40, 48), (31, 52)), test=0)
     run = run_tiny(tmp_path / "run", **FOLDER, data__root=str(root), method__preset="fixmatch")

@@ -18,7 +18,8 @@ padding. u_s and its p, conf and valid are cut together by CutMix.
     semantic     L = L of fixmatch_fp + r(t) w_sem L_sem
     mim, cmim    L = L of fixmatch_fp + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
 
-Each preset is a row of `cmim.settings.PRESETS`, which holds these weights.
+Each preset is a row of `cmim.settings.PRESETS`, which holds these weights. L_strong and L_fp are also multiplied by
+`method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight.
 
 Masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once
 more with the mask filled in, F and z are the features and logits of that pass, c_t the majority class of each token:
@@ -110,10 +111,11 @@ class Output(NamedTuple):
 
 
 class Objective(nn.Module):
-    """forward(batch, ramp, diagnostics=False, gradients=False) -> Output.
+    """forward(batch, ramp, base_ramp=1.0, diagnostics=False, gradients=False) -> Output.
 
     batch: a dict of `cmim.data.batches.TrainBatches`.
     ramp: r(t), a scalar tensor; None before mim.start, where the masked pass is left out.
+    base_ramp: s(t), likewise; None before method.start, where L_sup alone is left.
     diagnostics: also compute the figures that cost time.
     gradients: also the norm of each term's gradient at the features, eagerly and at the cost of a backward pass a term.
 
@@ -167,10 +169,19 @@ class Objective(nn.Module):
                 a.copy_(b)
 
     def forward(
-        self, batch: dict[str, Tensor], ramp: Tensor | None, diagnostics: bool = False, gradients: bool = False
+        self,
+        batch: dict[str, Tensor],
+        ramp: Tensor | None,
+        base_ramp: Tensor | float | None = 1.0,
+        diagnostics: bool = False,
+        gradients: bool = False,
     ) -> Output:
-        terms, figures, features, views = self.base(batch) if self.preset.uses_unlabelled else self.labelled_base(batch)
-        if self.preset.masked and ramp is not None:
+        begun = base_ramp is not None or not self.preset.uses_unlabelled
+        if self.preset.uses_unlabelled and begun:
+            terms, figures, features, views = self.base(batch, base_ramp)
+        else:
+            terms, figures, features, views = self.labelled_base(batch)
+        if self.preset.masked and ramp is not None and begun:
             masked_terms, masked_figures, masked_feature = self.masked_terms(batch, views, diagnostics)
             terms |= {name: (ramp * weight, term) for name, (weight, term) in masked_terms.items()}
             figures |= masked_figures
@@ -183,8 +194,8 @@ class Objective(nn.Module):
         term = self.supervised(self.net.classify(feature), batch["label"])
         return Base({"sup": (self.preset.sup, term)}, {}, [feature], {})
 
-    def base(self, batch: dict[str, Tensor]) -> Base:
-        """L_sup, L_strong of each strong view and L_fp."""
+    def base(self, batch: dict[str, Tensor], ramp: Tensor | float) -> Base:
+        """L_sup, L_strong of each strong view and L_fp; `ramp` is s(t)."""
         config, net, preset = self.config, self.net, self.preset
         x, u_w, strong = batch["labelled_image"], batch["weak_image"], batch["strong_image"]
 
@@ -215,11 +226,12 @@ class Objective(nn.Module):
         logits_s = net.classify(feature_s).split(len(u_w))
 
         terms: Terms = {"sup": (preset.sup, self.supervised(logits_x, batch["label"]))}
+        factor = ramp * config.method.w_unlabelled
         for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
             name = f"strong{i + 1}" if len(u_s) > 1 else "strong"
-            terms[name] = (preset.strong, self.consistency(logits, labels))
+            terms[name] = (factor * preset.strong, self.consistency(logits, labels))
         if preset.fp:
-            terms["fp"] = (preset.fp, self.consistency(logits_w[1], weak))
+            terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak))
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
 
