@@ -56,6 +56,9 @@ from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config, MethodSettings, MimSettings
 
+LEAST_COVERAGE = 0.05
+"""Share of confident pixels below which a run says that unlabelled images hardly count."""
+
 
 class Trainer:
     """Everything a run needs; `train` is the loop."""
@@ -86,7 +89,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
-        self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
+        self.saved, self.interval, self.stop, self.between_steps, self.warned = None, [], StopSignals(), True, False
         self.images = {name: digest(getattr(splits, name)) for name in ("unlabelled", "val")}
         if run.last.exists():
             self.load()
@@ -147,7 +150,7 @@ class Trainer:
             self.step += 1
 
             if report:
-                log.write(self.step, self.lr * factor)
+                self.warn_of_coverage(log.write(self.step, self.lr * factor), log)
             with log.paused():
                 asked = self.stop.asked()
                 if save or evaluate or asked:
@@ -181,6 +184,18 @@ class Trainer:
         """The factor of the coming step by `start` and `ramp` of a section; None before its start."""
         factor = ramp(self.step, self.steps, section.start, section.ramp)
         return None if factor is None else torch.full((), factor, device=self.device)
+
+    def warn_of_coverage(self, figures: dict[str, float], log: RunLog) -> None:
+        """Say once, in the second half of the run, that unlabelled images hardly train anything."""
+        method = self.config.method
+        if self.rank or self.warned or 2 * self.step < self.steps or figures.get("coverage", 1) >= LEAST_COVERAGE:
+            return
+        self.warned = True
+        log.warn(
+            f"after step {self.step} only {figures['coverage']:.1%} of the unlabelled pixels are as confident as method.tau "
+            f"{method.tau}, so that unlabelled images hardly train: lower method.tau (and mim.tau)"
+            + (", or do without method.ohem, which keeps confidences low" if method.ohem else "")
+        )
 
     def due(self, every: str) -> bool:
         """Whether the coming step ends an interval of this setting; the last step ends all."""

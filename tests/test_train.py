@@ -126,6 +126,14 @@ def test_masked_terms_are_left_out_before_mim_start(tmp_path):
     assert (terms_of(first), terms_of(second)) == (TERMS["fixmatch"] | {"fp"}, TERMS["mim"])
 
 
+@pytest.mark.parametrize("ohem", [None, {"threshold": 0.7}])
+def test_a_threshold_that_hardly_any_pixel_reaches_is_said_once(tmp_path, capsys, ohem):
+    run_tiny(tmp_path / "run", method__preset="fixmatch", method__tau=1, method__ohem=ohem, train__log_every=1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("0.0% of the unlabelled pixels are as confident as method.tau 1.0") == 1
+    assert ("or do without method.ohem" in printed) == bool(ohem)
+
+
 def test_training_is_supervised_before_method_start(tmp_path):
     run = run_tiny(tmp_path / "run", method__start=0.5, train__picture_every=1)
     first, second = (line for line in read_metrics(run) if "split" not in line)

@@ -150,8 +150,8 @@ class RunLog:
         if self.count % self.micro == 0:
             self.progress.advance()
 
-    def write(self, step: int, lr: float) -> None:
-        """Close the interval at `step` (counted from 1): print and store the means of its figures.
+    def write(self, step: int, lr: float) -> dict[str, float]:
+        """Close the interval at `step` (counted from 1): print, store and return the means of its figures.
 
         Raises:
             UserError: a loss term is not finite (the message names it).
@@ -166,6 +166,7 @@ class RunLog:
                 "lower optimizer.lr, or use --train.precision fp32; the last checkpoint is from before"
             )
         self._begin_interval()
+        return figures
 
     def _means(self):
         """Means over the interval and all processes, in one sum over them: of each figure, and of the seconds waited."""
