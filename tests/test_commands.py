@@ -91,7 +91,7 @@ def test_evaluate_elsewhere(run, monkeypatch, tmp_path):
         evaluate.main([str(run.folder), "--data.root", str(root), "--split", "test"])
     for mask in root.glob("val/masks/*"):
         Image.fromarray(np.full((40, 48), 255, np.uint8)).save(mask)
-    with pytest.raises(UserError, match="not one pixel of the val masks has a class, so that nothing is measured"):
+    with pytest.raises(UserError, match="not one pixel of the val masks has a class, so there is nothing to measure"):
         evaluate.main([str(run.folder), "--data.root", str(root)])
     (root / "classes.txt").write_text("sky\ntree\nroad\n")
     with pytest.raises(UserError, match=r"classes .* are not those of the run"):

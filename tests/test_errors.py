@@ -400,7 +400,7 @@ def test_a_killed_loader_is_one_line(capfd):
     def main(_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nlines")
 
-    assert said_by(capfd, main).startswith("a process that loads images was killed, often for want of memory")
+    assert said_by(capfd, main).startswith("a process that loads images was killed, often because memory ran out")
 
 
 def test_values_that_cannot_be(tmp_path, capfd, monkeypatch):
@@ -499,7 +499,7 @@ def test_what_to_do_about_a_damaged_checkpoint(copy, capfd):
     os.truncate(copy.last, 1000)
     said = said_by(capfd, evaluate.main, copy.folder)
     assert (
-        "put an earlier copy of it there, or start anew" in said
+        "put an earlier copy of it there, or start again" in said
         and f"{copy.best} still has weights: --checkpoint best" in said
     )
     copy.best.unlink()
@@ -513,7 +513,7 @@ def test_a_best_checkpoint_in_the_place_of_the_last(copy, capfd):
     checkpoint.save({"net": net, **about}, copy.last)
     evaluate.main([str(copy.folder), "--data.workers", "0"])
     said = said_by(capfd, train.main, "--output", copy.folder, "--resume", "--train.steps", "3")
-    assert "holds weights alone, as best.pt does, and no state to continue from" in said
+    assert "holds only weights, as best.pt does, and no state to continue from" in said
 
 
 @pytest.mark.parametrize("text", ["hello\nworld\n", '{"a": 1}\n{"step": 1}\n', "[1]\n[2]\n", '{"step": "x"}\n{}\n'])

@@ -246,7 +246,7 @@ def test_other_unlabelled_images_are_said_when_a_run_goes_on(tmp_path, capsys):
     shutil.copy(root / "train/images/train0.png", root / "train/images/more.png")
     run_tiny(tmp_path / "run", "--resume", train__steps=3, **settings)
     said = capsys.readouterr().out
-    assert "warning: the unlabelled images are not those that the run had until now (2, here are 3)" in said
+    assert "warning: the unlabelled images changed since the run was stopped (2 then, 3 now)" in said
     assert "the val images" not in said
 
 
