@@ -520,5 +520,5 @@ def test_a_best_checkpoint_in_the_place_of_the_last(copy, capfd):
 def test_metrics_of_something_else_are_kept(text, copy, capfd):
     copy.metrics.write_text(text)
     said = said_by(capfd, train.main, "--output", copy.folder, "--resume", "--train.steps", "2")
-    assert said.startswith(f"{copy.metrics}: line 1 is none that a run wrote; move the file away")
+    assert said.startswith(f"{copy.metrics}: line 1 was not written by a run; move the file away")
     assert copy.metrics.read_text() == text

@@ -258,7 +258,7 @@ def test_a_state_that_is_not_whole(value, tmp_path):
     checkpoint.save(kept | value, run.last)
     with pytest.raises(UserError, match=r"last.pt is no checkpoint of this run's last step"):
         run_tiny(tmp_path / "run", "--resume", train__steps=2)
-    with pytest.raises(UserError, match=r"last.pt is not a whole checkpoint of cmim.train, it has no (step|colours)"):
+    with pytest.raises(UserError, match=r"last.pt is not a complete checkpoint of cmim.train, it has no (step|colours)"):
         load_trained(run.folder, "last")
 
 
@@ -273,5 +273,5 @@ def test_a_result_whose_checkpoint_is_gone_is_not_written_over(tmp_path):
 @pytest.mark.parametrize("line", ['{"step": 1, "split": "val"}', '{"step": 1, "split": "val", "miou": null}'])
 def test_an_evaluation_without_its_figure(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is none that a run wrote"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 was not written by a run"):
         cut_metrics(tmp_path / "metrics.jsonl", 1)
