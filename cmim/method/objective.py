@@ -15,7 +15,7 @@ padding. CutMix applies the same box to u_s, p, conf and valid.
     fixmatch     L = (L_sup + L_strong) / 2
     fixmatch_fp  L = (L_sup + L_strong / 2 + L_fp / 2) / 2
     unimatch     L = (L_sup + L_strong1 / 4 + L_strong2 / 4 + L_fp / 2) / 2
-    unimatch_v2  L = (L_sup + L_strong1 / 2 + L_strong2 / 2) / 2; complementary channels are dropped from the two views
+    unimatch_v2  L = (L_sup + L_strong1 / 2 + L_strong2 / 2) / 2, complementary channels dropped
     semantic     L = L of fixmatch_fp + r(t) w_sem L_sem
     mim, cmim    L = L of fixmatch_fp + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
 
@@ -24,9 +24,12 @@ Each preset is a row of `cmim.settings.PRESETS`, which holds these weights.
 The masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once more
 with hidden pixels filled in. F and z are the features and logits of that pass, and c_t is the majority class of each token:
 
-    L_pix  = masked_patch_loss(G(F, c_t, M), v, M, c_t) over hidden tokens whose (image, class) has a visible token
-    L_feat = distance between the hidden and the visible centroid of F, mean over (image, class) pairs
-    L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
+    L_pix  = masked_patch_loss(G(F, c_t, M), v, M, c_t), over the hidden tokens
+             of every (image, class) that has a visible token
+    L_feat = distance between the hidden and the visible centroid of F,
+             mean over (image, class) pairs
+    L_sem  = (labelled + strong / 2 + weak / 2) / 2, each of these
+             sum CE(z, c) / number of valid pixels of that view
 
 `mim` is `cmim` with all valid tokens in one class for G, for L_feat and for the balance of classes; L_pix counts the same
 tokens. Every term is S / max(1, n), where S and n are sums over the batches of all processes; a term with n = 0 is a zero

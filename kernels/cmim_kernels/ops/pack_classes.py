@@ -14,21 +14,19 @@ class ClassLayout(NamedTuple):
     """The positions of the tokens of each image when they are packed by class.
 
     Segment 2k holds the visible tokens of class k, segment 2k + 1 its masked tokens, and segment 2K the ignored tokens.
-
-    Attributes:
-        order: (B, N) int32, the original place of each packed token. Within a segment the original order is kept.
-        inverse: (B, N) int32, the packed position of each original token.
-        segment: (B, N) int32, the segment of each packed position.
-        offsets: (B, 2K + 2) int32, the packed position where each of the 2K + 1 segments starts, then N.
-        cu_seqlens: (B (K + 1) + 1) int32 over the flat B N packed tokens: the start of each (image, class) and of
-            each image's ignored tokens, then B N. The cumulative sequence lengths of variable-length attention.
     """
 
     order: torch.Tensor
+    """(B, N) int32: the original place of each packed token. Within a segment the original order is kept."""
     inverse: torch.Tensor
+    """(B, N) int32: the packed position of each original token."""
     segment: torch.Tensor
+    """(B, N) int32: the segment of each packed position."""
     offsets: torch.Tensor
+    """(B, 2K + 2) int32: the packed position where each of the 2K + 1 segments starts, then N."""
     cu_seqlens: torch.Tensor
+    """(B (K + 1) + 1,) int32 over the flat B N packed tokens: the start of each (image, class) and of the ignored tokens of
+    each image, then B N. These are the cumulative sequence lengths for variable-length attention."""
 
 
 _forward = declare(
