@@ -2,10 +2,10 @@
 
 pyproject.toml says everything else.
 
-CMIM_BUILD_CUDA decides about the CUDA kernels of csrc/, CMIM_BUILD_CPU about those for the CPU in csrc/cpu/: `auto` (the
-default) builds them where it can and goes on without them, `1` builds them or fails, `0` leaves them out. What was done is
-in the .txt beside each library, and `python -m cmim_kernels.info` prints it: pip hides what a build says.
-"""
+CMIM_BUILD_CUDA controls the build of the CUDA kernels of csrc/, CMIM_BUILD_CPU that of the CPU kernels of csrc/cpu/: `auto`
+(the default) builds them if possible and else continues without them, `1` builds them or fails, `0` does not build them. The
+result is in a .txt file beside each library, and `python -m cmim_kernels.info` prints it, because pip hides the output of a
+build."""
 
 import os
 import runpy

@@ -2,7 +2,7 @@
 
 
 def __getattr__(name: str) -> str:
-    if name == "__version__":  # the version of the distribution stands in cmim_kernels, whose import takes seconds
+    if name == "__version__":  # the version is defined in cmim_kernels, whose import takes seconds
         from cmim_kernels import __version__
 
         return __version__

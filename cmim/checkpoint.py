@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read with weights_only; which weights of one are used; warm starts."""
+"""Checkpoints: writing them atomically, reading them with weights_only, choosing student or teacher weights, warm starts."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from cmim.errors import UserError
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Write a dict of tensors and plain values so that `path` always holds a whole checkpoint."""
+    """Write a dict of tensors and plain values atomically, so that `path` always holds a complete checkpoint."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -24,21 +24,21 @@ def save(state: dict[str, Any], path: str | Path) -> None:
             file = _Writer(raw, path)
             try:
                 torch.save(state, file)
-            except RuntimeError as error:  # PyTorch's own words hide that, for example, the disk is full
+            except RuntimeError as error:  # PyTorch's message does not say, for example, that the disk is full
                 raise file.error or error from None
             file.flush()
             os.fsync(raw.fileno())
         os.replace(partial, path)
-    except BaseException as error:  # nothing half-written stays and takes space
+    except BaseException as error:  # do not leave a partial file behind
         with suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # from closing the file
+        if isinstance(error, OSError) and error.filename is None:  # raised when the file was closed
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
 class _Writer:
-    """A file that remembers why it could not be written."""
+    """A file that keeps the error with which writing failed."""
 
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path, self.error = file, path, None
@@ -58,7 +58,7 @@ class _Writer:
 
 
 def _refuse_other_bits(path):
-    """PyTorch writes checksums and does not compare them."""
+    """Verify the checksums, which PyTorch writes but does not verify."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -66,15 +66,15 @@ def _refuse_other_bits(path):
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; nothing in it can run code."""
+    """Read a checkpoint, without running any code in it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of foreign files; the error below names them
+        with warnings.catch_warnings(action="ignore"):  # torch warns about other files; the error below reports them
             _refuse_other_bits(path)
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train first, or give another run folder") from None
     except Exception as error:  # a damaged file raises exceptions of many types
-        remedy = "put an earlier copy of it there, or start anew with another --output"
+        remedy = "put an earlier copy of it there, or start again with another --output"
         best = Path(path).with_name("best.pt")
         if Path(path).name == "last.pt" and best.exists():
             remedy += f"; {best} still has weights: --checkpoint best, or --model.init_from for a new run"
@@ -87,7 +87,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a state dict into a module; a checkpoint of another model is a user's mistake."""
+    """Load a state dict into a module; a UserError if it belongs to another model or is not finite."""
     ours = module.state_dict()
     missing, unexpected = ours.keys() - state.keys(), state.keys() - ours.keys()
     other_shape = [k for k in ours.keys() & state.keys() if ours[k].shape != state[k].shape]
@@ -110,23 +110,23 @@ def network_weights(
 ) -> dict[str, Tensor]:
     """The network's weights in a checkpoint, by name.
 
-    `best.pt` holds one set of weights, those that were evaluated; `last.pt` the student's and, where the teacher is an EMA,
-    the teacher's.
+    `best.pt` holds only the weights that were evaluated; `last.pt` holds the student's and, with an EMA teacher, the
+    teacher's.
 
     Args:
         state: the checkpoint.
-        path: where it came from, for errors.
-        wanted: which weights; by default those that the run evaluated. Checkpoints of before this was written down count
-            as evaluated with the teacher's, where there are any.
+        path: its file, for error messages.
+        wanted: which weights; by default those that the run evaluated. Older checkpoints do not say which these are: then
+            the teacher's, if there is a teacher.
 
     Raises:
-        UserError: the checkpoint holds the other weights only.
+        UserError: the checkpoint holds only the other weights.
     """
     evaluated = state.get("evaluated")
     if "net" in state:
         if wanted is not None and evaluated is not None and wanted != evaluated:
             raise UserError(
-                f"{path} holds the {evaluated}'s weights only; use --checkpoint last, or leave evaluation.weights away"
+                f"{path} holds the {evaluated}'s weights only; use --checkpoint last, or leave out evaluation.weights"
             )
         return dict(state["net"])
     objective = state.get("objective", {})
@@ -137,13 +137,13 @@ def network_weights(
 
 
 def warm_start(net: nn.Module, path: str | Path) -> str | None:
-    """Load the evaluated weights of a checkpoint, or of the last one in a run's folder, into a network with a `head`.
+    """Load the evaluated weights of a checkpoint, or of the last checkpoint in a run folder, into a network with a `head`.
 
     Returns:
-        None, or a line that says that the head was left as it was: the run had another number of classes.
+        None, or a line that says that the head was not loaded because the number of classes differs.
 
     Raises:
-        UserError: there is no such checkpoint, or it is one of another network.
+        UserError: there is no such checkpoint, or it belongs to another network.
     """
     if Path(path).is_dir():
         path = Path(path) / "checkpoints" / "last.pt"

@@ -17,9 +17,9 @@ from cmim.settings import PRESETS, Config, Section
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose help is the module's docstring and whose errors are one line.
+    """An ArgumentParser whose help text is the module's docstring and whose errors are one line.
 
-    `parse(arguments)` returns (namespace, overrides), the overrides as `cmim.config.load_config` takes them.
+    `parse(arguments)` returns (namespace, overrides), with overrides for `cmim.config.load_config`.
     """
 
     def __init__(self, module: str, doc: str):
@@ -40,7 +40,7 @@ class CommandLine(argparse.ArgumentParser):
             key = word.removeprefix("--").partition("=")[0]
             if word.startswith("--") and ("." in key or key in Config.model_fields):
                 overrides.append(word)
-                # The next word is the value, even a negative number. `cmim.config` reports a missing one.
+                # The next word is the value, which may be a negative number. `cmim.config` reports a missing value.
                 if "=" not in word and words and not words[0].startswith("--"):
                     overrides.append(words.pop(0))
             else:
@@ -54,19 +54,19 @@ class CommandLine(argparse.ArgumentParser):
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
         empty = next((name for name, value in vars(namespace).items() if value == "" or value == Path("")), None)
-        if empty is not None:  # as from an empty variable of a shell; it would stand for this folder, or for the default
+        if empty is not None:  # for example from an empty shell variable; it would mean the current folder or the default
             self.error(f"the argument {empty} is empty; give a value")
         return namespace, overrides
 
 
 def parser_of(command: str, doc: str) -> CommandLine:
-    """The parser of `python -m cmim.<command>`, whose module's docstring is `doc`."""
+    """The parser of `python -m cmim.<command>`; `doc` is the docstring of its module."""
     parser = CommandLine(f"cmim.{command}", doc)
     add = parser.add_argument
     if command == "train":
         add("config", nargs="?", help="a YAML file; without it, the built-in `shapes` set")
         add("--output", metavar="RUN", help="run folder; by default runs/<config>-<time>")
-        add("--resume", action="store_true", help="continue the run in --output, or start it where there is none")
+        add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
     elif command == "compare":
         add("config", nargs="?", default=default_config_path(), help="a YAML file; without it, the built-in `shapes` set")
         add("--output", type=Path, required=True, help="folder of the runs and the table")
@@ -76,11 +76,11 @@ def parser_of(command: str, doc: str) -> CommandLine:
             choices=tuple(PRESETS),
             default=tuple(PRESETS),
             metavar="PRESET",
-            help=f"of {', '.join(PRESETS)}; all",
+            help=f"presets to train, of {', '.join(PRESETS)}; by default all",
         )
-        add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="by default 0 1 2")
-        add("--jobs", type=int, default=1, help="runs at a time (1)")
-        add("--gpus", type=int, default=1, help="processes of each run (1)")
+        add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds; by default 0 1 2")
+        add("--jobs", type=int, default=1, help="number of runs at a time; by default 1")
+        add("--gpus", type=int, default=1, help="number of processes (and GPUs) of each run; by default 1")
     else:
         add("run", help="folder of a run")
         if command == "predict":
@@ -89,17 +89,17 @@ def parser_of(command: str, doc: str) -> CommandLine:
             add(
                 "--clear",
                 metavar="CLASS",
-                help="class, by name or number, that overlays leave clear, such as the background",
+                help="class that overlays leave out, by name or number, such as the background",
             )
-            add("--legend", action="store_true", help="names of the classes below each overlay")
-        add("--checkpoint", choices=("last", "best"), default="last", help="whose weights (last)")
+            add("--legend", action="store_true", help="add the class names below each overlay")
+        add("--checkpoint", choices=("last", "best"), default="last", help="checkpoint to use; by default last")
         if command == "evaluate":
-            add("--split", choices=("val", "test"), help="by default test, or val where there is no test")
+            add("--split", choices=("val", "test"), help="by default test, or val if there is no test split")
     return parser
 
 
 def print_help(command: str, doc: str, arguments: Sequence[str]) -> None:
-    """Print what `--help`, or `--help SECTION` for one section of the settings, asks for.
+    """Print the help for `--help`, or for `--help SECTION` that of one section of the settings.
 
     Raises:
         UserError: there is no such section.
@@ -110,9 +110,7 @@ def print_help(command: str, doc: str, arguments: Sequence[str]) -> None:
     asked = words[at + 1] if len(words) > at + 1 and not words[at + 1].startswith("-") else None
     if asked is None:
         print(parser_of(command, doc).format_help())
-        print(
-            "Settings, each a key of the YAML file and an override --SECTION.KEY VALUE; --help SECTION shows one section:\n"
-        )
+        print("Settings: keys of the YAML file, overridden by --SECTION.KEY VALUE. --help SECTION shows one section only.\n")
     elif asked not in sections():
         nearest = difflib.get_close_matches(asked, sections(), 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(sections())}"
@@ -124,7 +122,7 @@ def print_help(command: str, doc: str, arguments: Sequence[str]) -> None:
 
 
 def sections() -> list[str]:
-    """Names of the sections of the settings; those within a section as `data.shapes`."""
+    """Names of the sections of the settings; nested ones in the form `data.shapes`."""
     return list(_sections(Config, ""))
 
 
@@ -139,7 +137,7 @@ def _sections(section: type[Section], prefix: str) -> dict[str, type[Section]]:
 
 
 def section_help(name: str, width: int) -> list[str]:
-    """Lines of at most `width` characters: keys, defaults and meanings of a section."""
+    """The keys, defaults and meanings of a section, in lines of at most `width` characters."""
     section = _sections(Config, "")[name]
     inner = _sections(section, "")
     return [name, *_lines("  ", {key: f for key, f in section.model_fields.items() if key not in inner}, width)]

@@ -4,10 +4,10 @@
     python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid --presets supervised fixmatch cmim \\
         --seeds 0 1 2 --jobs 2 --data.root CamVid
 
-Each run is a run folder OUTPUT/<preset>-<seed>; what is finished is kept, what was interrupted is continued.
-`--jobs N` trains N runs at a time, each on its share of the cores (on one GPU, leave it at 1); `--gpus N` trains each run
-in N processes, one per GPU. The table is written to OUTPUT/table.md: mIoU in per cent of the last step for every seed,
-then mean and sample standard deviation over the seeds, of the last step and of the best evaluation on data.val.
+Each run has a run folder OUTPUT/<preset>-<seed>; finished runs are kept and interrupted ones are continued. `--jobs N`
+trains N runs at a time, each on its share of the cores (leave it at 1 on one GPU); `--gpus N` trains each run in N
+processes, one per GPU. The table is written to OUTPUT/table.md: the mIoU after the last step in per cent for every seed,
+then mean and sample standard deviation over the seeds, both of the last step and of the best evaluation on data.val.
 """
 
 from cmim import early
@@ -49,9 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     for option, values in (("--seeds", given.seeds), ("--presets", given.presets)):
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
-            raise UserError(
-                f"{option} names {twice} twice: it is one run, and its spread would count it twice; name it once"
-            )
+            raise UserError(f"{option} names {twice} twice, which would count one run twice; name it once")
     check_sizes(load_config(given.config, overrides))
     given.output.mkdir(parents=True, exist_ok=True)
     jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) -> None:
-    """One run in processes of its own; its output goes to OUTPUT/<preset>-<seed>.log."""
+    """Train one run in separate processes; its output goes to OUTPUT/<preset>-<seed>.log."""
     folder = given.output / f"{preset}-{seed}"
     settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
     if finished(Run(folder), load_config(given.config, settings)):
@@ -73,7 +71,7 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.gpus}"]
     command = [sys.executable, *launcher, "-m", "cmim.train", str(given.config), f"--output={folder}", "--resume", *settings]
     environment = dict(os.environ)
-    if given.jobs > 1:  # each run gets a share of the cores; a run that is alone chooses by itself
+    if given.jobs > 1:  # each run gets its share of the cores; a single run makes its own choice
         command += ["--data.workers", "0"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
@@ -89,7 +87,7 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
 
 
 def finished(run: Run, config: Config) -> bool:
-    """Whether the folder holds the result of these settings. cmim.train refuses or continues what else it holds."""
+    """Whether the folder holds the result of these settings. If not, cmim.train continues or refuses what is there."""
     if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
     result = read_result(run)
@@ -99,12 +97,12 @@ def finished(run: Run, config: Config) -> bool:
 
 
 def read_result(run: Run) -> dict[str, Any]:
-    """The result.json of a run that has one."""
+    """The content of a run's result.json."""
     try:
         result = json.loads(run.result.read_text(encoding="utf-8"))
         float(result["miou"]), float(result["best_miou"]), int(result["step"]), str(result["split"])
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{run.result} is no result of cmim.train; take it away, and the run writes it anew") from None
+        raise UserError(f"{run.result} is not a result of cmim.train; remove it, and the run will write it again") from None
     return result
 
 

@@ -1,7 +1,7 @@
 """Settings from YAML files and `--section.key VALUE` overrides.
 
-Unknown keys (the nearest one is named), values that do not fit and settings that contradict each other are errors of one
-line. What the settings are is in `cmim.settings`.
+Unknown keys, invalid values and contradictory settings raise errors of one line; for an unknown key it suggests the nearest
+one. `cmim.settings` defines the settings.
 """
 
 import difflib
@@ -24,12 +24,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: YAML file.
-        overrides: command-line words, `--section.key VALUE` or `--section.key=VALUE`; values are YAML, but paths and
-            names are taken as they stand.
+        overrides: command-line arguments, `--section.key VALUE` or `--section.key=VALUE`; values are YAML, except that
+            paths and names are used literally.
 
     Raises:
-        UserError: an unreadable file, an unknown key (the nearest one is named), a value that does not fit, or
-            settings that contradict each other.
+        UserError: an unreadable file, an unknown key, an invalid value, or contradictory settings.
     """
     values = _read_yaml(path)
     if not overrides:
@@ -49,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_from(values: dict, source: str | Path) -> Config:
-    """Validated settings from nested dictionaries; `source` names them in errors."""
+    """Validated settings from nested dictionaries; `source` says in error messages where they come from."""
     config = _validate(values, source)
     _check(config)
     return config
@@ -81,14 +80,14 @@ def _read_yaml(path):
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:
-        raise UserError(f"{path} is not valid YAML: brackets inside brackets without end") from None
+        raise UserError(f"{path} is not valid YAML: too deeply nested") from None
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as 'train:', got {_short(values)}")
-    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means its defaults
+    return {key: value for key, value in (values or {}).items() if value is not None}  # an empty section means the defaults
 
 
 def overridden(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The key and the text of each override on a command line."""
+    """The key and the value (as text) of each override on a command line."""
     words = list(words)
     while words:
         word = words.pop(0)
@@ -104,7 +103,7 @@ def overridden(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _parse(key, text):
     field = _fields(Config).get(key)
-    if field and not text.strip():  # as from an empty variable of a shell; YAML would take it for null
+    if field and not text.strip():  # for example from an empty shell variable; YAML would read null
         raise UserError(f"--{key} is empty; give a value" + ", or null for none" * (NoneType in get_args(field.annotation)))
     types = set(get_args(field.annotation) or [field.annotation]) if field else set()
     if types and types <= {Path, str, NoneType}:
@@ -115,15 +114,15 @@ def _parse(key, text):
         if Path in types:
             return text
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    if Path in types and not isinstance(value, int | float):  # a path among numbers
+    if Path in types and not isinstance(value, int | float):  # a path where a number is allowed too
         return _text(text)
-    # YAML drops underscores of numbers: 1_8 is a name, or a mistake.
+    # YAML ignores underscores in numbers, but 1_8 is a name or a mistake.
     return text if isinstance(value, int | float) and "_" in text else value
 
 
 def _text(text):
-    """A path or a name is taken as it stands, since YAML would cut `run #2` and refuse `@home`. Quotes around the whole are
-    taken off, and `null` is none where no such file is there."""
+    """A path or a name, used literally because YAML would cut `run #2` and refuse `@home`. Quotes around the whole text are
+    removed, and `null` means none unless a file of this name exists."""
     if Path(text).exists():
         return text
     if text == "null":
@@ -138,8 +137,8 @@ def _text(text):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: yes, no, on and off are names, such as those of classes, and 12:30, 010 and 2024-01-01 are
-    no numbers. An underscore may still divide the digits of a number. A key that stands twice is an error."""
+    """Reads plain scalars as YAML 1.2 does: yes, no, on and off are names, for example of classes, and 12:30, 010 and
+    2024-01-01 are not numbers. Digits may still be grouped by underscores. A repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
         places = {}
@@ -147,7 +146,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in places:
                     raise yaml.constructor.ConstructorError(
-                        f"{key.value} of line {places[key.value]} stands here again; take one of both away",
+                        f"{key.value} of line {places[key.value]} is repeated here; remove one of the two",
                         problem_mark=key.start_mark,
                     )
                 places[key.value] = key.start_mark.line + 1
@@ -176,13 +175,13 @@ def _load(text):
 
 
 def _explain(error):
-    """The first problem of a ValidationError in one line, with the nearest key for an unknown one."""
-    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # prefer the problem of a whole value to those of its entries
+    """The first problem of a ValidationError in one line; for an unknown key with the nearest one."""
+    problem = min(error.errors(), key=lambda e: len(e["loc"]))  # prefer problems of a whole value to those of its entries
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(".".join(str(p) for p in problem["loc"] if p != "[key]"))
     fields = _fields(Config)
     place = [str(p) for p in problem["loc"]]
-    while ".".join(place) not in fields:  # an entry of a list, or the name of one of several types
+    while ".".join(place) not in fields:  # an entry of a list, or the name of one of several allowed types
         place.pop()
     key = ".".join(place)
     if problem["type"] in ("model_type", "dict_type"):
@@ -211,11 +210,11 @@ HINTS = {
     "model.atrous_rates": "give a list, such as [6, 12, 18]",
     "data.label_map": "give {mask value: class}, such as {255: 1}",
 }
-"""What to do about a value of another kind."""
+"""What to write instead of an invalid value."""
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that is not a setting, with the nearest one that is."""
+    """The error message for an unknown key, with the nearest key that exists."""
     fields = _fields(Config)
     name, names = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(fields)}
     if name in names:  # a right key in the wrong section
@@ -226,12 +225,12 @@ def unknown_key(key: str) -> str:
 
 
 def _is_choice(annotation):
-    """Whether it is a union of several types, None aside."""
+    """Whether a type annotation is a union of several types, not counting None."""
     return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
 
 
 def _fields(section, prefix=""):
-    """Every key of a section and of the sections in it, with its pydantic field."""
+    """Every key of a section and of its nested sections, with its pydantic field."""
     fields = {}
     for name, field in section.model_fields.items():
         fields[prefix + name] = field
@@ -242,9 +241,9 @@ def _fields(section, prefix=""):
 
 
 def _check(config: Config) -> None:
-    """Refuse settings that contradict each other, of one section or of several; what no masked term reads is not checked.
-    What depends on the network is checked by `cmim.models.build.check_sizes`, what depends on the images by
-    `check_counts`."""
+    """Refuse contradictory settings, within a section or between sections; sections that the preset does not use are not
+    checked. `cmim.models.build.check_sizes` checks what depends on the network, `check_counts` what depends on the
+    images."""
     preset = config.preset
     unused = set() if preset.masked else {"mim", "mask"}
     if "pix" not in preset.masked:
@@ -256,7 +255,7 @@ def _check(config: Config) -> None:
     data, mask = config.data, config.mask
     window, step = config.evaluation.window or data.crop, config.evaluation.stride
     if step is not None and step > window:
-        raise UserError(f"evaluation.stride is {step}, more than the window of {window} pixels: pixels would be left out")
+        raise UserError(f"evaluation.stride is {step}, more than the window of {window} pixels: pixels would not be covered")
     if preset.uses_unlabelled and config.method.cutmix > 0 and config.train.unlabelled_batch % 2:
         raise UserError(
             f"train.unlabelled_batch is {config.train.unlabelled_batch}: CutMix pairs images, so it must be even "
@@ -276,7 +275,7 @@ def _check(config: Config) -> None:
 
 
 def check_counts(config: Config, labelled: int, unlabelled: int, processes: int) -> None:
-    """Raise a UserError where there are too few images, or where the processes cannot share a batch equally."""
+    """Raise a UserError if there are too few images, or if the processes cannot share a batch equally."""
     train = config.train
     if labelled < train.labelled_batch:
         raise UserError(
@@ -305,7 +304,7 @@ def check_counts(config: Config, labelled: int, unlabelled: int, processes: int)
 
 
 def check_background(config: Config, classes: int) -> None:
-    """Raise a UserError where `data.background` is none of the classes."""
+    """Raise a UserError if `data.background` is not one of the classes."""
     background = config.data.background
     if background is not None and background >= classes:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Processes that train together: who they are, which cores they have, what they add up, and what is said when one dies.
+"""Processes that train together: their ranks, their cores, sums over them, and the error message when one of them dies.
 
-`torchrun` starts them and names them in the environment. Everything that can be a user's mistake is checked before the
-process group is made, so that no process waits for one that has ended.
+`torchrun` starts them and describes them in environment variables. Everything that can be a user's mistake is checked before
+the process group is created, so that no process waits for one that has ended.
 """
 
 import os
@@ -17,11 +17,11 @@ from torch import Tensor
 from cmim.errors import UserError
 
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others, who may be saving or drawing."""
+"""How long a process waits for the others, which may be saving a checkpoint or drawing a picture."""
 
 
 class World(NamedTuple):
-    """This process among those of `torchrun`; the only one without it."""
+    """Position of this process among those of `torchrun`; without `torchrun` it is the only one."""
 
     rank: int
     size: int
@@ -46,19 +46,18 @@ def world() -> World:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def loader_workers(asked: int | None = None) -> int:
-    """Loader processes of this process: `asked`, or all but one of its share of the machine's cores, at most 8."""
+    """Number of loader processes of this process: `asked`, or all but one of its share of the cores, but at most 8."""
     return max(0, min(available_cores() // world().local_size - 1, 8)) if asked is None else asked
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The process group of all processes exists inside the `with` block: NCCL on CUDA, gloo on the CPU. A process that is
-    alone needs none."""
+    """Inside the `with` block the process group exists: NCCL on CUDA, gloo on the CPU. A single process needs none."""
     if world().size == 1:
         yield
         return
@@ -75,34 +74,34 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise
         raise UserError(
             "another process of this run has ended: its own message or torchrun's report says why (exit code -9: killed, "
-            "often for want of memory); training continues from its last checkpoint with --output RUN --resume"
+            "often because memory ran out); training continues from its last checkpoint with --output RUN --resume"
         ) from error
-    dist.destroy_process_group()  # not after an error, when it would wait for processes that have ended
+    dist.destroy_process_group()  # not after an error, where it would wait for processes that have ended
 
 
 def rank() -> int:
-    """Number of this process; 0 where it is alone."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """Number of processes in the group; 1 where there is none."""
+    """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum of `tensor` over all processes, in place; every process calls it, with equal shapes."""
+    """Sum `tensor` over all processes, in place; every process must call it, with equal shapes."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 _hosts = None
-"""Where the group is one of CUDA devices, a group of the same processes for numbers that are on no device."""
+"""If the process group uses NCCL, a gloo group of the same processes, for numbers in host memory."""
 
 
 def largest(number: int) -> int:
-    """The largest of the non-negative numbers that the processes pass. No device is waited for."""
+    """The largest of the non-negative numbers that the processes pass; does not synchronise with a device."""
     if size() == 1:
         return number
     value = torch.tensor(number)
@@ -111,7 +110,7 @@ def largest(number: int) -> int:
 
 
 def from_rank0(value: Any) -> Any:
-    """What process 0 passed, a plain value, in every process."""
+    """The value that process 0 passed, in every process; a plain value, not a tensor."""
     values = [value]
     if size() > 1:
         dist.broadcast_object_list(values)
@@ -120,7 +119,7 @@ def from_rank0(value: Any) -> Any:
 
 @torch.library.custom_op("cmim::all_reduce", mutates_args=())
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum over all processes as a new tensor; differentiable, and one opaque call inside `torch.compile`."""
+    """Sum over all processes as a new tensor; differentiable, and one opaque op for `torch.compile`."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
@@ -131,13 +130,13 @@ def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# The result on every process depends on the x of every process, so the gradient of x sums the gradients of all.
+# The result in every process depends on the x of every process, so the gradient of x is the sum of all gradients.
 all_reduce.register_autograd(lambda context, gradient: all_reduce(gradient))
 
 
 @torch.library.custom_op("cmim::all_gather", mutates_args=())
 def all_gather(x: Tensor, ranks: int) -> Tensor:
-    """x of every process, one after another along the first dimension, of equal shapes; no gradient."""
+    """Concatenate x of all processes, which have equal shapes, along the first dimension; no gradient."""
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     dist.all_gather(list(parts.chunk(ranks)), x.contiguous())
     return parts

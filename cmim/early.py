@@ -1,5 +1,5 @@
-"""What a command does before it imports PyTorch, which takes seconds: it says what is not installed, answers --help, and can
-be stopped."""
+"""What a command does before the import of PyTorch, which takes seconds: report missing packages, answer --help, and react
+to signals."""
 
 import importlib.util
 import os
@@ -10,14 +10,14 @@ NEEDED = {
     "torch": "torch", "torchvision": "torchvision", "timm": "timm", "safetensors": "safetensors", "PIL": "Pillow",
     "yaml": "PyYAML", "pydantic": "pydantic", "rich": "rich", "tensorboard": "tensorboard", "matplotlib": "matplotlib",
 }  # fmt: skip
-"""Module -> distribution, of what the trainer cannot do without: the extra `train` of pyproject.toml."""
+"""Module -> distribution of everything that the trainer needs: the extra `train` of pyproject.toml."""
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
-"""What CMIM_KERNELS_BACKEND may be."""
+"""Allowed values of CMIM_KERNELS_BACKEND."""
 
 
 def begin(command: str, doc: str) -> None:
-    """Called at the top of the module of a command. Returns unless there is nothing more to do.
+    """Called at the top of the module of a command. Ends the process after --help and after an error, else returns.
 
     Args:
         command: its name, as in `python -m cmim.<command>`.
@@ -33,7 +33,7 @@ def begin(command: str, doc: str) -> None:
     if backend not in BACKENDS:
         print(f"error: CMIM_KERNELS_BACKEND is {backend!r}, expected one of {', '.join(BACKENDS)}", file=sys.stderr)
         sys.exit(2)
-    for stream in (sys.stdout, sys.stderr):  # names that the locale cannot print end no run
+    for stream in (sys.stdout, sys.stderr):  # a name that the locale cannot print must not end the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv[1:]):

@@ -1,4 +1,4 @@
-"""Mistakes of a user: one line that names the file or key and the remedy, exit code 2, no traceback."""
+"""Mistakes of the user: reported in one line that names the file or key and the remedy, with exit code 2, no traceback."""
 
 import errno
 import json
@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Errors of a place: it is full, it is protected or not there, or a file stands where a folder is needed.
+# Errors of a path: the disk is full, the path is protected or missing, or a file is where a folder is needed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROTECTED = (errno.EACCES, errno.EPERM)
 _OF_THE_PLACE = (
     *_FULL, *_PROTECTED, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
     errno.ELOOP,
 )  # fmt: skip
-# Errors of a limit of the system.
+# Errors from limits of the operating system.
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 RANK0_HEAD_START = 10
-"""Seconds that the other processes of a run wait with a message: process 0 meets most mistakes too, and then its message is
-the only one."""
+"""Seconds for which the other processes of a run delay an error message: process 0 finds most mistakes too, and then only
+its message is printed."""
 
 
 OUT_OF_MEMORY = (
-    "out of memory: lower data.crop, train.labelled_batch and train.unlabelled_batch (train.accumulate makes up for them), "
+    "out of memory: lower data.crop, train.labelled_batch and train.unlabelled_batch (train.accumulate compensates), "
     "evaluation.batch, data.size or evaluation.scales, or take a smaller model"
 )
 
@@ -38,13 +38,13 @@ TOO_MANY_PROCESSES = (
 )
 
 LOADER_KILLED = (
-    "a process that loads images was killed, often for want of memory: lower data.workers, or data.crop and the batches; a "
-    "run continues from its last checkpoint with --output RUN --resume"
+    "a process that loads images was killed, often because memory ran out: lower data.workers, or data.crop and the batches;"
+    " a run continues from its last checkpoint with --output RUN --resume"
 )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch says that memory, of the machine or of a GPU, is short, or that a size is beyond all memory."""
+    """Whether PyTorch reports that host or GPU memory ran out, or that a tensor is too large for any memory."""
     said = str(error).lower()
     beyond = (
         "out of memory",
@@ -56,10 +56,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""
 
     def __init__(self, message: object):
-        # A DataLoader worker re-raises with a whole traceback as the message: keep the line of the mistake.
+        # An error from a DataLoader worker has a whole traceback as its message: keep only the last line.
         message = str(message).strip()
         if "DataLoader worker" in message:
             message = message.rsplit("UserError: ", 1)[-1]
@@ -67,8 +67,8 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The command was asked to stop, and did; `code` is its exit code, 128 and the number of the signal. It may be raised
-    anywhere, and is no `Exception`, so that nobody takes it for a mistake."""
+    """The command was stopped by a signal; `code` is its exit code, 128 + the number of the signal. It is not an
+    `Exception`, so that handlers of errors do not catch it."""
 
     def __init__(self, number: int):
         self.code = 128 + number
@@ -77,7 +77,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM `Stopped` inside the `with` block."""
+    """Inside the `with` block, Ctrl-C raises KeyboardInterrupt and SIGTERM raises `Stopped`."""
 
     def stop(number, frame):
         raise Stopped(number)
@@ -99,8 +99,8 @@ def _signals() -> Iterator[None]:
 def run_command(main: Callable[[], object]) -> None:
     """Call main() and turn a user's mistake into one line on stderr and exit code 2.
 
-    Under `torchrun` a mistake that all processes meet is told once, by the first; one that only another process meets (a
-    damaged file among its images) is told by that one, with its number.
+    Under `torchrun`, an error that all processes find is reported once, by the first process; one that only another process
+    finds, such as a damaged file among its images, is reported by that process, with its number.
     """
     threading.excepthook = _report_thread
     try:
@@ -109,7 +109,7 @@ def run_command(main: Callable[[], object]) -> None:
         return
     except UserError as error:
         code, message = 2, str(error)
-    except BrokenPipeError:  # who read our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, message = 128 + signal.SIGPIPE, None
     except OSError as error:
@@ -124,7 +124,7 @@ def run_command(main: Callable[[], object]) -> None:
         elif error.errno in _PROTECTED:
             remedy = "let this user read it, or write there, or give another path"
         code, message = 2, of_the_system.get(error.errno, f"{error.strerror}: {place}; {remedy}")
-        sys.unraisablehook = lambda unraisable: None  # a loader that was not quite there complains when it is taken away
+        sys.unraisablehook = lambda unraisable: None  # a half-built loader would complain when it is deleted
     except MemoryError:
         code, message = 2, OUT_OF_MEMORY
     except RuntimeError as error:
@@ -142,12 +142,13 @@ def run_command(main: Callable[[], object]) -> None:
         _say(message)
     if "RANK" in os.environ:
         sys.stdout.flush()
-        os._exit(code)  # a usual exit may wait for processes of the group that have ended already
+        os._exit(code)  # a normal exit may wait for processes of the group that have ended already
     sys.exit(code)
 
 
 def _report_thread(arguments):
-    """A thread that writes, such as TensorBoard's, meets a full disk first; the main thread says it in one line."""
+    """Print no traceback when a thread, such as TensorBoard's, finds the disk full: the main thread reports that in one
+    line."""
     known = (*_OF_THE_PLACE, *_TOO_MANY_FILES)
     if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in known):
         threading.__excepthook__(arguments)
@@ -160,5 +161,5 @@ def _say(message):
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report is not None:  # the file that torchrun takes the message of its report from
+    if report is not None:  # torchrun takes the message for its report from this file
         Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -1,12 +1,12 @@
 """Evaluate a trained run.
 
-    python -m cmim.evaluate runs/shapes-20260101-120000                 # the last weights on data.test, as training did
+    python -m cmim.evaluate runs/shapes-20260101-120000                 # the last weights on data.test, as training does
     python -m cmim.evaluate RUN --checkpoint best --split val
-    python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # any setting of data, train.device, ...
+    python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # overrides settings: data.*, train.device, ...
     python -m cmim.evaluate RUN --evaluation.mode slide --evaluation.flip true --evaluation.scales "[0.75, 1, 1.25]"
     torchrun --nproc-per-node 8 -m cmim.evaluate RUN
 
-Prints the IoU of every class, their mean, and mean and pixel accuracy, at the original resolution.
+Prints the IoU of every class, the mean IoU, the mean accuracy and the pixel accuracy, at the original resolution.
 """
 
 from cmim import early
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     trained = load_trained(given.run, given.checkpoint, overrides)
     config, data = trained.config, trained.config.data
     if data.format == "folder" and data.classes is None and not (data.root / "classes.txt").exists():
-        config = with_data(config, classes=trained.class_names)  # those of the run
+        config = with_data(config, classes=trained.class_names)  # use the class names of the run
     split = given.split or "test"
     image_set, class_names = load_held_out(config.data, split)
     if image_set is None and given.split is None:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     with distributed.process_group(device):
         result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
     if all(iou is None for iou in result.scores.iou):
-        raise UserError(f"not one pixel of the {split} masks has a class, so that nothing is measured; give other masks")
+        raise UserError(f"not one pixel of the {split} masks has a class, so there is nothing to measure; give other masks")
     print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
 
 

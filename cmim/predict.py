@@ -2,12 +2,12 @@
 
     python -m cmim.predict runs/shapes-20260101-120000 IMAGES -o OUT
 
-IMAGES is a folder (searched for images at any depth) or one image. OUT/masks gets a palette PNG of class ids for
-each image, at its original resolution; OUT/overlays gets the classes laid over the image, with
---clear CLASS but for that one, with --legend above their names. Settings of `evaluation`
-(windows, mirrored images, several scales) are those of the run, or given anew: --evaluation.flip true.
+IMAGES is one image or a folder, which is searched at any depth. For each image, OUT/masks gets a palette PNG of class ids at
+the original resolution, and OUT/overlays gets the image with the classes drawn over it. --clear CLASS leaves one class out
+of the overlay, and --legend adds the class names below it. The settings of `evaluation` (sliding window, flip, scales) are
+those of the run unless they are overridden: --evaluation.flip true.
 
-Only what predict itself wrote is ever written over, and what it wrote into a folder of images is not taken as an image.
+predict overwrites only files that it wrote itself, and does not take its own output as input.
 """
 
 from cmim import early
@@ -39,14 +39,14 @@ from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
 AUTHOR = "cmim.predict"
-"""What every written PNG names as its software."""
+"""Written into every PNG as its software, to recognise files of `predict`."""
 
 
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("predict", __doc__).parse(arguments)
     paths, earlier = find_images(given.images)
     if earlier:
-        console.print(f"note: {earlier} files in {given.images} are earlier output of predict and no input")
+        console.print(f"note: {earlier} files in {given.images} are earlier output of predict and are skipped")
     root = given.images if given.images.is_dir() else given.images.parent
     targets = name_targets(paths, root)
     refuse_foreign(given.output, targets.values())
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     config = trained.config
     device = choose_device(config.train.device)
     dtype = choose_precision(config.train.precision, device)
-    torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
+    torch.backends.cudnn.benchmark = False  # it would search for the fastest algorithms again for every image size
     net = trained.net.to(device).eval()
     colours = np.asarray(trained.colours, np.uint8)
     clear = find_class(given.clear, trained.class_names)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_class(name: str | None, class_names: Sequence[str]) -> int | None:
-    """The id of the class that --clear names, by its name or its number."""
+    """The id of the class that --clear gives by name or by number."""
     if name is None:
         return None
     if name in class_names:
@@ -105,7 +105,7 @@ def find_class(name: str | None, class_names: Sequence[str]) -> int | None:
 def predict(
     net: Segmenter, image: np.ndarray, config: Config, device: torch.device, dtype: torch.dtype | None
 ) -> np.ndarray:
-    """Class ids (H, W) uint8 of an image (H, W, channels) uint8 at its own resolution."""
+    """Class ids (H, W) uint8 of an image (H, W, channels) uint8, at the resolution of the image."""
     shown = resize(image, config.data.size) if config.data.size else image
     shown = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None].to(device)
     with autocast(device, dtype):
@@ -116,14 +116,14 @@ def predict(
 
 
 def write_mask(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
-    """A palette PNG."""
+    """Write class ids as a palette PNG."""
     mask = Image.fromarray(classes, mode="P")
     mask.putpalette(colours.flatten().tolist())
     write_png(path, mask)
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """A PNG that says that predict wrote it, never seen half-written."""
+    """Write a PNG atomically, marked as written by `predict`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     said = PngInfo()
     said.add_text("Software", AUTHOR)
@@ -136,7 +136,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def written_by_predict(path: Path) -> bool:
-    """Whether a file is a PNG of `write_png`."""
+    """Whether a file is a PNG that `write_png` wrote."""
     if path.suffix.lower() != ".png" or path.is_fifo():
         return False
     try:
@@ -147,8 +147,8 @@ def written_by_predict(path: Path) -> bool:
 
 
 def name_targets(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
-    """The path of each image's mask under OUT/masks: its own under `root` with the suffix .png. Where several images would
-    share one, as a.jpg and a.png do, they keep their suffixes: a.jpg.png."""
+    """The path of each image's mask below OUT/masks: the image's path below `root` with the suffix .png. Images whose masks
+    would have the same path, such as a.jpg and a.png, keep their suffixes: a.jpg.png."""
     whole = set()
     while True:
         names = {path: path.relative_to(root) for path in paths}
@@ -161,7 +161,7 @@ def name_targets(paths: Sequence[Path], root: Path) -> dict[Path, Path]:
 
 
 def refuse_foreign(output: Path, names: Iterable[Path]) -> None:
-    """Raise a UserError where a file that predict would write is there and is not its own."""
+    """Raise a UserError if predict would overwrite a file that it did not write."""
     foreign = [
         path for name in names for path in (output / "masks" / name, output / "overlays" / name)
         if path.exists() and not written_by_predict(path)
@@ -172,7 +172,7 @@ def refuse_foreign(output: Path, names: Iterable[Path]) -> None:
 
 
 def find_images(path: Path) -> tuple[list[Path], int]:
-    """The image of that path, or those of the folder at any depth; and how many files there were earlier output."""
+    """The image at a path, or all images below a folder; and the number of files there that are earlier output."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give an image or a folder of images")
     if path.is_file():

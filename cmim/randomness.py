@@ -1,7 +1,7 @@
 """Randomness keyed by (seed, global sample position, purpose).
 
-Nothing is drawn from a stream that other code advances too, so the number of workers, a resume or another number of
-ranks changes nothing. A purpose is a few words ("strong 0", "labelled mask"): draws with other purposes are independent.
+No draw uses a generator that other code advances too, so the results do not depend on the number of workers or ranks,
+or on resuming. A purpose is a short text ("strong 0", "labelled mask"); draws with different purposes are independent.
 """
 
 import hashlib
@@ -28,34 +28,34 @@ def torch_generator(seed: int, position: int, purpose: str) -> torch.Generator:
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
-    """Uniform numbers on a device: row b holds the first `count` numbers of the generator `keys[b]`. Keys come from `key`,
-    with a purpose of their own for every draw.
+    """Uniform random numbers on a device: row b holds the first `count` numbers of the generator with the key `keys[b]`.
+    Keys come from `key`, with a different purpose for every draw.
 
-    A hash of key and counter by the finaliser of SplitMix64 (Steele, Lea and Flood 2014). Integer arithmetic only: the
-    same values on every device, inside and outside `torch.compile`.
+    The numbers are hashes of key and counter, made by the finaliser of SplitMix64 (Steele, Lea and Flood 2014). It uses
+    integer arithmetic only, so the values are the same on every device, inside and outside `torch.compile`.
 
     Args:
         keys: (B,) int64.
-        count: numbers per key.
+        count: number of values per key.
 
     Returns:
         (B, count) float32 in [0, 1), multiples of 2^-24.
     """
-    # The counter is mixed, not multiplied: compiled C++ assumes that a product of indices never overflows.
+    # The counter is mixed and not multiplied: compiled C++ assumes that products of indices do not overflow.
     counter = _mix(torch.arange(1, count + 1, device=keys.device))
-    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted: else (key 3, counter 5) equals (key 5, counter 3)
+    bits = _mix(_mix(~keys)[:, None] ^ counter)  # inverted, or else (key 3, counter 5) would equal (key 5, counter 3)
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def _mix(z):
-    """A bijection of the 64-bit integers that scatters neighbours; products wrap around."""
+    """A bijection of the 64-bit integers that maps neighbours far apart; products wrap around."""
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shift(z, 31)
 
 
 def _shift(z, bits):
-    """Logical shift to the right: torch's own copies the sign."""
+    """Logical right shift; the operator `>>` of torch is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

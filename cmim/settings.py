@@ -1,8 +1,8 @@
 """Every setting of a run: its type, its default and what it does.
 
-The defaults are those of DeepLabV3+ on photographs; a file in configs/ states only what differs. Where a default
-comes from is in the README's table. `check` of a section holds the rules that concern this section alone; rules between
-sections are in `cmim.config`.
+The defaults are meant for DeepLabV3+ on photographs; a file in configs/ states only what differs. docs/method.md says where
+the defaults of the method come from. `check` of a section holds the rules within this section; rules between sections are in
+`cmim.config`.
 """
 
 from pathlib import Path
@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from cmim.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Of red, green and blue in [0, 1]."""
+"""Mean of red, green and blue, for values in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MOST_PIXELS = 1 << 28
-"""Of an image that is resized or cropped: one with more takes gigabytes, and the system may end the run without a word."""
+"""Upper limit for an image that is resized or cropped: a larger one takes gigabytes, and the operating system may kill the
+run without a message."""
 
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -28,18 +29,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     def check(self) -> None:
-        """Raise a UserError where settings of this section contradict each other."""
+        """Raise a UserError if settings of this section contradict each other."""
 
 
 class ShapesSettings(Section):
     labelled: Positive = 48
     """Images with labels."""
     unlabelled: Positive = 400
-    """Images without."""
+    """Images without labels."""
     val: Positive = 100
-    """Images that choose best.pt."""
+    """Images evaluated during training, to choose best.pt."""
     test: Positive = 200
-    """Images of the result."""
+    """Images evaluated at the end, for the result."""
 
 
 class DataSettings(Section):
@@ -128,52 +129,53 @@ class ModelSettings(Section):
     encoder: str = "resnet101s.gluon_in1k"
     """A timm model: for deeplabv3plus one with features at strides 4 and `output_stride`, for dpt a DINOv2 or DINOv3."""
     weights: str = "timm"
-    """`timm`: pretrained weights of the encoder, fetched; `none`: random; else a file (.pt or .safetensors)."""
+    """Weights of the encoder: `timm` downloads pretrained ones; `none`: random; else a file (.pt, .pth or .safetensors)."""
     init_from: Path | None = None
-    """Warm start: the folder of a run, or one of its checkpoints (.pt). A head of another number of classes is left as it
-    is initialised."""
+    """Warm start: the folder of a run, or one of its checkpoints (.pt). If the number of classes differs, the head keeps its
+    random initialisation."""
     freeze_encoder: bool = False
-    """The encoder does not learn, and its BatchNorm layers keep their statistics."""
+    """Do not train the encoder, and do not update the statistics of its BatchNorm layers."""
     output_stride: Literal[8, 16] = 16
-    """Of deeplabv3plus, like the next two."""
+    """Output stride of the encoder; only for deeplabv3plus, like the next two settings."""
     atrous_rates: tuple[Positive, ...] = (6, 12, 18)
-    """Dilations of the pyramid's 3 x 3 branches."""
+    """Dilations of the 3 x 3 branches of atrous spatial pyramid pooling."""
     low_level_width: Positive = 48
     """Channels to which the map at stride 4 is reduced."""
     decoder_width: Positive | None = None
-    """By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384, by the width of the encoder, as in UniMatch V2."""
+    """Channels of the decoder. By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384 depending on the width of the
+    encoder, as in UniMatch V2."""
 
 
 class OhemSettings(Section):
     threshold: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.7
-    """Pixels whose true class has at most this probability count."""
+    """Only pixels whose true class is predicted with at most this probability count."""
     min_kept: Positive = 800_000
-    """Pixels of the labelled batch (of all processes) that count at least."""
+    """Minimum number of pixels that count in the labelled batch of all processes; where fewer are below the threshold, the
+    hardest ones count."""
 
 
 class Preset(NamedTuple):
-    """What a preset trains on: the views that it has, its terms and their weights. The terms are defined in
-    `cmim.method.objective`."""
+    """What a preset trains on: its views, its loss terms and their weights. `cmim.method.objective` defines the terms."""
 
     sup: float
     """Weight of the supervised term."""
     strong: float = 0
-    """Weight of the term of each strong view."""
+    """Weight of the consistency term of each strong view."""
     strong_views: int = 0
-    """Strong views of each unlabelled image; without one, no unlabelled image is used."""
+    """Number of strong views of each unlabelled image; with 0, no unlabelled image is used."""
     fp: float = 0
-    """Weight of the feature perturbation: the weak view with channels of its features dropped. Without it there is no
-    such view."""
+    """Weight of the term of the feature-perturbed view: the weak view with channels of its features dropped. With 0 there is
+    no such view."""
     weak_pass: bool = True
-    """Whether the student's training pass contains the weak views even where a teacher labels them."""
+    """Whether the student's training pass contains the weak views even if an EMA teacher makes the pseudo-labels."""
     complementary: bool = False
-    """Whether the two strong views may lose complementary halves of the channels."""
+    """Whether complementary halves of the channels may be dropped from the two strong views."""
     masked: tuple[Literal["pix", "feat", "sem"], ...] = ()
     """Terms of the masked views; their weights are settings, `mim.w_*`."""
     class_wise: bool = False
-    """Whether the terms of the masked views keep classes apart."""
+    """Whether the terms of the masked views are computed for each class separately."""
     base: str | None = None
-    """The preset whose views and weights a preset with masked terms takes over."""
+    """The preset that masked terms are added to; its views and weights stay."""
 
     @property
     def uses_unlabelled(self) -> bool:
@@ -187,12 +189,12 @@ PRESETS: dict[str, Preset] = {
     "unimatch": Preset(sup=1 / 2, strong=1 / 8, strong_views=2, fp=1 / 4),
     "unimatch_v2": Preset(sup=1 / 2, strong=1 / 4, strong_views=2, weak_pass=False, complementary=True),
 }
-"""Everything that depends on the preset reads its row. Masked terms can stand on any row above: add a row below."""
+"""All code that depends on the preset reads its row here. Masked terms can be added to any row above: add a row below."""
 BASES = tuple(PRESETS)
 
 
 def standing_on(base: str, *masked: str, class_wise: bool = False) -> Preset:
-    """The row of a preset that adds the terms `masked` to those of the preset `base`."""
+    """The row of a preset that adds the masked terms `masked` to the preset `base`."""
     return PRESETS[base]._replace(masked=masked, class_wise=class_wise, base=base)
 
 
@@ -203,46 +205,48 @@ PRESETS["cmim"] = standing_on("fixmatch_fp", "pix", "feat", "sem", class_wise=Tr
 
 class MethodSettings(Section):
     preset: Literal[*PRESETS] = "cmim"
-    """Which views and terms are trained: a row of PRESETS; docs/method.md has the formulas."""
+    """Which views and loss terms are used; docs/method.md has the formulas."""
     base: Literal[*BASES] | None = None
-    """A preset without masked terms, to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
+    """The preset without masked terms to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
     tau: Fraction = 0.95
-    """Confidence from which a pseudo-label trains the strong and the dropped-out view."""
+    """Minimum confidence of a pseudo-label that is used for the strong and the feature-perturbed views."""
     w_unlabelled: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
-    """Factor of the terms of the strong and the dropped-out views."""
+    """Factor of the terms of the strong and the feature-perturbed views."""
     start: Fraction = 0.0
-    """Fraction of the training after which images without labels begin to count; until then training is supervised."""
+    """Fraction of the training after which unlabelled images are used; before, training is supervised."""
     ramp: Fraction = 0.0
-    """Fraction of the training over which the terms of the strong and the dropped-out views then grow to their weight."""
+    """Fraction of the training over which the terms of strong and feature-perturbed views then reach their full weight."""
     cutmix: Fraction = 0.5
     """Probability of a CutMix box in a strong view."""
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.5
-    """Channel dropout of the feature-perturbed view."""
+    """Probability with which a channel is dropped in the feature-perturbed view."""
     complementary: bool = True
-    """In unimatch_v2: the two strong views of half of the images see complementary halves of the encoder's channels."""
+    """For unimatch_v2: for half of the images, complementary halves of the encoder's channels are dropped from the two
+    strong views."""
     ohem: OhemSettings | None = None
-    """Online hard example mining in the supervised term."""
+    """Online hard example mining in the supervised term; none: off."""
 
 
 class MimSettings(Section):
     views: list[Literal["labelled", "weak", "strong"]] = ["labelled", "weak", "strong"]
-    """Which views are masked, of labelled, weak and strong."""
+    """Views that are masked: any of labelled, weak and strong."""
     tau: Fraction = 0.95
-    """Confidence from which a pixel of an unlabelled view has a class in the masked terms."""
+    """Minimum confidence of a pseudo-label that is used in the masked terms."""
     start: Fraction = 0.0
-    """Fraction of the training after which the masked terms begin."""
+    """Fraction of the training after which the masked terms are switched on."""
     ramp: Fraction = 0.05
-    """Fraction of the training over which they then grow linearly to their full weight."""
+    """Fraction of the training over which their weights then grow linearly from 0 to the full weights."""
     w_pix: NonNegative = 0.5
-    """Weight of the reconstruction of pixels. A masked term of weight 0 is left out, with what it alone needs."""
+    """Weight of the pixel reconstruction term. A masked term of weight 0 is not computed."""
     w_feat: NonNegative = 0.1
-    """Weight of the distance between centroids of hidden and visible tokens."""
+    """Weight of the distance between the centroids of hidden and visible tokens of a class."""
     w_sem: NonNegative = 1.0
     """Weight of the cross-entropy on masked views."""
     isolate: Literal["none", "input"] = "none"
-    """`input`: before the encoder, hide every class but one drawn for each image."""
+    """`input`: hide all classes but one, drawn at random for each image, from the encoder."""
     batch_norm: Literal["batch", "shared", "running"] = "batch"
-    """Masked pass: batch statistics without updating the running ones; with updating; or running statistics."""
+    """BatchNorm in the pass of the masked views. `batch`: batch statistics, without updating the running statistics;
+    `shared`: the same with updating; `running`: running statistics."""
 
     def check(self) -> None:
         if not self.views:
@@ -253,38 +257,39 @@ class MimSettings(Section):
 
 class MaskSettings(Section):
     ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.6
-    """Share of the blocks that is hidden."""
+    """Share of the blocks that are hidden."""
     block: Positive = 32
-    """Side of a mask block in pixels."""
+    """Side length of a mask block in pixels."""
     fill: Literal["mean", "black", "learned"] = "mean"
     """Colour of hidden pixels: the mean colour of the data (zero after normalisation), black, or a learned colour."""
     per_class: bool = False
-    """Mask the ratio inside each class of each image instead of over the whole image."""
+    """Apply the ratio within each class of each image instead of over the whole image."""
 
 
 class ReconstructionSettings(Section):
     tokens: Literal["decoder", "encoder"] = "decoder"
-    """Feature map that is decoded and whose centroids are compared: the segmenter's decoder or its encoder."""
+    """Feature map for reconstruction and centroids: the output of the segmenter's decoder or of its encoder."""
     decoder: Literal["conv", "attention"] = "conv"
-    """`conv`: ConvNeXt blocks whose convolutions see one class at a time; `attention`: blocks that attend within a class."""
+    """`conv`: ConvNeXt blocks whose convolutions mix tokens of the same class only; `attention`: transformer blocks with
+    attention within each class."""
     width: Positive = 128
-    """Channels of the decoder."""
+    """Channels of the reconstruction decoder."""
     depth: Positive = 4
-    """Blocks of the decoder."""
+    """Number of blocks of the reconstruction decoder."""
     kernel_size: Positive = 7
-    """Of the conv decoder; odd."""
+    """Kernel size of the conv decoder; odd."""
     num_heads: Positive = 8
-    """Of the attention decoder."""
+    """Attention heads of the attention decoder."""
     mask_token: bool = True
-    """Replace the features of hidden tokens by a learned token before decoding."""
+    """Replace the features of hidden tokens by a learned mask token before decoding."""
     distance: Literal["l1", "mse", "smooth_l1"] = "l1"
-    """Between predicted and true pixels; smooth_l1 turns from square to linear at 1."""
+    """Loss between predicted and true pixels; smooth_l1 has beta 1."""
     normalize: bool = False
-    """Compare with patches normalised by their own mean and variance."""
+    """Normalise each target patch by its own mean and variance, as MAE does."""
     balance: Literal["token", "class"] = "token"
-    """Mean over tokens, or mean over the classes of their means."""
+    """`token`: mean over all tokens; `class`: mean over tokens within each class, then over classes."""
     min_share: Fraction = 0.5
-    """Share of a patch's pixels that its class must hold; a patch below it is ignored."""
+    """Share of a patch's pixels that its majority class must have; other patches are ignored."""
 
     def check(self) -> None:
         if self.kernel_size % 2 == 0:
@@ -295,57 +300,59 @@ class ReconstructionSettings(Section):
 
 class CentroidSettings(Section):
     distance: Literal["cosine", "l2"] = "cosine"
-    """Between centroids: 1 - cosine, or the mean of squared differences."""
+    """Distance between centroids: 1 - cosine similarity, or the mean of squared differences."""
     detach: Literal["visible", "masked", "none"] = "visible"
-    """Side that gets no gradient."""
+    """Centroid that gets no gradient."""
     min_tokens: Positive = 4
-    """Tokens of each kind that a class needs in an image."""
+    """Number of hidden and of visible tokens that a class must have in an image to count."""
 
 
 class TeacherSettings(Section):
     kind: Literal["student", "ema"] = "student"
-    """`student`: pseudo-labels of the training pass itself; `ema`: of a moving average of the weights, in eval mode."""
+    """Network that makes the pseudo-labels. `student`: the network itself, in the training pass; `ema`: an exponential
+    moving average of its weights, in eval mode."""
     decay: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.996
-    """Of the moving average, reached step by step: min(1 - 1 / (step + 1), decay)."""
+    """Decay of the moving average; in early steps it is smaller: min(1 - 1 / (step + 1), decay)."""
 
 
 class OptimizerSettings(Section):
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: Annotated[float, Field(gt=0, strict=True)] = 0.001
-    """Of the encoder."""
+    """Learning rate of the encoder."""
     lr_batch: Positive = 8
-    """Labelled images of a step that `lr` is meant for; with another number of them it is scaled in proportion."""
+    """Number of labelled images a step that `lr` is meant for; for other batch sizes, `lr` is scaled in proportion."""
     head_lr_factor: Annotated[float, Field(gt=0, strict=True)] = 10.0
-    """Everything but the encoder learns at lr x this."""
+    """The learning rate of everything but the encoder is `lr` times this."""
     momentum: Fraction = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: NonNegative = 1e-4
-    """L2 penalty of SGD, decoupled in AdamW."""
+    """L2 penalty for SGD, decoupled weight decay for AdamW."""
     poly_power: NonNegative = 0.9
-    """Learning rate times (1 - step / steps) to this power."""
+    """Power of the polynomial schedule: the learning rate is multiplied by (1 - step / steps) to this power."""
 
 
 class TrainSettings(Section):
     steps: Positive | None = None
-    """Optimiser steps; 40,000 where `epochs` is not given either."""
+    """Number of optimiser steps; 40,000 if neither `steps` nor `epochs` is given."""
     epochs: Annotated[float, Field(gt=0, strict=True)] | None = None
-    """Length in passes over the unlabelled images, each of whole batches, instead of `steps`; the same number of steps
-    for every preset."""
+    """Instead of `steps`: number of passes over the unlabelled images, each rounded down to whole batches. Presets without
+    unlabelled images get the same number of steps."""
     labelled_batch: Positive = 8
-    """Labelled images of a step over all processes; each takes its part."""
+    """Labelled images a step, of all processes together."""
     unlabelled_batch: Positive = 8
-    """Unlabelled images of a step, likewise."""
+    """Unlabelled images a step, of all processes together."""
     accumulate: Positive = 1
-    """Micro-batches of the above sizes per optimiser step; every micro-batch has its own denominators."""
+    """Number of micro-batches of these sizes for each optimiser step (gradient accumulation); the loss is normalised
+    within each micro-batch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where there is a GPU."""
+    """auto: CUDA if there is a GPU, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     compile: bool | None = None
-    """torch.compile; by default on CUDA only."""
+    """Whether to use torch.compile; by default on CUDA only."""
     channels_last: bool = True
-    """Memory layout of images and features."""
+    """Whether images and features use the channels-last memory layout."""
     log_every: Positive = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 1000
@@ -358,25 +365,26 @@ class TrainSettings(Section):
     def check(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError(
-                "train.steps and train.epochs are both given; leave one away: --train.epochs null or --train.steps null"
+                "train.steps and train.epochs are both given; unset one: --train.epochs null or --train.steps null"
             )
 
 
 class EvaluationSettings(Section):
     weights: Literal["teacher", "student"] = "teacher"
-    """Which weights are evaluated and chosen where the teacher is an EMA."""
+    """With an EMA teacher: whose weights are evaluated, and saved as best.pt."""
     batch: Positive = 8
-    """Images of equal size, or windows, that are evaluated together."""
+    """Number of images of equal size, or of windows, that are evaluated together."""
     mode: Literal["whole", "slide"] = "whole"
-    """`slide`: windows of `window` pixels every `stride` pixels, their class probabilities averaged."""
+    """`whole`: the whole image at once; `slide`: a sliding window of `window` pixels, moved by `stride` pixels, with class
+    probabilities averaged where windows overlap."""
     window: Positive | None = None
-    """Side of a window; by default data.crop."""
+    """Side length of a window in pixels; by default data.crop."""
     stride: Positive | None = None
-    """By default two thirds of the window."""
+    """Distance between windows in pixels; by default two thirds of the window."""
     flip: bool = False
-    """Average with the prediction of the mirrored image."""
+    """Average with the prediction for the horizontally flipped image."""
     scales: tuple[Annotated[float, Field(gt=0, strict=True)], ...] = (1.0,)
-    """Average the predictions of the image at these scales."""
+    """Average the predictions for the image resized by these factors."""
 
     def check(self) -> None:
         if not self.scales:
@@ -385,7 +393,7 @@ class EvaluationSettings(Section):
 
 class Config(Section):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] = 0
-    """Of everything that is drawn at random, but for the choice of labelled images."""
+    """Seed of all randomness except the choice of the labelled images."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     method: MethodSettings = MethodSettings()
@@ -412,5 +420,5 @@ class Config(Section):
 
     @property
     def evaluated_weights(self) -> Literal["teacher", "student"]:
-        """Which weights are evaluated, and kept as the best."""
+        """Whose weights are evaluated, and saved as best.pt."""
         return "teacher" if self.has_teacher and self.evaluation.weights == "teacher" else "student"

@@ -10,9 +10,9 @@
                                                                       # on both machines; HOST is one of them
     srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES ...      # the same under Slurm
 
-Batches are those of all processes together, so a run does the same on any number of them that divides its batches. Any
-setting of cmim/settings.py is an override: --section.key VALUE. The run folder gets config.yaml, labelled.txt,
-metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
+Batch sizes count the images of all processes together, so the result does not depend on the number of processes, which must
+divide the batch sizes. Every setting of cmim/settings.py can be overridden: --section.key VALUE. The run folder gets
+config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 
 from cmim import early
@@ -61,7 +61,7 @@ LEAST_COVERAGE = 0.05
 
 
 class Trainer:
-    """Everything a run needs; `train` is the loop."""
+    """The state of a run; `train` runs it to its end."""
 
     def __init__(self, config: Config, splits: Splits, run: Run, objective: Objective, device: torch.device):
         self.config, self.splits, self.run, self.device = config, splits, run, device
@@ -83,7 +83,7 @@ class Trainer:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 broadcast_buffers=False,  # synchronised BatchNorm keeps buffers identical across ranks
                 gradient_as_bucket_view=True,
-                # Before the masked terms begin no gradient reaches the reconstruction decoder and a learned fill colour.
+                # Before the masked terms begin, the reconstruction decoder and a learned fill colour get no gradient.
                 find_unused_parameters=bool(config.preset.masked) and max(config.mim.start, config.method.start) > 0,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
@@ -98,7 +98,7 @@ class Trainer:
         kept = cut_metrics(run.metrics, self.step) if self.rank == 0 else []
         evaluations = {line["step"]: line["miou"] for line in kept if line.get("split") == "val"}
         self.best_miou = max([self.best_miou, *evaluations.values()])
-        # The checkpoint of a step comes before its evaluation, which an interruption may have prevented.
+        # The checkpoint of a step is written before its evaluation, which may have been interrupted.
         due = self.step > 0 and (self.step % config.train.evaluate_every == 0 or self.step == self.steps)
         self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
 
@@ -115,7 +115,7 @@ class Trainer:
             self.report_unreadable()
 
     def train_steps(self, log: RunLog) -> None:
-        """The loop."""
+        """The training loop."""
         config, settings = self.config, self.config.train
         batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
         workers = distributed.loader_workers(config.data.workers)
@@ -124,7 +124,7 @@ class Trainer:
             self.evaluate(log)
         while self.step < self.steps:
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
-            # Report before each checkpoint: a loss term that is not finite stops the run and is named.
+            # Report before each checkpoint: a loss term that is not finite stops the run, with its name.
             report = self.due("log_every") or picture or save or evaluate
             ramps = self.ramp(config.mim), self.ramp(config.method)
             factor = poly(self.step, self.steps, config.optimizer.poly_power)
@@ -135,7 +135,7 @@ class Trainer:
             for i in range(micro):
                 self.between_steps = i == 0
                 batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                # Dropout layers, if the net has any, draw from this generator; everything else draws by sample.
+                # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
                 torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
                 with self.no_sync_if(i + 1 < micro), eager_if(picture):
                     with autocast(self.device, self.dtype), explain_single_values():
@@ -166,18 +166,18 @@ class Trainer:
                     self.picture()
 
     def leave(self, log: RunLog) -> NoReturn:
-        """Stop, with a checkpoint where a step is complete, and with the command that goes on from it."""
-        if self.between_steps:  # else the loader's processes ended within a step of several micro-batches
+        """Stop: write a checkpoint if the step is complete, and print the command that continues the run."""
+        if self.between_steps:  # else the loader processes ended in the middle of a step with several micro-batches
             interval = log.interval()
             if self.rank == 0 and self.saved != self.step:
                 self.save(interval)
-            distributed.from_rank0(None)  # nobody ends before the checkpoint is written
+            distributed.from_rank0(None)  # no process ends before the checkpoint is written
         command = continuing_command(self.run.folder)
         console.print(f"stopped after step {self.saved or self.step}; continue with: {command}")
         raise Stopped(self.stop.number or signal.SIGTERM)
 
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
-        """Where more micro-batches follow, the processes do not average gradients yet: each adds up its own."""
+        """While more micro-batches of the step follow, each process accumulates its own gradients without averaging them."""
         return self.compute.no_sync() if more_follow and self.ranks > 1 else nullcontext()
 
     def ramp(self, section: MimSettings | MethodSettings) -> torch.Tensor | None:
@@ -198,31 +198,32 @@ class Trainer:
         )
 
     def due(self, every: str) -> bool:
-        """Whether the coming step ends an interval of this setting; the last step ends all."""
+        """Whether the current step ends an interval of the setting `every`; the last step ends all intervals."""
         return (self.step + 1) % getattr(self.config.train, every) == 0 or self.step + 1 == self.steps
 
     def wait(self, loader: Iterator[dict[str, torch.Tensor]], log: RunLog) -> dict[str, torch.Tensor]:
-        """The next batch; the seconds until it is there are logged."""
+        """The next batch; the time spent waiting for it is logged."""
         start = time.perf_counter()
         try:
             batch = next(loader)
         except RuntimeError as error:
             if not self.stop.number or "DataLoader worker" not in str(error):
                 raise
-            self.between_steps &= self.ranks == 1  # the other processes are within a step
-            raise Interrupted from None  # the loader's processes were sent the signal too
+            self.between_steps &= self.ranks == 1  # other processes may be in the middle of a step
+            raise Interrupted from None  # the loader processes got the signal too
         log.data_wait += time.perf_counter() - start
         for i in batch.pop("replaced", torch.empty(0)).tolist():
             if not self.unreadable:
                 log.warn(
-                    f"the unlabelled image {self.splits.unlabelled.name(i)} cannot be read; another one stands in, here and "
-                    "wherever this happens again (data.strict stops instead)"
+                    f"the unlabelled image {self.splits.unlabelled.name(i)} cannot be read; another one replaces it, now "
+                    "and whenever this happens again (with data.strict the run stops instead)"
                 )
             self.unreadable.add(i)
         return batch
 
     def evaluate(self, log: RunLog) -> None:
-        """On data.val; keeps the best weights. The line of metrics.jsonl comes last: it says that the evaluation is done."""
+        """Evaluate on data.val and keep the best weights. The line in metrics.jsonl comes last, as a sign that all is
+        done."""
         self.val_result = result = self.measure(self.splits.val, "val")
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
@@ -237,7 +238,7 @@ class Trainer:
             return evaluate(net, image_set, self.config, classes, self.device, self.dtype, name)
 
     def report_result(self, log: RunLog) -> None:
-        """The last step's weights on data.test (data.val where there is none) are the result."""
+        """Evaluate the weights of the last step on data.test (data.val if there is none) and write the result."""
         if self.splits.test is not None:
             split, result = "test", self.measure(self.splits.test, "test")
             log.evaluation(self.step, result, split, self.splits.class_names)
@@ -265,7 +266,7 @@ class Trainer:
         count = int((distributed.sum_over_ranks(mask) > 0).sum())
         if count:
             console.print(
-                f"warning: {count} unlabelled images could not be read, and others stood in; repair or remove them"
+                f"warning: {count} unlabelled images could not be read and were replaced by others; repair or remove them"
             )
 
     def picture(self) -> None:
@@ -274,12 +275,13 @@ class Trainer:
         save_picture(path, self.objective, self.splits.val, self.config, names, colours, self.device)
 
     def refuse_broken_weights(self) -> None:
-        """The last update may have broken weights whose loss was finite: no checkpoint is written of them."""
+        """Raise a UserError if the last update made weights that are not finite, so that no checkpoint of them is
+        written."""
         values = [v for v in self.objective.state_dict().values() if v.is_floating_point()]
         if not torch.stack([v.isfinite().all() for v in values]).all():
             raise UserError(
                 f"the weights are not finite after step {self.step}; lower optimizer.lr, or use --train.precision fp32; "
-                "the last checkpoint is from before"
+                "the last checkpoint is from an earlier step"
             )
 
     def about(self) -> dict[str, Any]:
@@ -291,7 +293,7 @@ class Trainer:
         }
 
     def save(self, interval: Sequence = ()) -> None:
-        """Write last.pt; `interval` is what the log had not yet written."""
+        """Write last.pt; `interval`: the figures that the log has not written yet."""
         state = {
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -307,7 +309,7 @@ class Trainer:
         state = checkpoint.load(self.run.last, self.device)
         if "objective" not in state:
             raise UserError(
-                f"{self.run.last} holds weights alone, as best.pt does, and no state to continue from; put the last "
+                f"{self.run.last} holds only weights, as best.pt does, and no state to continue from; put the last "
                 "checkpoint there, or start a new run from it with --model.init_from"
             )
         if state["class_names"] != list(self.splits.class_names):
@@ -325,8 +327,8 @@ class Trainer:
         for name, images in state.get("images", self.images).items():
             if images != self.images[name]:
                 console.print(
-                    f"warning: the {name} images are not those that the run had until now ({images[0]}, here are "
-                    f"{self.images[name][0]}): it goes on, and ends otherwise than with them"
+                    f"warning: the {name} images changed since the run was stopped ({images[0]} then, "
+                    f"{self.images[name][0]} now): the run continues, but its result will differ"
                 )
         if self.step > self.steps:
             raise UserError(f"the run has {self.steps} steps, but {self.run.last} is at step {self.step}")
@@ -334,7 +336,7 @@ class Trainer:
 
 
 def digest(image_set: ImageSet) -> tuple[int, str]:
-    """The number of images and a digest of their names, by which a continued run sees that they changed."""
+    """The number of images and a hash of their names, to detect changes when a run is resumed."""
     names = "\n".join(map(image_set.name, range(len(image_set))))
     return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
@@ -360,15 +362,15 @@ def main(arguments: Sequence[str]) -> None:
     folder = given.output or default_folder(config_path)
     run = open_run(folder, config, given.resume)
     with locked(run) if distributed.world().rank == 0 else nullcontext():
-        open_run(folder, config, given.resume)  # what another process did until now
+        open_run(folder, config, given.resume)  # again, because another process may have used the folder until now
         notes = []
         if not continues:
             config, splits, notes = settle(config, splits)
         describe(config, splits, run, notes)
-        if distributed.world().rank == 0:  # the others wait for this process, or end with it
+        if distributed.world().rank == 0:  # the other processes wait for this one, or end with it
             open_files(config, splits)
         objective = build_objective(config, len(splits.class_names), run)
-        with distributed.process_group(device):  # after all checks, so that no process waits for one that refused
+        with distributed.process_group(device):  # after all checks, so that no process waits for one that failed them
             run = Run(distributed.from_rank0(str(run.folder)))
             trainer = Trainer(config, splits, run, objective, device)
             if distributed.rank() == 0:
@@ -378,6 +380,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    # Silence PyTorch: the first argument is renamed in 2.14, the second is needed before mim.start only.
+    # Silence PyTorch: it renamed the first argument in 2.14; the second is needed only before mim.start.
     warnings.filterwarnings("ignore", message=".*(broadcast_buffers|find_unused_parameters).*")
     run_command(lambda: main(sys.argv[1:]))

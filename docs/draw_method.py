@@ -44,7 +44,7 @@ class Drawing:
             self.text(x + width / 2, y + height / 2 + 5 + 17 * (i - (len(words) - 1) / 2), line)
 
     def tokens(self, x, y, colour_of):
-        """The grid of tokens; colour_of(row, column) gives a colour or None for a token that is left out."""
+        """The grid of tokens; colour_of(row, column) gives a colour, or None for a token that is not drawn."""
         for row in range(CELLS):
             for column in range(CELLS):
                 colour = colour_of(row, column)
@@ -97,7 +97,9 @@ def draw():
         d.text(x + side / 2, 182, name, size=12, colour=PALE)
     d.arrow(516, 106, 544, 106)
 
-    d.text(422, 224, "feature space: hidden and visible tokens of a class are drawn together", weight="bold", anchor="start")
+    d.text(
+        422, 224, "feature space: hidden and visible tokens of a class are pulled together", weight="bold", anchor="start"
+    )
     for i, (name, fill) in enumerate(COLOURS.items()):
         x, y = 470 + i * 170, 262
         d.add(f'<circle cx="{x}" cy="{y}" r="13" fill="{fill}" stroke="{INK}"/>')
@@ -105,9 +107,9 @@ def draw():
         d.arrow(x + 49, y, x + 17, y, dashed=True)
         d.text(x + 33, y + 30, f"{name}: visible, hidden", size=11, colour=PALE)
 
-    d.text(422, 330, "semantic space: the masked image gets the classes of the whole one", weight="bold", anchor="start")
+    d.text(422, 330, "semantic space: the masked image gets the classes of the whole image", weight="bold", anchor="start")
     d.add(f'<rect x="422" y="342" width="14" height="14" fill="{COLOURS["tree"]}"/>')
-    d.text(444, 354, "cross-entropy at every confident pixel, seen or hidden", size=12, colour=PALE, anchor="start")
+    d.text(444, 354, "cross-entropy at every confident pixel, visible or hidden", size=12, colour=PALE, anchor="start")
     d.write(Path(__file__).with_name("method.svg"))
 
 

@@ -64,11 +64,11 @@ def test_evaluate_on_val_and_of_the_best_checkpoint(run, monkeypatch):
 
 @pytest.mark.parametrize("key", ["train.steps", "method.preset", "optimizer.lr", "seed"])
 def test_settings_of_training_are_refused_by_other_commands(run, tmp_path, key):
-    with pytest.raises(UserError, match=f"--{key} counts while training only; leave it away"):
+    with pytest.raises(UserError, match=f"--{key} has an effect only in training; leave it out"):
         evaluate.main([str(run.folder), f"--{key}", "5"])
     (tmp_path / "in").mkdir()
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "in/a.png")
-    with pytest.raises(UserError, match=f"--{key} counts while training only"):
+    with pytest.raises(UserError, match=f"--{key} has an effect only in training"):
         predict.main([str(run.folder), str(tmp_path / "in"), "-o", str(tmp_path / "out"), f"--{key}=5"])
 
 
@@ -91,7 +91,7 @@ def test_evaluate_elsewhere(run, monkeypatch, tmp_path):
         evaluate.main([str(run.folder), "--data.root", str(root), "--split", "test"])
     for mask in root.glob("val/masks/*"):
         Image.fromarray(np.full((40, 48), 255, np.uint8)).save(mask)
-    with pytest.raises(UserError, match="not one pixel of the val masks has a class, so that nothing is measured"):
+    with pytest.raises(UserError, match="not one pixel of the val masks has a class, so there is nothing to measure"):
         evaluate.main([str(run.folder), "--data.root", str(root)])
     (root / "classes.txt").write_text("sky\ntree\nroad\n")
     with pytest.raises(UserError, match=r"classes .* are not those of the run"):

@@ -161,5 +161,7 @@ def test_compare_refuses_before_it_starts(arguments, said, tmp_path):
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"step": 3, "miou": null, "best_miou": 0, "split": "test"}'])
 def test_a_damaged_result(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(UserError, match=r"result.json is no result of cmim.train; take it away, and the run writes it anew"):
+    with pytest.raises(
+        UserError, match=r"result.json is not a result of cmim.train; remove it, and the run will write it again"
+    ):
         compare.read_result(Run(tmp_path))

@@ -390,7 +390,7 @@ def test_colours_are_on_the_scale_from_0_to_1(key, value):
 )
 def test_a_key_that_stands_twice(text, key, line, tmp_path):
     said = refused(path=write(tmp_path, text))
-    assert f"own.yaml is not valid YAML: {key} of line {line} stands here again; take one of both away" in said
+    assert f"own.yaml is not valid YAML: {key} of line {line} is repeated here; remove one of the two" in said
     assert "--data.label_map: '{1: 0, 1: 2}' is not a YAML value" in refused("--data.label_map", "{1: 0, 1: 2}")
 
 

@@ -246,7 +246,7 @@ def test_other_unlabelled_images_are_said_when_a_run_goes_on(tmp_path, capsys):
     shutil.copy(root / "train/images/train0.png", root / "train/images/more.png")
     run_tiny(tmp_path / "run", "--resume", train__steps=3, **settings)
     said = capsys.readouterr().out
-    assert "warning: the unlabelled images are not those that the run had until now (2, here are 3)" in said
+    assert "warning: the unlabelled images changed since the run was stopped (2 then, 3 now)" in said
     assert "the val images" not in said
 
 
@@ -258,7 +258,7 @@ def test_a_state_that_is_not_whole(value, tmp_path):
     checkpoint.save(kept | value, run.last)
     with pytest.raises(UserError, match=r"last.pt is no checkpoint of this run's last step"):
         run_tiny(tmp_path / "run", "--resume", train__steps=2)
-    with pytest.raises(UserError, match=r"last.pt is not a whole checkpoint of cmim.train, it has no (step|colours)"):
+    with pytest.raises(UserError, match=r"last.pt is not a complete checkpoint of cmim.train, it has no (step|colours)"):
         load_trained(run.folder, "last")
 
 
@@ -273,5 +273,5 @@ def test_a_result_whose_checkpoint_is_gone_is_not_written_over(tmp_path):
 @pytest.mark.parametrize("line", ['{"step": 1, "split": "val"}', '{"step": 1, "split": "val", "miou": null}'])
 def test_an_evaluation_without_its_figure(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 1}}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is none that a run wrote"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 was not written by a run"):
         cut_metrics(tmp_path / "metrics.jsonl", 1)

@@ -1,7 +1,7 @@
 """Weak and strong views and CutMix boxes, with the constants of UniMatch (Yang et al. 2023); all randomness from `rng`.
 
-Images may have any number of channels. Three are red, green and blue; the steps of the strong view that need these
-(saturation, hue, grey) are left out for others.
+Images may have any number of channels. Three channels are red, green and blue; for other numbers, the steps of the strong
+view that need colours (saturation, hue, grey) are left out.
 """
 
 import numpy as np
@@ -15,15 +15,15 @@ from cmim.data.datasets import IGNORED
 def weak(
     image: np.ndarray, label: np.ndarray | None, rng: np.random.Generator, crop: int, scale: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random resize, crop and horizontal flip. Where the resized image is smaller than the crop, it is padded at the right
-    and at the bottom (then flipped with the rest).
+    """Random resize, crop and horizontal flip. If the resized image is smaller than the crop, it is padded on the right
+    and at the bottom (before the flip).
 
     Args:
         image: (H, W, C) uint8.
-        label: (H, W) uint8 over the same field of view, at any resolution; or None.
+        label: (H, W) uint8 of the same scene at any resolution; or None.
         rng: `np.random.Generator`.
         crop: side S of the result in pixels.
-        scale: bounds of the factor of the longer side; the aspect is kept.
+        scale: range of the resize factor of the longer side; the aspect ratio is kept.
 
     Returns:
         image (C, S, S) uint8, black where padded; label (S, S) uint8, IGNORED where padded (all IGNORED without a label);
@@ -39,7 +39,7 @@ def weak(
 
     pixels = np.zeros((crop, crop, image.shape[2]), np.uint8)
     classes, valid = np.full((crop, crop), IGNORED, np.uint8), np.zeros((crop, crop), bool)
-    # Resize only the part that the crop keeps: the pixels are those of resizing the whole image, then cropping.
+    # Resize only the part that the crop keeps, which gives the same pixels as resizing the whole image and then cropping.
     x, y = sides[0] / width, sides[1] / height
     box = (left * x, top * y, min((left + columns) * x, sides[0]), min((top + rows) * y, sides[1]))
     pixels[:rows, :columns] = resize(image, (rows, columns), box)
@@ -82,12 +82,12 @@ def strong(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    """Bilinear resize, antialiased where it shrinks.
+    """Bilinear resize, antialiased when the image becomes smaller.
 
     Args:
         image: (H, W, C) uint8.
         size: (height, width) of the result.
-        box: (left, top, right, bottom) in pixels, the part to take; by default everything.
+        box: (left, top, right, bottom) in pixels, the part to resize; by default the whole image.
 
     Returns:
         (height, width, C) uint8.
@@ -115,7 +115,7 @@ def cutmix_box(rng: np.random.Generator, size: int, p: float) -> tuple[int, int,
 
 
 def _strong_of_any(image, rng):
-    """For brightness and contrast, the channels (C, H, W) are stacked below one another as one grey picture."""
+    """The channels (C, H, W) as one grey image, one below another, for brightness and contrast."""
     view = Image.fromarray(image.reshape(-1, image.shape[2]))
     if rng.random() < 0.8:
         factors = rng.uniform(0.5, 1.5, 2)
@@ -129,7 +129,8 @@ def _strong_of_any(image, rng):
 
 
 def _nearest(start, count, resized, original):
-    """Indices into `original` pixels of the pixels [start, start + count) of an axis that is resized to `resized`."""
+    """For the pixels [start, start + count) of an axis that is resized from `original` to `resized`: their original
+    indices."""
     return (2 * np.arange(start, start + count) + 1) * original // (2 * resized)
 
 

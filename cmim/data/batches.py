@@ -1,8 +1,8 @@
 """Training micro-batches and evaluation batches, made by worker processes.
 
-The batch sizes of the settings are those of all ranks together. Sample i of micro-step m on rank r has the global position
+The batch sizes in the settings are those of all ranks together. Sample i of micro-step m on rank r has the global position
 m x batch + r x (batch / ranks) + i; everything about it is drawn from generators keyed by the seed, this position and a
-purpose. So no batch depends on the number of workers, on where a run was resumed or on the number of ranks.
+purpose. Batches therefore do not depend on the number of workers, on resuming, or on the number of ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,11 +24,11 @@ from cmim_kernels import random_mask
 IMAGES = ("labelled_image", "weak_image", "strong_image")
 """The entries of a batch that are images, (..., C, S, S)."""
 ATTEMPTS = 20
-"""Images that are tried where one cannot be read."""
+"""Number of images that are tried in place of one that cannot be read."""
 
 
 class TrainBatches(Dataset):
-    """Item m is the part of one rank in micro-batch m, a dict of tensors. L and U are the labelled and the unlabelled batch
+    """Item m is the part of micro-batch m for one rank, a dict of tensors. L and U are the labelled and the unlabelled batch
     size divided by the number of ranks, C the channels, S the crop, b the mask blocks along a side of the crop, V the number
     of strong views of the preset.
 
@@ -39,16 +39,16 @@ class TrainBatches(Dataset):
         weak_image (U, C, S, S) uint8       valid (U, S, S) bool, False where padded
         strong_image (V, U, C, S, S) uint8, views of the weak image before CutMix
         box (V, U, 4) int64: top, left, bottom, right; zeros where a view has no CutMix
-        channel_key (U,) int64, of the channels that are dropped
+        channel_key (U,) int64, for the dropped channels
 
-    for presets with masked terms, of each view that there is (labelled, weak, strong), with n images:
+    for presets with masked terms, for each of the views (labelled, weak, strong), with n images:
 
         *_mask (n, b, b) bool, True where a block is hidden
-        *_mask_key (n,) int64, of the mask inside each class        *_class_key (n,) int64, of the class that is isolated
+        *_mask_key (n,) int64, for the masks within each class      *_class_key (n,) int64, for the class that is isolated
 
-    and where an unlabelled image could not be read: replaced (n,) int64, the numbers of those in whose place others stand.
+    and if unlabelled images could not be read: replaced (n,) int64, their numbers.
 
-    Keys are for `cmim.randomness.uniform`, randomness on the device: each stands for a draw of its own.
+    Keys are for `cmim.randomness.uniform`, which draws on the device; each key is for one draw.
     """
 
     def __init__(self, splits: Splits, config: Config, rank: int = 0, world_size: int = 1):
@@ -97,8 +97,8 @@ class TrainBatches(Dataset):
         return sample | self._masks(position, "weak") | self._masks(position, "strong")
 
     def _readable(self, position):
-        """The unlabelled image of a position, and the numbers of those that could not be read before it. The others that
-        stand in belong to the position, like everything that is drawn."""
+        """The unlabelled image of a position, and the numbers of the images that could not be read before it. The
+        replacement depends on the position only, like everything that is drawn."""
         count, broken, first = len(self.unlabelled), [], None
         i = self._index(position, count, "unlabelled order")
         for attempt in range(ATTEMPTS):
@@ -113,7 +113,7 @@ class TrainBatches(Dataset):
         raise first
 
     def _index(self, position, count, purpose):
-        """Every epoch is its own permutation of the images."""
+        """The image at a position; every epoch is another permutation of the images."""
         epoch, place = divmod(position, count)
         return int(_epoch_order(self.config.seed, epoch, purpose, count)[place])
 
@@ -123,7 +123,7 @@ class TrainBatches(Dataset):
         return weak(_shown(image, data.size), label, rng, data.crop, data.scale)
 
     def _masks(self, position, view):
-        """What the masked pass draws for a view of a sample: its mask, and keys for what is drawn on the device."""
+        """The random values of a view of a sample for the masked pass: its mask, and keys for draws on the device."""
         if not self.config.preset.masked:
             return {}
         seed, mask = self.config.seed, self.config.mask
@@ -137,7 +137,7 @@ class TrainBatches(Dataset):
 
 
 def train_loader(batches: TrainBatches, start: int, stop: int, workers: int) -> Iterable[dict[str, Tensor]]:
-    """The micro-batches `start` to `stop` - 1 in order; in pinned memory where there is a CUDA device."""
+    """The micro-batches `start` to `stop` - 1 in order; in pinned memory if there is a CUDA device."""
     train, data = batches.config.train, batches.config.data
     views = train.labelled_batch + train.unlabelled_batch * (1 + batches.config.preset.strong_views)
     bytes_each = views // batches.world_size * data.crop**2 * (data.channels + 1)
@@ -147,7 +147,7 @@ def train_loader(batches: TrainBatches, start: int, stop: int, workers: int) -> 
 def evaluation_loader(
     image_set: ImageSet, settings: DataSettings, batch: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, list[Tensor], list[int]]]:
-    """Consecutive images of equal size, at most `batch` at a time; of several ranks, every one gets images of its own.
+    """Consecutive images of equal size, at most `batch` at a time; each rank gets different images.
 
     Args:
         image_set: an `ImageSet` with labels.
@@ -187,7 +187,7 @@ def _collate(group):
 
 
 def _shown(image, size):
-    """`image` at size (height, width), or as it is."""
+    """`image` at size (height, width), or unchanged if `size` is None."""
     return resize(image, size) if size else image
 
 

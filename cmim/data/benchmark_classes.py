@@ -1,4 +1,4 @@
-"""Names and colours of the classes of the benchmarks, and what Cityscapes' label ids stand for."""
+"""Names and colours of the classes of the benchmarks, and the label ids of Cityscapes."""
 
 import numpy as np
 
@@ -50,4 +50,4 @@ ADE20K_NAMES = (
     "vase", "traffic light", "tray", "ashcan", "fan", "pier", "crt screen", "plate", "monitor", "bulletin board",
     "shower", "radiator", "glass", "clock", "flag",
 )  # fmt: skip
-"""The first of the names that objectInfo150.txt gives each class."""
+"""The first name of each class in objectInfo150.txt."""

@@ -1,8 +1,9 @@
-"""`voc`, `cityscapes`, `coco`, `ade20k`: the benchmarks of semi-supervised segmentation, laid out as they are distributed.
+"""`voc`, `cityscapes`, `coco`, `ade20k`: the benchmarks of semi-supervised segmentation, in the layouts of their
+distributions.
 
 Each is a `Source`: the official training images are divided by `data.labelled`, or `data.split` names one of UniMatch's
-split folders. `val` is the official validation set; none has public labels for a test set. Masks may be the original ones or
-those that UniMatch prepared, which SemiVL's authors keep as a release on GitHub.
+split folders. `val` is the official validation set; no benchmark has public labels for a test set. Masks may be the original
+ones or those prepared for UniMatch, which the authors of SemiVL provide as a release on GitHub.
 """
 
 from pathlib import Path
@@ -26,11 +27,11 @@ from cmim.settings import DataSettings
 
 PREPARED = "https://github.com/google-research/semivl/releases/download/checkpoints/ground_truth_{}.zip"
 INSPECTED = 32
-"""Masks of each split that `Ade20k.inspect_masks` opens."""
+"""Number of masks of each split that `Ade20k.inspect_masks` opens."""
 
 
 class Benchmark:
-    """What the four share; a `Source`."""
+    """Base class of the four benchmarks; a `Source`."""
 
     def __init__(self, settings: DataSettings):
         self.root = settings.root
@@ -84,7 +85,7 @@ class Voc(Benchmark):
     )
 
     def training(self) -> list[tuple[Path, Path | None]]:
-        """trainaug.txt (or train_aug.txt) where SBD's list is there, else train.txt."""
+        """trainaug.txt (or train_aug.txt), the list of SBD, if it exists, else train.txt."""
         lists = self.root / "ImageSets" / "Segmentation"
         names = [name for name in ("trainaug.txt", "train_aug.txt") if (lists / name).is_file()] or ["train.txt"]
         return self._listed(lists / names[0])
@@ -108,8 +109,8 @@ class Voc(Benchmark):
 
 
 class Cityscapes(Benchmark):
-    """Cityscapes (Cordts et al. 2016), 19 classes: train ids where csCreateTrainIdLabelImgs wrote them, else the label ids
-    of gtFine_trainvaltest.zip, file by file."""
+    """Cityscapes (Cordts et al. 2016), 19 classes. For each image the mask has train ids if csCreateTrainIdLabelImgs
+    wrote that file, else the label ids of gtFine_trainvaltest.zip."""
 
     class_names = CITYSCAPES_NAMES
     colours = CITYSCAPES_COLOURS
@@ -132,7 +133,7 @@ class Cityscapes(Benchmark):
         return self._city("val")
 
     def unlabelled(self) -> list[Path]:
-        """The images of train_extra/, which have coarse masks only."""
+        """The images of train_extra/, which have only coarse masks."""
         there = (self.root / "leftImg8bit" / "train_extra").is_dir()
         return self._images("leftImg8bit/train_extra/*/*_leftImg8bit.png") if there else []
 
@@ -154,7 +155,8 @@ class Cityscapes(Benchmark):
 
 
 class Coco(Benchmark):
-    """COCO 2017 (Lin et al. 2014) as semantic segmentation: the 80 things, and a background that counts as a class."""
+    """COCO 2017 (Lin et al. 2014) as semantic segmentation: the 80 thing classes, and a background that counts as a
+    class."""
 
     class_names = COCO_NAMES
     colours = colour_map(len(COCO_NAMES))
@@ -178,8 +180,8 @@ class Coco(Benchmark):
 
 
 class Ade20k(Benchmark):
-    """ADE20K's scene parsing benchmark (Zhou et al. 2017), 150 classes. Its masks hold 0 for no class and k for class k - 1;
-    UniMatch V2's hold classes from 0 and 255 for none. `inspect_masks` tells them apart."""
+    """ADE20K's scene parsing benchmark (Zhou et al. 2017), 150 classes. In the original masks 0 is no class and k is class k
+    - 1; in those of UniMatch V2 classes start at 0 and 255 is no class. `inspect_masks` tells them apart."""
 
     class_names = ADE20K_NAMES
     colours = colour_map(len(ADE20K_NAMES))
@@ -202,9 +204,10 @@ class Ade20k(Benchmark):
         return self._half("validation")
 
     def inspect_masks(self, masks: dict[str, list[Path]]) -> list[str]:
-        """Only prepared masks hold 255, most of them do; only original ones hold 150. That `INSPECTED` masks of a split hold
-        no 255 counts too: one half of a data set may have been prepared and the other one forgotten."""
-        prepared, original = [], []  # (a mask, what shows it)
+        """Find out which kind the masks are: only prepared masks contain 255, and most of them do; only original masks
+        contain 150. If `INSPECTED` masks of a split have no 255, the split counts as original: perhaps only one split was
+        prepared."""
+        prepared, original = [], []  # (a mask, the evidence)
         for split, paths in masks.items():
             chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(INSPECTED, len(paths))).astype(int)]
             values = [np.unique(open_mask(path)) for path in chosen]

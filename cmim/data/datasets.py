@@ -1,4 +1,4 @@
-"""What a source of images offers, and the splits of a run."""
+"""The interface of a set of images, and the splits of a run."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,12 +10,12 @@ IGNORED = 255
 
 
 class ImageSet(Protocol):
-    """Images in a fixed order, with labels where there are any."""
+    """Images in a fixed order, with labels if there are any."""
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """A name for people and for files."""
+        """The name of image i, for messages and files."""
 
     def image(self, i: int) -> np.ndarray:
         """Image i at its original resolution: (H, W, channels) uint8."""
@@ -28,11 +28,11 @@ class ImageSet(Protocol):
 class Splits:
     labelled: ImageSet
     unlabelled: ImageSet
-    """Labels of these images are never read."""
+    """The labels of these images are never read."""
     val: ImageSet
     test: ImageSet | None
     class_names: tuple[str, ...]
     colours: np.ndarray
     """(K, 3) uint8: the colour of each class in pictures."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how the files were read, a line each."""
+    """Notes for the user on how the files were read, a line each."""

@@ -1,7 +1,7 @@
 """Files of images and of masks.
 
-An EXIF orientation of an image is applied or ignored, whichever fits the masks of the data set: `cmim.data.survey` decides.
-A TIFF is always turned, since its orientation belongs to the format.
+The EXIF orientation of images is applied or ignored, depending on which fits the masks of the data set: `cmim.data.survey`
+decides. For a TIFF it is always applied, because there the orientation is part of the format.
 """
 
 import re
@@ -21,12 +21,12 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
-# What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
+# Exceptions of Pillow and NumPy for files that are truncated, damaged, too large or not images.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
     TokenError, BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
-# Formats, and compressions of TIFF, that change the numbers of a mask.
+# Formats, and compressions of TIFF, that change the values of a mask.
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
@@ -36,10 +36,10 @@ class FileSet:
 
     Args:
         images: paths.
-        masks: the path of each one's mask, None where there is none.
-        encoding: function of a mask's path, the `cmim.data.labels.Encoding` of its values.
-        channels: of the images.
-        names: of the images; by default their file names without suffix.
+        masks: the path of the mask of each image, None if it has none.
+        encoding: function that returns the `cmim.data.labels.Encoding` of the values of a mask, given its path.
+        channels: number of channels of the images.
+        names: names of the images; by default their file names without suffix.
         turn: whether EXIF orientations of the images are applied.
     """
 
@@ -70,7 +70,7 @@ class FileSet:
         return ids
 
     def values(self, i: int) -> np.ndarray:
-        """The stored numbers of the mask of image i, (H, W) integers."""
+        """The stored values of the mask of image i, (H, W) integers."""
         mask = self.masks[i]
         values = open_mask(mask)
         height, width = image_size(self.images[i], self.turn)
@@ -88,7 +88,7 @@ class FileSet:
         return values
 
     def refuse_value(self, i: int, wrong: int | None) -> None:
-        """Raise a UserError for the value of a mask that is no class; None is no such value."""
+        """Raise a UserError for a mask value that is not a class; None means that there is no such value."""
         if wrong is not None:
             mask = self.masks[i]
             raise UserError(f"{mask} holds the value {wrong}, which is no class: {self.encoding(mask).remedy}")
@@ -97,12 +97,12 @@ class FileSet:
 def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarray:
     """An image file as (H, W, channels) uint8.
 
-    Three channels are RGB and one is grey, whatever the colours of the file. Four are the bands of a file that stores four
-    (RGBA, CMYK). Any number may come from a .npy file of (H, W, channels) uint8, other numbers only from there. With `turn`
-    the image is turned and mirrored as its EXIF orientation says. Of several pages or frames it is the first.
+    With 3 channels the file is converted to RGB, with 1 to grey. With 4, the file must store four bands (RGBA, CMYK). A .npy
+    file of (H, W, channels) uint8 may have any number of channels; other numbers must come from such files. With `turn` the
+    image is rotated and mirrored according to its EXIF orientation. Of several pages or frames the first is used.
 
     Raises:
-        UserError: the file cannot be read, or holds another number of channels or more than 8 bits of each.
+        UserError: the file cannot be read, has another number of channels, or has more than 8 bits for each channel.
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
@@ -129,10 +129,10 @@ def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarra
 
 
 def open_mask(path: str | Path) -> np.ndarray:
-    """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours.
+    """The stored values of a mask, (H, W) integers: palette indices, not the colours of the palette.
 
     Raises:
-        UserError: the file cannot be read, is no mask, has several pages, or is stored in a way that changes numbers.
+        UserError: the file cannot be read, is not a mask, has several pages, or is stored in a way that changes values.
     """
     mask = _open(path)
     stored = _stored(mask)
@@ -161,7 +161,7 @@ def open_mask(path: str | Path) -> np.ndarray:
 
 
 def _refuse_lossy(path, mask):
-    """The suffix does not say how a file is stored: a JPEG may be called .png."""
+    """Refuse masks with lossy compression. The suffix does not tell, because a JPEG may be called .png."""
     compression = mask.info.get("compression")
     if mask.format in _LOSSY or (mask.format == "TIFF" and compression in _LOSSY_TIFF):
         kind = f"a TIFF with {compression} compression" if mask.format == "TIFF" else f"stored as {mask.format}"
@@ -169,7 +169,7 @@ def _refuse_lossy(path, mask):
 
 
 def _refuse_pages(path, mask):
-    """One page would be read and the others lost. Smaller copies of a page, and its transparency, are no others."""
+    """Refuse masks with several pages, of which only one would be read. Thumbnails and transparency masks do not count."""
     try:
         several = getattr(mask, "is_animated", False)
         if several and mask.format == "TIFF":
@@ -184,8 +184,7 @@ def _refuse_pages(path, mask):
 
 
 def _as_stored(values, mode, stored):
-    """Undo what Pillow does to grey pixels: it spreads 1, 2 and 4 bits over 0 to 255, and inverts TIFFs that count from
-    white."""
+    """Undo how Pillow changes grey pixels: it scales 1, 2 and 4 bits to 0 to 255, and inverts white-is-zero TIFFs."""
     form = re.fullmatch(r"(?:1|L)(?:;([24])?(I)?R?)?", stored) if mode in ("1", "L") else None
     bits, inverted = form.groups() if form else (None, None)
     if mode == "1":
@@ -199,8 +198,8 @@ def _as_stored(values, mode, stored):
 
 
 def _open_bmp(path, image):
-    """The stored numbers of a BMP of at most 8 bits a pixel whose palette Pillow takes for grey: it then reads as many bits
-    as the palette has colours. None where it reads such a file rightly."""
+    """The stored values of a BMP with at most 8 bits per pixel whose palette Pillow takes for grey: it then reads as many
+    bits as the palette has colours. None if Pillow reads the file correctly."""
     with open(path, "rb") as file:
         head = file.read(34)
     if len(head) < 34 or image.mode not in ("1", "L"):
@@ -227,7 +226,7 @@ def _open_bmp(path, image):
 
 
 def _stored(image):
-    """How the file stores the pixels of an image not yet loaded, in Pillow's words: L;4 for 4 bits, RGB;16B for 16."""
+    """How the file of an image that is not loaded yet stores its pixels, as a raw mode of Pillow: L;4 or RGB;16B."""
     arguments = image.tile[0][3] if image.tile else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
@@ -244,7 +243,7 @@ def _open_array(path, channels):
 
 
 def _map_array(path):
-    """A .npy file whose content is not read yet, so that a damaged header cannot ask for more memory than the file has."""
+    """Open a .npy file as a memory map, so that a damaged header cannot request more memory than the file has."""
     _refuse_pipe(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -258,7 +257,7 @@ def _map_array(path):
 
 
 def image_size(path: Path, turn: bool = False) -> tuple[int, int]:
-    """(height, width) of an image file, from its header; with `turn` as its EXIF orientation shows it."""
+    """(height, width) of an image file, from its header; with `turn` after applying its EXIF orientation."""
     if path.suffix.lower() == ".npy":
         array = _map_array(path)
         if array.ndim != 3:
@@ -270,18 +269,18 @@ def image_size(path: Path, turn: bool = False) -> tuple[int, int]:
 
 
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
+"""EXIF orientations that swap width and height."""
 
 
 def orientation(image: Image.Image | Path) -> int:
-    """The EXIF orientation of an opened image or of a file, 1 (upright) to 8; 1 where there is none, and for a TIFF, which
-    is turned anyway."""
+    """The EXIF orientation of an opened image or of a file, 1 (upright) to 8; 1 if there is none, and for a TIFF, whose
+    orientation is always applied."""
     if isinstance(image, Path):
         if image.suffix.lower() == ".npy":
             return 1
         with _open(image) as opened:
             return orientation(opened)
-    # A PNG would be decoded for EXIF data that may follow its pixels.
+    # For a PNG, Pillow would decode all pixels to find EXIF data after them.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
@@ -296,14 +295,14 @@ def _open(path):
     try:
         image = Image.open(path)
         if image.format == "TIFF":
-            image.filename = ""  # else Pillow may map it into memory, and mixes up the pixels of one that is turned sideways
+            image.filename = ""  # else Pillow may map the file into memory, which mixes up the pixels of a rotated one
         return image
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
 def _refuse_pipe(path):
-    """Opening a pipe that nobody writes to would wait for ever."""
+    """Refuse named pipes: opening one that has no writer would wait for ever."""
     if Path(path).is_fifo():
         raise _unreadable(path, OSError(0, "a pipe, not a file"))
 

@@ -1,4 +1,4 @@
-"""Text files that name images: UniMatch's split folders, lists of one's own, and which of the named files are there."""
+"""Text files that list images: UniMatch's split folders, other lists, and checks that the listed files exist."""
 
 import difflib
 import os
@@ -10,9 +10,10 @@ from cmim.errors import UserError
 
 
 def read_lines(path: Path, key: str, content: str) -> list[str]:
-    """The lines of a text file without blank ones; `key` is the setting that names it, `content` what it should hold."""
+    """The lines of a text file that are not blank; `key` is the setting that gives its path, `content` what it should
+    hold."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files need not be UTF-8
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # file names need not be UTF-8
         if "\0" in text:
             raise ValueError("a zero byte")
         lines = [line.strip() for line in text.splitlines()]
@@ -25,11 +26,11 @@ def read_lines(path: Path, key: str, content: str) -> list[str]:
 def read_pairs(
     path: Path, key: str, root: Path, known: Callable[[], list[tuple[Path, Path]]] | None = None
 ) -> list[tuple[Path, Path | None]]:
-    """The lines `IMAGE MASK` of a split file as pairs of paths under `root`; the mask is None where the line has no second
-    word, or None for it.
+    """The lines `IMAGE MASK` of a split file as pairs of paths below `root`; the mask is None if the line has no second
+    word, or the word None.
 
     Args:
-        known: function that returns the pairs which a line of one word, an id, may name.
+        known: function that returns the pairs that a line with a single word, an id, may refer to.
     """
     pairs, index = [], None
     for words in _read_words(path, key):
@@ -58,7 +59,7 @@ def _read_words(path, key):
 
 
 def with_masks(pairs: list[tuple[Path, Path | None]], path: Path) -> list[tuple[Path, Path]]:
-    """The pairs that the file `path` lists, if there are any and each has a mask."""
+    """The pairs in the file `path`; a UserError if there are none or a mask is missing."""
     if not pairs:
         raise UserError(f"{path} names no image: write lines `IMAGE MASK`")
     seen = set()
@@ -72,7 +73,7 @@ def with_masks(pairs: list[tuple[Path, Path | None]], path: Path) -> list[tuple[
 
 
 def index_names(images: Iterable[Path]) -> dict[str, list[tuple[int, Path]]]:
-    """Which images a file name, with or without suffix, may mean: their numbers and paths."""
+    """A map from file names, with and without suffix, to the numbers and paths of the images that they may refer to."""
     index = {}
     for i, image in enumerate(images):
         for key in {image.name, image.stem}:
@@ -81,7 +82,7 @@ def index_names(images: Iterable[Path]) -> dict[str, list[tuple[int, Path]]]:
 
 
 def find_name(line: str, index: dict[str, list[tuple[int, Path]]], source: str | Path) -> int:
-    """What the line of a list means in an `index_names`; folders before the name count only where images share a name."""
+    """The image of an `index_names` that a line refers to; its folders matter only if several images have the same name."""
     name = PurePath(line).name
     if name not in index:
         nearest = difflib.get_close_matches(name, index, 1)
@@ -105,8 +106,8 @@ def _end(path, line):
 
 
 def short_names(images: Sequence[Path]) -> list[str]:
-    """A name for each image by which `find_name` finds it: without folder and suffix, or with as many of its folders as
-    tell it from the others."""
+    """A unique name for each image, which `find_name` finds: without folder and suffix if that is unique, else with as many
+    folders as necessary."""
     names = [image.stem for image in images]
     for depth in range(2, max((len(image.parts) for image in images), default=0) + 1):
         uses = Counter(names)
@@ -120,7 +121,7 @@ def short_names(images: Sequence[Path]) -> list[str]:
 
 
 class Listing:
-    """`path in listing`: whether a file is there. A folder is listed once, however many of its files are asked for."""
+    """`path in listing` says whether a file exists. Each folder is listed only once, for any number of its files."""
 
     def __init__(self):
         self._names = {}
@@ -136,7 +137,7 @@ class Listing:
 
 
 def require(files: Sequence[Path], listing: Listing, what: str, remedy: str) -> None:
-    """Raise if one of `files` is missing: name the first one and how many there are."""
+    """Raise a UserError if any of `files` is missing; it names the first missing file and gives their number."""
     missing = [path for path in files if path not in listing]
     if missing:
         more = f", and {len(missing) - 1} more of {len(files)} {what}s" if len(missing) > 1 else ""

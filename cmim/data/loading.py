@@ -1,7 +1,7 @@
-"""Loader processes, and how what they make reaches the run.
+"""Loader processes, and how their batches reach the main process.
 
-PyTorch passes tensors through files of /dev/shm. Where these are too large for it, as in a container with its usual 64 MB, a
-loader would print a traceback and the run would wait for ever: then arrays are pickled through a pipe instead.
+PyTorch passes tensors through files in /dev/shm. If /dev/shm is too small for them, as in a container with its default of 64
+MB, a loader would print a traceback and the run would wait for ever. In that case arrays are pickled through a pipe instead.
 """
 
 import os
@@ -20,21 +20,21 @@ from cmim.distributed import loader_workers, world
 
 SHARED = "/dev/shm"
 AHEAD = 2
-"""Items that PyTorch has each loader make ahead of time."""
+"""Number of items that each loader process prepares in advance (the default of PyTorch)."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Signals that ask a run to stop."""
 LEAST = 256 << 20
-"""Bytes of shared memory below which none is used."""
+"""Bytes of shared memory below which it is not used."""
 
 
 def make_loader(dataset: Dataset, sampler: Sequence[int], workers: int, bytes_each: int) -> Iterable:
-    """The items `sampler` of a data set, in order, made by `workers` processes; in pinned memory where there is CUDA.
+    """The items `sampler` of a data set, in order, made by `workers` processes; in pinned memory if there is CUDA.
 
     Args:
-        bytes_each: about the size of an item.
+        bytes_each: approximate size of an item.
     """
     way = transport(workers, bytes_each)
-    # Without a generator of its own, a loader would draw from torch's global one.
+    # Without its own generator, a loader would draw from the global generator of torch.
     options = dict(sampler=sampler, batch_size=None, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
     if way == "none" or not workers:
         return DataLoader(dataset, **options)
@@ -45,8 +45,8 @@ def make_loader(dataset: Dataset, sampler: Sequence[int], workers: int, bytes_ea
 
 
 def transport(workers: int, bytes_each: int = 0) -> Literal["shared", "pickled", "none"]:
-    """How items come from the loader's processes: through shared memory, through a pipe, or not, because the system cannot
-    make the locks that such processes need."""
+    """How items come from the loader processes: through shared memory, through a pipe, or not at all, if the system cannot
+    create the locks that such processes need."""
     if not workers or not sys.platform.startswith("linux"):
         return "shared"
     try:
@@ -59,7 +59,7 @@ def transport(workers: int, bytes_each: int = 0) -> Literal["shared", "pickled",
 
 
 def transport_note(asked: int | None) -> str | None:
-    """A line for the user where the loader's processes cannot use shared memory; `asked` as of `data.workers`."""
+    """A line for the user if the loader processes cannot use shared memory; `asked`: the setting `data.workers`."""
     workers = loader_workers(asked)
     way = transport(workers)
     if way == "shared":
@@ -70,8 +70,8 @@ def transport_note(asked: int | None) -> str | None:
 
 
 class _Loader(DataLoader):
-    """Signals wait until its processes are there: one that came in between would raise in a new process, which still has the
-    handlers of the run."""
+    """Block signals until the loader processes have started: a new process still has the signal handlers of the run, which
+    would raise an exception in it."""
 
     def __iter__(self) -> Iterator[Any]:
         if not hasattr(signal, "pthread_sigmask"):
@@ -84,7 +84,7 @@ class _Loader(DataLoader):
 
 
 class _AsArrays(Dataset):
-    """A data set whose tensors are arrays, which are pickled as they are."""
+    """A data set whose tensors are converted to arrays, which are pickled directly."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -117,8 +117,8 @@ def _as_it_is(item):
 
 
 def _outlive_signals(worker):
-    """Ctrl-C in a terminal and the end of a container reach the loader's processes too. The run, which then finishes its
-    step, ends them; PyTorch sees to it that they do not outlive it."""
+    """Ignore SIGINT and delay SIGTERM in a loader process: Ctrl-C in a terminal and the end of a container reach these
+    processes too. The run finishes its step and then ends them; PyTorch makes sure that they do not outlive the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(1))

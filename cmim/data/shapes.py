@@ -1,8 +1,8 @@
-"""`shapes`: a synthetic set that needs no download, and in which unlabelled images visibly help.
+"""`shapes`: a synthetic data set that needs no download, and on which unlabelled images clearly help.
 
-Each class has its own outline and its own texture: square with stripes, triangle with checks, ring with dots, cross with
-rings. Hues are random, so that colour tells nothing; light, ground and pixels are noisy; objects are turned and overlap.
-"""
+Each class has its own outline and texture: square with stripes, triangle with checks, ring with dots, cross with rings. Hues
+are random, so that colour gives no information; lighting, background and pixels are noisy; objects are rotated and may
+overlap."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -16,7 +16,7 @@ from cmim.settings import DataSettings
 SIZE = 64
 CLASS_NAMES = ("ground", "square", "triangle", "ring", "cross")
 COLOURS = np.array([[47, 52, 66], [239, 131, 84], [79, 176, 198], [242, 201, 76], [190, 111, 196]], np.uint8)
-# The first image number of each split. They are so far apart that no split reaches the next one.
+# The first image number of each split, so far apart that splits do not overlap.
 TRAIN, VAL, TEST = 0, 1 << 32, 2 << 32
 
 
@@ -35,7 +35,7 @@ def load_shapes(settings: DataSettings) -> Splits:
 
 
 class ShapesSet:
-    """The images of `numbers` (a sequence of ints) of the family `seed`; an `ImageSet`, drawn when first asked for."""
+    """An `ImageSet` of the images `numbers` (a sequence of ints) of the family `seed`; each is drawn when first used."""
 
     def __init__(self, numbers: Sequence[int], seed: int):
         self.numbers, self.seed, self._drawn = numbers, seed, {}
@@ -66,7 +66,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(rng.integers(2, 5)):
         label_id = int(rng.integers(1, 5))
         inside, light = _object(rng, label_id)
-        # Two shades of one hue, in either order: dots are dark on light as often as light on dark.
+        # Two shades of one hue in random order: light on dark and dark on light are equally frequent.
         light = light[inside] ^ (rng.random() < 0.5)
         shade = np.where(light, rng.uniform(0.9, 1.1), rng.uniform(0.4, 0.6))
         image[inside] = _colour(rng, saturation=(0.3, 0.8), value=(0.6, 0.9)) * shade[:, None]
@@ -77,7 +77,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _object(rng, label_id):
-    """Where an object lies and where its texture is light: two (SIZE, SIZE) bool arrays."""
+    """The pixels of an object and the light pixels of its texture: two (SIZE, SIZE) bool arrays."""
     radius, angle = rng.uniform(12, 24), rng.uniform(0, 2 * np.pi)
     y, x = (_PIXELS - rng.uniform(8, SIZE - 8) for _ in "yx")
     u = x[None, :] * np.cos(angle) + y[:, None] * np.sin(angle)

@@ -1,1 +1,1 @@
-"""What surrounds the training loop: device, evaluation, logging, pictures, the run folder."""
+"""Everything around the training loop: device, evaluation, logging, pictures, the run folder."""

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, autocast, memory layout."""
+"""Device, precision and memory layout of a run."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +13,8 @@ from cmim.errors import UserError
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of `train.device` for this process. On the CPU, a core is left to the loader unless OMP_NUM_THREADS says
-    otherwise: OpenMP threads wait for one another after every operation, so one that shares its core slows all of them."""
+    """The device of `train.device` for this process. On the CPU, one core is left to the loader unless OMP_NUM_THREADS is
+    set: OpenMP threads wait for each other after every operation, so one that shares its core slows all of them down."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but PyTorch sees no CUDA device; use --train.device cpu")
     if name == "auto":
@@ -27,7 +27,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if here.local_size > torch.cuda.device_count():
         raise UserError(
             f"{here.local_size} processes on this machine, but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-            "start as many with --nproc-per-node, or use --train.device cpu"
+            "start that many with --nproc-per-node, or use --train.device cpu"
         )
     torch.cuda.set_device(here.local_rank)
     return torch.device("cuda", here.local_rank)
@@ -43,12 +43,12 @@ def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torc
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to the dtype of `choose_precision`; for None nothing changes."""
+    """Autocast to the dtype from `choose_precision`; None: no autocast."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device, channels_last: bool) -> dict[str, Tensor]:
-    """A batch on the device, each of its images channels-last where asked, without waiting for the copy."""
+    """Copy a batch to the device without waiting; images become channels-last if asked for."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     if channels_last:
         for name in moved.keys() & set(IMAGES):
@@ -59,5 +59,5 @@ def to_device(batch: dict[str, Tensor], device: torch.device, channels_last: boo
 
 
 def eager_if(wanted: bool) -> AbstractContextManager:
-    """Where `wanted`, code inside the `with` block runs eagerly, whatever was compiled."""
+    """If `wanted`, compiled code inside the `with` block runs eagerly."""
     return torch.compiler.set_stance("force_eager") if wanted else nullcontext()

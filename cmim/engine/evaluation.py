@@ -19,7 +19,7 @@ from cmim.settings import Config
 class Evaluation(NamedTuple):
     scores: Scores
     pseudo_labels: dict[str, float]
-    """What pseudo-labels of these weights would be worth: share of confident pixels and their accuracy, over all
+    """Quality of the pseudo-labels that these weights would give: the share of confident pixels and their accuracy, over all
     pixels with a class and over those whose class is not the background."""
 
 
@@ -33,18 +33,18 @@ def evaluate(
     dtype: torch.dtype | None,
     title: str,
 ) -> Evaluation:
-    """Evaluate `net` on an ImageSet; progress under `title`.
+    """Evaluate `net` on an ImageSet; `title` is shown with the progress.
 
-    Each process takes its share of the images; all return the result over all images.
+    Each process evaluates its share of the images; all of them return the result over all images.
 
     Raises:
         UserError: the outputs of the network are not finite.
     """
     net.eval()
-    torch.backends.cudnn.benchmark = False  # it would be tuned anew for every image size
+    torch.backends.cudnn.benchmark = False  # it would search for the fastest algorithms again for every image size
     confusion = Confusion(num_classes, device)
     background = config.data.background
-    # rows: all pixels, foreground; columns: pixels with a class, confident ones, confident and right ones
+    # rows: all pixels, foreground; columns: pixels with a class, confident pixels, confident and correct pixels
     counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
     broken = torch.zeros((), dtype=torch.int64, device=device)
     workers = distributed.loader_workers(config.data.workers)

@@ -15,19 +15,18 @@ NOT_FINITE = (
 
 
 def probabilities(net: Segmenter, images: Tensor, sizes: Sequence[tuple[int, int]], config: Config) -> Iterator[Tensor]:
-    """Class probabilities of each image, one after another, so that only one is held at its full resolution.
+    """Class probabilities of each image, one after another, so that only one is in memory at full resolution.
 
-    With `evaluation.mode` `whole`, the network sees the images as they are, resized to the nearest multiple of its
-    `size_multiple` if it asks for one; its logits are upsampled straight to the original resolution. With `slide` it sees
-    windows, and the probabilities are averaged where they overlap. The probabilities of all `evaluation.scales`, and with
-    `evaluation.flip` of mirrored images, are averaged too. Resizing is bilinear without antialiasing, corners aligned as
-    the network's logits are.
+    With `evaluation.mode` `whole`, the network gets whole images, resized to the nearest multiple of its `size_multiple`;
+    its logits are upsampled directly to the original resolution. With `slide` it gets windows, and the probabilities are
+    averaged where windows overlap. They are also averaged over all `evaluation.scales` and, with `evaluation.flip`, over the
+    mirrored image. Resizing is bilinear without antialiasing; corners are aligned if those of the logits are.
 
     Args:
-        net: a `Segmenter` in eval mode; inside `autocast`, what follows the network is still float32.
-        images: (n, C, h, w) uint8, as the network is shown them.
+        net: a `Segmenter` in eval mode; inside `autocast`, everything after the network is still float32.
+        images: (n, C, h, w) uint8, the input of the network.
         sizes: the n original sizes (H, W).
-        config: a `Config`; `evaluation` and, for the default window, `data.crop` matter.
+        config: a `Config`; uses `evaluation` and, for the default window, `data.crop`.
 
     Yields:
         (K, H, W) float32, one for each size.
@@ -79,12 +78,13 @@ def _slide(net, images, scale, sizes, config):
 
 
 def _starts(length, window, stride):
-    """Where windows begin along a side: every `stride` pixels, the last one at the edge."""
+    """The first pixels of the windows along a side: every `stride` pixels; the last window ends at the edge."""
     return [*range(0, length - window, stride), max(0, length - window)]
 
 
 def _logits(net, images, scale=1.0):
-    """Logits at the network's own stride of uint8 or float images, scaled to sides that the network takes."""
+    """Logits, at the stride of the network, for uint8 or float images, which are resized to a size that the network
+    supports."""
     size = [_nearest(side * scale, net.size_multiple) for side in images.shape[-2:]]
     return net(net.normalise(_resize(images, size, net.align_corners)))
 
@@ -94,12 +94,12 @@ def _softmax(logits, size, net):
 
 
 def _nearest(side, multiple):
-    """The multiple nearest to a side, at least one."""
+    """The multiple nearest to a side, but at least one times `multiple`."""
     return max(1, int(side / multiple + 0.5)) * multiple
 
 
 def _resize(images, size, align_corners):
-    """(n, C, h, w) at `size`: as they are where they have it, else float32."""
+    """Resize (n, C, h, w) to `size`: unchanged if they have that size, else float32."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images.float(), tuple(size), mode="bilinear", align_corners=align_corners)

@@ -31,13 +31,13 @@ except ModuleNotFoundError:  # on Windows
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """`cmim.errors.run_command` ends the command; rich would do so with another code."""
+        """Let `cmim.errors.run_command` end the command; rich would use another exit code."""
         raise BrokenPipeError
 
 
 console = _Console(highlight=False, soft_wrap=True, markup=False)
 
-# One display for all loops. The loops draw it themselves: a drawing thread would be forked into the workers of the loader.
+# One display for all loops. The loops draw it themselves, because a thread would be forked into the loader processes.
 _bars = Bars(
     TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[status]}", markup=False),
     console=console, transient=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
@@ -45,14 +45,14 @@ _bars = Bars(
 
 
 class Progress:
-    """How far a loop is, as a `with` block: on a terminal a bar that goes when the loop ends, elsewhere a line every 30
-    seconds. Only the first process shows it; loops inside one another show theirs together.
+    """The progress of a loop, as a `with` block: on a terminal a bar that disappears when the loop ends, elsewhere a line
+    every 30 seconds. Only the first process shows it; the bars of nested loops are shown together.
 
     Args:
         title: what the loop does.
-        total: number of its `unit`s, a plural.
-        done: how many of them were done before.
-        lines: whether there are lines where there is no terminal.
+        total: number of iterations, counted in `unit`s, a plural.
+        done: how many were done before.
+        lines: whether to print lines if there is no terminal.
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, lines: bool = True):
@@ -64,7 +64,7 @@ class Progress:
             _bars.start()
 
     def advance(self, count: int = 1) -> None:
-        """`count` more are done; what goes beyond the total is not shown."""
+        """Count `count` more iterations as done, up to the total."""
         self.done = min(self.total, self.done + count)
         now = time.perf_counter()
         due = now - self.shown >= (30 if self.bar is None else 0.5)
@@ -97,14 +97,14 @@ class Progress:
 
 
 class RunLog:
-    """Collects figures on the device and reads them once per interval, so that no other step waits for it.
+    """Collects figures on the device and reads them once per interval, so that other steps do not synchronise with it.
 
-    Every process makes the same calls; rank 0 prints and stores the means over all of them. In a `with` block, an error
-    message finds the terminal without the bar.
+    Every process makes the same calls; rank 0 prints and stores the means over all processes. Used as a `with` block, it
+    removes the bar before an error message is printed.
     """
 
     def __init__(self, run: Run, first_step: int, steps: int, images: int, device: torch.device, micro: int = 1):
-        """`images`: how many, over all processes, each call of `add` stands for; `micro`: calls of `add` per step."""
+        """`images`: number of images, over all processes, of each call of `add`; `micro`: calls of `add` per step."""
         self.is_rank0 = distributed.rank() == 0
         if self.is_rank0:
             self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -112,7 +112,7 @@ class RunLog:
                 self.board = SummaryWriter(run.tensorboard, purge_step=first_step)
             except UnicodeEncodeError:
                 self.board = None
-                self.warn("TensorBoard writes no files: it needs a path in UTF-8, such as another --output")
+                self.warn("TensorBoard writes no files, because it needs a path in UTF-8; give another --output")
         self.device, self.steps, self.images, self.micro = device, steps, images, micro
         self.started, self.first_step = time.perf_counter(), first_step
         self.progress = Progress("train", steps, "steps", first_step, lines=False)
@@ -122,18 +122,18 @@ class RunLog:
         self.sums, self.count, self.data_wait, self.interval_start = {}, 0, 0.0, time.perf_counter()
 
     def interval(self) -> list[tuple[tuple[str, ...], torch.Tensor, int]]:
-        """What has been added since the last line, over all processes: names, sums, how many times."""
+        """Figures added since the last line, over all processes: names, sums, number of additions."""
         return [(names, distributed.sum_over_ranks(sums.clone()).cpu(), times) for names, (sums, times) in self.sums.items()]
 
     def continue_interval(self, interval: list[tuple[tuple[str, ...], torch.Tensor, int]]) -> None:
-        """Begin with what a stopped run had added; process 0 stands for all that there were."""
+        """Begin with the interval of a run that was stopped; process 0 takes the sums of all its processes."""
         for names, sums, times in interval:
             sums = sums.to(self.device) * self.is_rank0
             self.sums[tuple(names)] = (sums, times)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done in the `with` block, evaluation for example, does not count for the speed of training."""
+        """The time in the `with` block, for example of an evaluation, does not count for the speed of training."""
         start = time.perf_counter()
         try:
             yield
@@ -141,7 +141,7 @@ class RunLog:
             self.interval_start += time.perf_counter() - start
 
     def add(self, figures: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch's figures, a dict of scalar tensors."""
+        """Add the figures of a micro-batch, a dict of scalar tensors."""
         names = tuple(figures)
         vector = torch.stack([v.detach().float() for v in figures.values()])
         total, times = self.sums.get(names, (0, 0))
@@ -163,13 +163,14 @@ class RunLog:
         if broken or not math.isfinite(figures["loss"]):
             raise UserError(
                 f"the loss term {broken[0] if broken else 'sum'} is not finite at or before step {step}; "
-                "lower optimizer.lr, or use --train.precision fp32; the last checkpoint is from before"
+                "lower optimizer.lr, or use --train.precision fp32; the last checkpoint is from an earlier step"
             )
         self._begin_interval()
         return figures
 
     def _means(self):
-        """Means over the interval and all processes, in one sum over them: of each figure, and of the seconds waited."""
+        """Means over the interval and all processes, of each figure and of the seconds waited for data, with one
+        all-reduce."""
         wait = torch.tensor([self.data_wait], device=self.device)
         vector = distributed.sum_over_ranks(torch.cat([*(total for total, _ in self.sums.values()), wait]))
         *values, wait = (vector / distributed.size()).tolist()
@@ -203,14 +204,14 @@ class RunLog:
             f"  {memory:.1f} GiB" if memory is not None else "",
             f"  {clock(left)} left",
         ]
-        # On a terminal a line that wraps is hard to read: what does not fit is in metrics.jsonl.
+        # On a terminal, parts that do not fit into the line are left out; they are in metrics.jsonl.
         for i in (5, 1, 4, 2, 3):
             if console.is_terminal and len("".join(line)) > console.width:
                 line[i] = ""
         console.print("".join(line))
 
     def warn(self, text: str) -> None:
-        """Print a warning of any process."""
+        """Print a warning, from any process."""
         rank = distributed.rank()
         quiet, console.quiet = console.quiet, False
         console.print(f"warning: {text}" if rank == 0 else f"warning of process {rank}: {text}")
@@ -224,7 +225,7 @@ class RunLog:
             self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
 
     def _store(self, line):
-        # JSON has no NaN and no infinity: null stands for them.
+        # JSON has no NaN and no infinity: write null instead.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
@@ -246,7 +247,7 @@ class RunLog:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Peak memory in GiB: of the CUDA device, or on the CPU of the process; None on Windows."""
+    """Peak memory in GiB: of the CUDA device or, on the CPU, of the process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
@@ -260,13 +261,13 @@ def by_class(scores: Scores, class_names: Sequence[str]) -> dict[str, float | No
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss."""
+    """The time as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def print_table(scores: Scores, class_names: Sequence[str], title: str) -> None:
-    """IoU of every class, their mean, and accuracies."""
+    """Print the IoU of every class, their mean, and the accuracies."""
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("class")
     table.add_column("IoU %", justify="right")

@@ -1,4 +1,4 @@
-"""Confusion matrix and what is read from it."""
+"""Confusion matrix and scores."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class Confusion:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def add(self, prediction: Tensor, truth: Tensor) -> None:
-        """Count int tensors of one shape; pixels whose truth is outside [0, K) do not count."""
+        """Count the pixels of two int tensors of equal shape; pixels whose truth is outside [0, K) do not count."""
         size = len(self.matrix)
         truth = truth.long()  # PyTorch wraps the bound of `uint8 < 300` to 44
         known = (truth >= 0) & (truth < size)
@@ -23,13 +23,13 @@ class Confusion:
 
 class Scores(NamedTuple):
     miou: float
-    iou: list[float | None]  # None for a class that is neither in the truth nor predicted
+    iou: list[float | None]  # None for a class that is neither in the truth nor in the prediction
     pixel_accuracy: float
     mean_accuracy: float
 
 
 def scores(matrix: Tensor) -> Scores:
-    """mIoU over the classes that occur, IoU of each class, and accuracies, all in [0, 1], of a confusion matrix."""
+    """Scores from a confusion matrix, all in [0, 1]: mIoU over the classes that occur, IoU of each class, and accuracies."""
     matrix = matrix.double().cpu()
     hit, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     union = truth + predicted - hit

@@ -1,4 +1,4 @@
-"""Pictures of the method at work, and overlays of predictions."""
+"""Pictures of a training run, and overlays of predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from cmim.randomness import torch_generator
 from cmim.settings import Config
 from cmim_kernels import patch_labels, random_mask
 
-HATCH = (96, 224)  # the greys of the stripes where there is no class: a palette may have either, but no stripes
-TILE = 192  # pixels per side of a tile
+HATCH = (96, 224)  # greys of the hatching where there is no class; colours of classes may equal them, but are never hatched
+TILE = 192  # side of a tile in pixels
 
 
 @torch.no_grad()
@@ -34,8 +34,8 @@ def save_picture(
     rows: int = 6,
 ) -> None:
     """A grid of evenly spaced images of an ImageSet: image, masked image, class-wise reconstruction, pseudo-label,
-    confidence, prediction, truth. The pseudo-label is the prediction where it is confident. Of more than three channels
-    the first three are shown, of one or two the first, as grey."""
+    confidence, prediction, truth. The pseudo-label is the prediction where it is confident. Images with more than three
+    channels are shown with the first three; those with one or two with the first, in grey."""
     objective.eval()
     chosen = np.linspace(0, len(image_set) - 1, min(rows, len(image_set))).astype(int)
     pairs = [_square(image_set.image(i), image_set.label(i), config.data.crop) for i in chosen]
@@ -60,8 +60,8 @@ def save_picture(
 
 
 def _square(image, label, side):
-    """The middle of an image (H, W, C) and its label (H, W), uint8 arrays, scaled to side x side: (C, S, S) and (S, S)
-    uint8 tensors."""
+    """The central square of an image (H, W, C) and of its label (H, W), uint8 arrays, resized to side S: (C, S, S) and (S,
+    S) uint8 tensors."""
     height, width = label.shape
     half = min(height, width) / 2
     box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
@@ -71,8 +71,8 @@ def _square(image, label, side):
 
 
 def _masked_columns(objective, images, pseudo, chosen, config):
-    """The masked image and, where the preset has L_pix, its reconstruction: visible tokens as they are, hidden ones as
-    decoded from their own class, still masked where the class is unknown or has no visible token in the image."""
+    """The masked image and, if the preset has L_pix, its reconstruction: visible tokens unchanged, hidden tokens as decoded
+    from their own class, and still masked where the class is unknown or has no visible token in the image."""
     stride, net = objective.stride, objective.net
     height, width = images.shape[-2] // stride, images.shape[-1] // stride
     masked = [
@@ -103,18 +103,18 @@ def _denormalise(images, net):
 
 
 def _undo_patch_normalisation(patches, images, stride):
-    """Give normalised patches the mean and spread of the true ones, as is usual for pictures of such decoders."""
+    """Give normalised patches the mean and standard deviation of the true patches, as is usual in such pictures."""
     target = F.unfold(images, stride, stride=stride).transpose(1, 2)  # entries (channel, row, column)
     return patches * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 
 def to_array(image: Tensor) -> np.ndarray:
-    """(C, H, W) of 0..255 to (H, W, 3) uint8."""
+    """(C, H, W) with values 0..255 to (H, W, 3) uint8."""
     return rgb(image.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-    """(H, W, C) to (H, W, 3): the first three channels, or the first one as grey."""
+    """(H, W, C) to (H, W, 3): the first three channels, or the first one in grey."""
     return image[:, :, :3] if image.shape[2] >= 3 else image[:, :, :1].repeat(3, axis=2)
 
 
@@ -132,14 +132,14 @@ def colourise(classes: Tensor | np.ndarray, colours: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray, classes: np.ndarray, colours: np.ndarray, opacity: float = 0.5, clear: int | None = None
 ) -> Image.Image:
-    """An image (H, W, C) uint8 with its classes (H, W) laid over it, but for the class `clear`, as a PIL image."""
+    """An image (H, W, C) uint8 with its classes (H, W) drawn over it, except the class `clear`, as a PIL image."""
     shown = rgb(image)
     mixed = (shown * np.float32(1 - opacity) + colourise(classes, colours) * np.float32(opacity)).round().astype(np.uint8)
     return Image.fromarray(mixed if clear is None else np.where((classes == clear)[..., None], shown, mixed))
 
 
 def with_legend(image: Image.Image, class_names: Sequence[str], colours: np.ndarray, present: Sequence[int]) -> Image.Image:
-    """An image above the names and colours of the classes `present`."""
+    """An image with the names and colours of the classes `present` below it."""
     width = max(image.width, 154)
     per_line, line = max(1, width // 150), 24
     sheet = Image.new("RGB", (width, image.height + 4 + -(-len(present) // per_line) * line), "white")

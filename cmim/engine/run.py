@@ -24,11 +24,11 @@ try:
 except ModuleNotFoundError:  # on Windows
     fcntl = None
 
-# Keys that may differ when a run is resumed: they change how long or where it runs, not what it computes.
+# Settings that may change when a run is resumed: they affect how long or where it runs, not what it computes.
 FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
 
 SETTLED = ("exif", "mean", "std", "labelled")
-"""Keys of `data` that a new run decides where they are not given, and a continued one takes over."""
+"""Settings of `data` that a new run decides if they are not given, and that a resumed run takes over."""
 
 
 class Run:
@@ -47,7 +47,8 @@ class Run:
         self.lock = self.folder / ".lock"
 
     def has_results(self) -> bool:
-        """Whether there is anything to continue, or to lose. A run that stopped before its first checkpoint has none."""
+        """Whether there is anything to continue or to lose. A run that stopped before its first checkpoint has no
+        results."""
         return any(path.exists() for path in (self.last, self.best, self.result))
 
 
@@ -57,10 +58,10 @@ def default_folder(config_path: str | Path) -> Path:
 
 
 def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
-    """The run of a folder, new or to be continued; nothing is written yet.
+    """The run of a folder, which is new or will be continued; nothing is written yet.
 
     Raises:
-        UserError: the folder holds a run with a checkpoint and `resume` is false; or the run had another config.
+        UserError: the folder holds a run with a checkpoint and `resume` is false; or the settings of that run differ.
     """
     run = Run(folder)
     if run.config.exists():
@@ -68,7 +69,9 @@ def open_run(folder: str | Path, config: Config, resume: bool) -> Run:
             return run
         if not resume:
             raise UserError(f"{run.folder} holds a run; continue it with --resume, or give another --output")
-        if run.result.exists() and not run.last.exists():  # it would start anew, over the best weights and the figures
+        if (
+            run.result.exists() and not run.last.exists()
+        ):  # it would start again and overwrite the best weights and the figures
             raise UserError(f"{run.folder} has a result, but {run.last} is gone; put it back, or give another --output")
         key = changed_setting(load_config(run.config), config)
         if key is not None:
@@ -84,11 +87,11 @@ def _is_foreign(path):
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Inside the `with` block no other process can train in the run's folder. The operating system frees the lock of a
-    process that is killed. Where it has no such locks, nothing is locked.
+    """Inside the `with` block no other process can train in the run folder. The operating system releases the lock of a
+    process that is killed. On systems without such locks, nothing is locked.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process trains in the folder.
     """
     if fcntl is None:
         yield
@@ -102,9 +105,9 @@ def locked(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        run.lock.unlink(missing_ok=True)  # before it is freed, so that nobody else holds what is unlinked
+        run.lock.unlink(missing_ok=True)  # before it is released, so that no other process can hold the unlinked file
         file.close()
-        for folder in made:  # a mistake that was found before anything was written leaves no folder
+        for folder in made:  # after an error before anything was written, leave no empty folder
             with suppress(OSError):
                 folder.rmdir()
 
@@ -128,7 +131,7 @@ def _take_lock(run):
             same = os.stat(run.lock).st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:
             same = False
-        if same:  # else who held it before has just unlinked it
+        if same:  # else the previous holder has just unlinked it
             file.truncate(0)
             file.write(f"number {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -137,7 +140,7 @@ def _take_lock(run):
 
 
 def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
-    """Write the settings and the names of the labelled images, which a continued run must share."""
+    """Write the settings and the names of the labelled images, which must be the same when the run is resumed."""
     names = "".join(f"{name}\n" for name in labelled)
     if run.labelled.exists() and run.has_results() and _read(run.labelled) != names:
         raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
@@ -147,19 +150,19 @@ def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
 
 
 def take_over(config: Config, old: Config) -> Config:
-    """`config` with what the run with the config `old` decided at its start and `config` leaves open."""
-    if old.data.exif is None and old.data.format != "shapes":  # runs of before this was a setting ignored orientations
+    """`config`, where settings that are not given are those that an earlier run with the config `old` decided."""
+    if old.data.exif is None and old.data.format != "shapes":  # older runs, without this setting, ignored orientations
         old = with_data(old, exif="ignore")
     return with_data(config, **{key: getattr(old.data, key) for key in SETTLED if getattr(config.data, key) is None})
 
 
 def absolute(config: Config) -> Config:
-    """`config` with absolute paths, so that what it names is found from any folder."""
+    """`config` with absolute paths, so that it can be used from any working directory."""
     data, model = config.data, config.model
     paths = {key: Path(os.path.abspath(path)) for key in ("root", "split") if (path := getattr(data, key)) is not None}
     if isinstance(data.labelled, Path):
         paths["labelled"] = Path(os.path.abspath(data.labelled))
-    for key in ("val", "test"):  # a folder of the data set comes first
+    for key in ("val", "test"):  # a folder of the data set takes precedence
         name = getattr(data, key)
         if name is not None and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
             paths[key] = os.path.abspath(name)
@@ -172,12 +175,12 @@ def absolute(config: Config) -> Config:
 
 
 def with_data(config: Config, **values: object) -> Config:
-    """`config` with other values in its section `data`."""
+    """`config` with changed values in the section `data`."""
     return config.model_copy(update={"data": config.data.model_copy(update=values)})
 
 
 def changed_setting(old: Config, new: Config) -> str | None:
-    """The first key, of those that matter, in which two configs differ; None where there is none."""
+    """The first setting in which two configs differ, ignoring FREE_ON_RESUME; None if there is none."""
     new = absolute(take_over(new, old))
     old = absolute(take_over(old, old))
     old, new = old.model_dump(mode="json"), new.model_dump(mode="json")
@@ -193,8 +196,7 @@ def changed_setting(old: Config, new: Config) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half-written. It is UTF-8 whatever the locale; names of files that are not pass
-    through unchanged."""
+    """Write a file atomically. It is UTF-8 in every locale; file names that are not valid UTF-8 are kept unchanged."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -210,13 +212,13 @@ def _read(path):
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of metrics.jsonl after `step`, the closing one on test, and a last line that was cut off.
+    """Remove from metrics.jsonl the lines after `step`, the last line with the test result, and an incomplete last line.
 
     Returns:
-        The figures that are kept, by line.
+        The figures of each line that is kept.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file has lines that a run did not write.
     """
     if not path.exists():
         return []
@@ -231,7 +233,7 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
             if number == len(lines) and line.startswith("{"):
                 continue
             raise UserError(
-                f"{path}: line {number} is none that a run wrote; move the file away, or give another --output"
+                f"{path}: line {number} was not written by a run; move the file away, or give another --output"
             ) from None
         if keep:
             kept.append((line, figures))
@@ -240,7 +242,7 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 _NOT_OF_TRAINING = ("data.", "evaluation.", "train.device", "train.precision", "train.channels_last", "method.tau")
-"""Beginnings of the settings that a trained run obeys."""
+"""Prefixes of the settings that may be overridden for a trained run."""
 
 
 class Trained(NamedTuple):
@@ -252,29 +254,29 @@ class Trained(NamedTuple):
 
 
 def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: Sequence[str] = ()) -> Trained:
-    """The evaluated weights of a run: `last` or `best`.
+    """Load the evaluated weights of a run: `last` or `best`.
 
     Raises:
-        UserError: no such run or checkpoint, or one of another model.
+        UserError: there is no such run or checkpoint, or it belongs to another model.
     """
     run = Run(folder)
     if not run.config.exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     for key, _ in overridden(overrides):
         if not key.startswith(_NOT_OF_TRAINING):
-            raise UserError(f"--{key} counts while training only; leave it away")
+            raise UserError(f"--{key} has an effect only in training; leave it out")
     config = load_config(run.config, overrides)
     check_sizes(config)
     path = run.last if which == "last" else run.best
     state = checkpoint.load(path)
     lacking = [key for key in ("step", "colours") if key not in state]
     if lacking:
-        raise UserError(f"{path} is not a whole checkpoint of cmim.train, it has no {lacking[0]}; use another checkpoint")
+        raise UserError(f"{path} is not a complete checkpoint of cmim.train, it has no {lacking[0]}; use another checkpoint")
     state.setdefault("evaluated", load_config(run.config).evaluated_weights)  # older checkpoints do not say
     weights = checkpoint.network_weights(state, path, config.evaluated_weights)
     model = config.model.model_copy(update={"weights": "none", "init_from": None})
     net = build_segmenter(model, len(state["class_names"]), *config.data.normalisation())
     checkpoint.load_into(net, weights, path)
-    if config.train.channels_last:  # as in training, because another layout may round differently
+    if config.train.channels_last:  # as in training, because another memory layout may round differently
         net.to(memory_format=torch.channels_last)
     return Trained(net, config, state["class_names"], state["colours"], state["step"])

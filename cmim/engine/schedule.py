@@ -1,17 +1,17 @@
-"""How long a run is, and what changes with the step: learning rate and weight of the masked terms."""
+"""The length of a run, and the schedules of the learning rate and of the weight of the masked terms."""
 
 from cmim.settings import TrainSettings
 
 
 def total_steps(settings: TrainSettings, unlabelled: int) -> int:
-    """Optimiser steps of a `TrainSettings`; an epoch is the whole steps that `unlabelled` images are enough for."""
+    """Number of optimiser steps; an epoch has as many whole steps as `unlabelled` images allow."""
     if settings.epochs is None:
         return settings.steps or 40_000
     return max(1, round(settings.epochs * (unlabelled // (settings.unlabelled_batch * settings.accumulate))))
 
 
 def poly(step: int, steps: int, power: float) -> float:
-    """Factor of the learning rate at step number `step` (from 0): (1 - step / steps) ** power."""
+    """Factor of the learning rate at step `step` (counted from 0): (1 - step / steps) ** power."""
     return (1 - step / steps) ** power
 
 

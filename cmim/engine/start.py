@@ -1,4 +1,4 @@
-"""What a new run settles and says before its first step."""
+"""What a run decides, checks and prints before its first step."""
 
 from collections.abc import Sequence
 
@@ -21,11 +21,11 @@ from cmim.settings import Config
 
 
 def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
-    """Decide what a new run is not given, so that its config.yaml holds it: whether EXIF orientations count, and
-    the mean and standard deviation of the images.
+    """Decide settings of a new run that are not given, so that its config.yaml has them: whether EXIF orientations are
+    applied, and the mean and standard deviation of the images.
 
     Returns:
-        config and splits that follow the decisions, and lines on them for the user.
+        config and splits according to the decisions, and lines about them for the user.
     """
     notes = []
     if config.data.exif is None:
@@ -40,7 +40,7 @@ def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
 
 
 def settle_normalisation(config: Config) -> tuple[Config, str | None]:
-    """`data.mean` and `data.std`, where they are not given, are those of the weights that training starts from."""
+    """Set `data.mean` and `data.std`, if not given, to those of the weights that training starts from."""
     model, data = config.model, config.data
     if model.init_from is not None:
         folder = model.init_from if model.init_from.is_dir() else model.init_from.parent.parent
@@ -61,14 +61,14 @@ def settle_normalisation(config: Config) -> tuple[Config, str | None]:
 
 
 def open_files(config: Config, splits: Splits) -> None:
-    """Open every image and mask that has to be readable, and warn of classes that do not occur."""
+    """Open every image and mask that must be readable, and warn about classes that do not occur."""
     with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
         for line in survey(splits, config.data, progress.advance):
             console.print(f"warning: {line}")
 
 
 def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
-    """Print what will be trained on what, and what the user should know of it."""
+    """Print the preset, the data and notes about the run."""
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
     processes = distributed.world().size
     console.print(
@@ -98,12 +98,12 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
-    """With the weights that a run starts from; those of a continued run come from its checkpoint."""
+    """The `Objective` with its initial weights; a resumed run loads its weights from the checkpoint later."""
     torch.manual_seed(config.seed)
     if run.last.exists():
         model = config.model.model_copy(update={"weights": "none", "init_from": None})
         config = config.model_copy(update={"model": model})
-    if config.model.weights != "none":  # the seconds that this may take are not silent
+    if config.model.weights != "none":  # loading may take some seconds
         name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
         where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
         console.print(f"loading the pretrained weights of {name} ({where})")

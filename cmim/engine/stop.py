@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM ask a run to stop: it finishes its step, writes a checkpoint and says how to go on."""
+"""Stopping a run by SIGINT (Ctrl-C) or SIGTERM: it finishes its step, writes a checkpoint and prints how to continue."""
 
 import os
 import shlex
@@ -12,11 +12,11 @@ from cmim import distributed
 
 
 class Interrupted(BaseException):
-    """Raised where work that changes nothing, such as an evaluation, is given up at once."""
+    """Raised to stop work that changes nothing, such as an evaluation, at once."""
 
 
 class StopSignals:
-    """As a `with` block: inside it the signals are only noted. A second Ctrl-C stops without a checkpoint."""
+    """A `with` block in which signals are only recorded. A second Ctrl-C stops without a checkpoint."""
 
     def __init__(self):
         self.number, self._before, self._at_once = 0, {}, False
@@ -31,12 +31,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def asked(self) -> int:
-        """The signal that a process of this run was sent, the same number in all of them; 0 for none."""
+        """The signal that any process of this run got, the same number in all processes; 0 for none."""
         return distributed.largest(self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside the `with` block a signal raises `Interrupted`; not where other processes would wait for this one."""
+        """Inside the `with` block a signal raises `Interrupted`, unless other processes would wait for this one."""
         self._at_once = distributed.size() == 1
         try:
             if self.number and self._at_once:
@@ -46,11 +46,11 @@ class StopSignals:
             self._at_once = False
 
     def _note(self, number, frame):
-        # torchrun passes on a signal that its processes may have had already.
+        # torchrun forwards a signal that its processes may have got already.
         if self.number and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         self.number = self.number or number
-        # The loader's processes may have been sent the signal too, and PyTorch would raise an error when one ends.
+        # The loader processes may have got the signal too, and PyTorch would raise an error when one of them ends.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._at_once:

@@ -1,1 +1,1 @@
-"""The training method: views, masks, pseudo-labels, perturbations and the losses made of them."""
+"""The training method: views, masks, pseudo-labels, perturbations and losses."""

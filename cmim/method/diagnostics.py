@@ -1,4 +1,4 @@
-"""Figures that tell whether a run works; computing them never waits for the device."""
+"""Figures that show whether a run works; they are computed without synchronising with the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
 
 @torch.no_grad()
 def coverage(labels: PseudoLabels, tau: float, background: int | None) -> dict[str, Tensor]:
-    """Share of the valid pixels whose pseudo-label is confident; also of those not labelled `background`."""
+    """Share of the valid pixels whose pseudo-label is confident, over all classes and without the class `background`."""
     sure = labels.valid & (labels.confidence >= tau)
     figures = {"coverage": sure.sum() / labels.valid.sum().clamp(min=1)}
     if background is not None:
@@ -25,14 +25,14 @@ def coverage(labels: PseudoLabels, tau: float, background: int | None) -> dict[s
 
 @torch.no_grad()
 def mean_colour_error(images: Tensor, target: dict[str, Any]) -> Tensor:
-    """`masked_patch_loss` of the simplest guess: the mean colour of the visible tokens of the same (image, class).
+    """`masked_patch_loss` of a simple baseline: the mean colour of the visible tokens of the same (image, class).
 
-    A decoder that does not beat it has learnt a colour look-up. With normalised patches the guess is each patch's
-    own mean, which is zero.
+    A decoder that does not beat it has learnt no more than a colour for each class. With normalised patches the baseline is
+    the mean of each patch, which is zero.
 
     Args:
         images: (B, channels, H, W) normalised.
-        target: the keyword arguments of the loss but the prediction.
+        target: the keyword arguments of the loss, without the prediction.
     """
     patch = target["patch_size"]
     batch, channels, height, width = images.shape
@@ -48,10 +48,10 @@ def mean_colour_error(images: Tensor, target: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def separation(centroids: ClassCentroids) -> Tensor:
-    """Between-class over within-class distance of the centroids of an image.
+    """Ratio of the between-class to the within-class distance of the centroids of an image.
 
-    Between: mean l2 distance of visible centroids of two classes of an image. Within: mean l2 distance of the hidden
-    and the visible centroid of one class. Above 1 the classes are further apart than a class is torn by the mask.
+    Between: mean l2 distance between the visible centroids of two classes of an image. Within: mean l2 distance between the
+    hidden and the visible centroid of a class. Above 1, classes are further apart than hidden and visible parts of a class.
     """
     visible, hidden = centroids.mean.unbind(2)
     has = centroids.count > 0
@@ -59,7 +59,7 @@ def separation(centroids: ClassCentroids) -> Tensor:
     within = ((visible - hidden).norm(dim=-1) * both).sum() / both.sum().clamp(min=1)
     pairs = has[:, :, None, 0] & has[:, None, :, 0]
     pairs = pairs & ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
-    # |a - b|^2 is computed from products: a difference (B, K, K, C) would be large for many classes.
+    # |a - b|^2 is computed from products, because differences (B, K, K, C) would be large for many classes.
     square = (visible**2).sum(-1)
     distance = (square[:, :, None] + square[:, None, :] - 2 * visible @ visible.transpose(1, 2)).clamp(min=0).sqrt()
     between = (distance * pairs).sum() / pairs.sum().clamp(min=1)
@@ -67,14 +67,14 @@ def separation(centroids: ClassCentroids) -> Tensor:
 
 
 def gradient_norms(terms: dict[str, Tensor], features: Sequence[Tensor], ranks: int = 1) -> dict[str, Tensor]:
-    """L2 norm of the gradient of each term with respect to the features of all passes, of all processes.
+    """L2 norm of the gradient of each term with respect to the features of all passes of all processes.
 
     Args:
-        terms: {name: scalar}, each of which is the mean over processes of what they hold under that name.
+        terms: {name: scalar}; the term is the mean of these scalars over the processes.
         features: tensors of the graph, one for each pass.
         ranks: number of processes.
     """
-    norms, features = {}, [f for f in features if f.requires_grad]  # a frozen encoder's do not
+    norms, features = {}, [f for f in features if f.requires_grad]  # those of a frozen encoder do not
     for name, term in terms.items():
         known = features and term.requires_grad
         gradients = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True) if known else ()

@@ -1,8 +1,8 @@
-"""What is hidden from the network: block masks, masks inside each class, one isolated class, and the fill colour.
+"""What is hidden from the network: block masks, masks within each class, all classes but one, and the fill colour.
 
-A mask M is (B, h, w) bool on the token grid, true where a token is hidden. The usual masks come with the batch, one value
-for each block (`cmim_kernels.random_mask`: an exact count in every image), and `expand` gives them the resolution of tokens;
-those that need the classes are drawn here.
+A mask M is (B, h, w) bool on the token grid, true where a token is hidden. Block masks come with the batch, with one value
+for each block (`cmim_kernels.random_mask`: an exact count in every image), and `expand` upsamples them to tokens. Masks that
+depend on the classes are drawn here.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from cmim.randomness import uniform
 
 
 def expand(grid: Tensor, side: int) -> Tensor:
-    """(B, h, w) at a finer resolution, (B, h * side, w * side): every value fills a square of that side."""
+    """Nearest-neighbour upsampling from (B, h, w) to (B, h * side, w * side)."""
     batch, height, width = grid.shape
     wide = grid[:, :, None, :, None].expand(batch, height, side, width, side)
     return wide.reshape(batch, height * side, width * side)
 
 
 class Fill(nn.Module):
-    """fill(v, M): hidden pixels of normalised images get one colour.
+    """fill(v, M): sets the hidden pixels of normalised images to one colour.
 
     fill: `mean` (the mean colour of the data, which is zero after normalisation), `black`, or `learned`.
-    mean, std: of each channel, that images are normalised with.
+    mean, std: of each channel, used to normalise the images.
     """
 
     def __init__(self, fill: str, mean: Sequence[float], std: Sequence[float]):
@@ -45,8 +45,8 @@ class Fill(nn.Module):
 def per_class_mask(labels: Tensor, keys: Tensor, num_classes: int, ratio: float, block: int) -> Tensor:
     """Hide exactly round(ratio x n) of the n tokens of every class of every image.
 
-    Within a class, blocks are hidden one after another in a random order, so that hidden tokens stay together: only the
-    last block may be hidden in part.
+    Within a class, blocks are hidden one after another in a random order, so that hidden tokens form blocks: only the last
+    one may be hidden partly.
 
     Args:
         labels: (B, h, w) token classes; those outside [0, num_classes) count as one more class.
@@ -77,7 +77,7 @@ def per_class_mask(labels: Tensor, keys: Tensor, num_classes: int, ratio: float,
 
 
 def isolate_class(classes: Tensor, keys: Tensor, num_classes: int) -> Tensor:
-    """Keep one class per image, drawn evenly among those present: all other pixels become IGNORED.
+    """Keep one class per image, drawn uniformly from those present; all other pixels become IGNORED.
 
     Args:
         classes: (B, H, W) pixel classes, IGNORED where there is none.

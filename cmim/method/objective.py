@@ -1,12 +1,13 @@
 """The training objective: the network, the reconstruction decoder, all views and all losses in one module.
 
-B images of H x W pixels, K classes; tokens on a grid h x w; x labelled with truth y, u_w weak and u_s strong views
-of unlabelled images; f the segmenter, G the reconstruction decoder, M a mask, [.] one where true and zero elsewhere.
+There are B images of H x W pixels, K classes, and tokens on a grid h x w. x are labelled images with labels y; u_w and u_s
+are weak and strong views of unlabelled images; f is the segmenter, G the reconstruction decoder, M a mask; [.] is 1 where
+the condition holds, else 0.
 
-Pseudo-labels p and confidences conf come from u_w (by the student's own pass or an EMA teacher), `valid` is false on
-padding. u_s and its p, conf and valid are cut together by CutMix.
+Pseudo-labels p and confidences conf come from u_w (from the student's own pass or from an EMA teacher); `valid` is false on
+padding. CutMix applies the same box to u_s, p, conf and valid.
 
-    L_sup    = sum CE(f(x), y)                         / number of pixels with a class
+    L_sup    = sum CE(f(x), y)                         / number of labelled pixels
     L_strong = sum CE(f(u_s), p) [conf >= tau]         / number of valid pixels
     L_fp     = sum CE(f_dropout(u_w), p) [conf >= tau] / number of valid pixels
 
@@ -14,24 +15,27 @@ padding. u_s and its p, conf and valid are cut together by CutMix.
     fixmatch     L = (L_sup + L_strong) / 2
     fixmatch_fp  L = (L_sup + L_strong / 2 + L_fp / 2) / 2
     unimatch     L = (L_sup + L_strong1 / 4 + L_strong2 / 4 + L_fp / 2) / 2
-    unimatch_v2  L = (L_sup + L_strong1 / 2 + L_strong2 / 2) / 2, the two views with complementary channels dropped
+    unimatch_v2  L = (L_sup + L_strong1 / 2 + L_strong2 / 2) / 2, complementary channels dropped
     semantic     L = L of fixmatch_fp + r(t) w_sem L_sem
     mim, cmim    L = L of fixmatch_fp + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
 
 Each preset is a row of `cmim.settings.PRESETS`, which holds these weights. L_strong and L_fp are also multiplied by
 `method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight.
 
-Masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once
-more with the mask filled in, F and z are the features and logits of that pass, c_t the majority class of each token:
+The masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once more
+with hidden pixels filled in. F and z are the features and logits of that pass, and c_t is the majority class of each token:
 
-    L_pix  = masked_patch_loss(G(F, c_t, M), v, M, c_t) over hidden tokens whose (image, class) has a visible token
-    L_feat = distance of the hidden to the visible centroid of F, mean over (image, class) pairs
-    L_sem  = (labelled + strong / 2 + weak / 2) / 2, each sum CE(z, c) / number of valid pixels of that view
+    L_pix  = masked_patch_loss(G(F, c_t, M), v, M, c_t), over the hidden tokens
+             of every (image, class) that has a visible token
+    L_feat = distance between the hidden and the visible centroid of F,
+             mean over (image, class) pairs
+    L_sem  = (labelled + strong / 2 + weak / 2) / 2, each of these
+             sum CE(z, c) / number of valid pixels of that view
 
-`mim` is `cmim` with every valid token in one class, for G, for L_feat and for balance; the tokens that L_pix counts
-are the same. Every term is S / max(1, n), S and n over the batches of all processes; a term without anything to
-count is a zero that is still connected to the graph. With R processes each computes R S' / n of its own part S', so
-that the mean over processes, which DistributedDataParallel takes of the gradients, is the term.
+`mim` is `cmim` with all valid tokens in one class for G, for L_feat and for the balance of classes; L_pix counts the same
+tokens. Every term is S / max(1, n), where S and n are sums over the batches of all processes; a term with n = 0 is a zero
+that is connected to the graph. With R processes, each one computes R S' / n from its own part S' of S, because
+DistributedDataParallel takes the mean of the gradients over the processes.
 """
 
 from copy import deepcopy
@@ -63,13 +67,13 @@ from cmim_kernels import (
 
 
 class Ratio(NamedTuple):
-    """S and n of a term, vectors: its value is the mean of S / n over the entries with n > 0."""
+    """The vectors S and n of a term, whose value is the mean of S / n over the entries with n > 0."""
 
     total: Tensor
     count: Tensor
 
     def value(self, counts: Tensor) -> Tensor:
-        """With the n of all processes."""
+        """The value of the term, where `counts` is n summed over all processes."""
         return (self.total / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
@@ -78,29 +82,29 @@ Terms = dict[str, tuple[float | Tensor, Ratio]]
 
 
 class Base(NamedTuple):
-    """What the terms without masks give, and the unlabelled views that masks may be laid over."""
+    """The terms without masks, and the unlabelled views that may be masked."""
 
     terms: Terms
     figures: dict[str, Tensor]
     features: list[Tensor]  # of each pass
-    views: dict[str, tuple[Tensor, PseudoLabels]]  # weak and strong: images and what they are labelled with
+    views: dict[str, tuple[Tensor, PseudoLabels]]  # weak and strong: images and their pseudo-labels
 
 
 class MaskedViews(NamedTuple):
     image: Tensor  # (V, channels, H, W) uint8, not masked yet
     classes: Tensor  # (V, H, W) pixel classes, IGNORED where unknown
-    valid: Tensor  # (V, H, W) bool, the pixels that L_sem divides by
+    valid: Tensor  # (V, H, W) bool, the pixels in the denominator of L_sem
     mask: Tensor  # (V, h, w) bool, true where a token is hidden
     token_classes: Tensor  # (V, h, w) int32, -1 where there is none
     sizes: list[int]  # number of images of each view in mim.views
 
 
 class Reconstruction(NamedTuple):
-    """What the tokens of the masked pass give; V images, N = h w tokens."""
+    """Results from the tokens of the masked pass; V images, N = h w tokens."""
 
-    groups: Tensor  # (V, N) classes that the decoder keeps apart, -1 where there is none; all zero unless class-wise
-    known: Tensor  # (V, N) bool: the (image, class) has a visible token, so that a hidden one can be reconstructed
-    prediction: Tensor | None  # (V, N, p p channels), G(F, c_t, M); None where L_pix is not one of the terms
+    groups: Tensor  # (V, N) classes for the decoder, -1 where there is none; all zero unless class-wise
+    known: Tensor  # (V, N) bool: the (image, class) has a visible token, so hidden ones can be reconstructed
+    prediction: Tensor | None  # (V, N, p p channels), G(F, c_t, M); None if L_pix is not one of the terms
     centroids: ClassCentroids  # of F by true class
 
 
@@ -114,12 +118,13 @@ class Objective(nn.Module):
     """forward(batch, ramp, base_ramp=1.0, diagnostics=False, gradients=False) -> Output.
 
     batch: a dict of `cmim.data.batches.TrainBatches`.
-    ramp: r(t), a scalar tensor; None before mim.start, where the masked pass is left out.
-    base_ramp: s(t), likewise; None before method.start, where L_sup alone is left.
-    diagnostics: also compute the figures that cost time.
-    gradients: also the norm of each term's gradient at the features, eagerly and at the cost of a backward pass a term.
+    ramp: r(t), a scalar tensor; None before mim.start, when there is no masked pass.
+    base_ramp: s(t), likewise; None before method.start, when L_sup is the only term.
+    diagnostics: also compute the figures that take time.
+    gradients: also compute the norm of the gradient of each term at the features; needs eager mode and one backward pass for
+        each term.
 
-    `ranks` is the number of processes that share a batch, each of which holds an equal part of it.
+    `ranks` is the number of processes; each of them has an equal part of the batch.
     """
 
     def __init__(self, config: Config, num_classes: int):
@@ -129,7 +134,7 @@ class Objective(nn.Module):
         self.mean, self.std = config.data.normalisation()
         self.stride = token_stride(config)
         model = config.model
-        if model.init_from is not None:  # the warm start overwrites them: do not fetch any
+        if model.init_from is not None:  # the warm start overwrites the weights, so download none
             model = model.model_copy(update={"weights": "none"})
         self.net = build_segmenter(model, num_classes, self.mean, self.std)
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
@@ -147,7 +152,7 @@ class Objective(nn.Module):
             )
 
     def evaluated(self) -> Segmenter:
-        """The weights that evaluation and prediction use."""
+        """The network whose weights evaluation and prediction use."""
         return self.teacher if self.config.evaluated_weights == "teacher" else self.net
 
     def train(self, mode: bool = True) -> "Objective":
@@ -199,7 +204,7 @@ class Objective(nn.Module):
         config, net, preset = self.config, self.net, self.preset
         x, u_w, strong = batch["labelled_image"], batch["weak_image"], batch["strong_image"]
 
-        # x and u_w share a pass; so do, in the decoder, the clean and the dropped-out features of u_w.
+        # x and u_w share a pass; in the decoder, the clean and the perturbed features of u_w share it too.
         shared = [x, u_w] if preset.weak_pass or preset.fp or not config.has_teacher else [x]
         maps = net.encode(net.normalise(torch.cat(shared)))
         if preset.fp:
@@ -215,7 +220,7 @@ class Objective(nn.Module):
             logits = logits_w[0]
         weak = pseudo_labels(logits, batch["valid"], net.align_corners)
 
-        # Every strong view has its own box; image and pseudo-label are cut together.
+        # Every strong view has its own CutMix box, which is applied to image and pseudo-label.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
         u_s = [image for image, *_ in mixed]
         strong_labels = [PseudoLabels(*rest) for _, *rest in mixed]
@@ -236,8 +241,8 @@ class Objective(nn.Module):
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
 
     def supervised(self, logits: Tensor, y: Tensor) -> Ratio:
-        """L_sup; with OHEM only over pixels whose true class has a probability of at most the threshold, or at most
-        that of the min_kept-th hardest pixel, of all processes, if that is larger."""
+        """L_sup. With OHEM only pixels count whose true class has a probability of at most the threshold, or of at most that
+        of the min_kept-th hardest pixel of all processes if that is larger."""
         error = upsample_cross_entropy(logits, y, align_corners=self.net.align_corners)
         counted = y < self.num_classes
         if self.config.method.ohem is not None:
@@ -249,7 +254,7 @@ class Objective(nn.Module):
         return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
 
     def consistency(self, logits: Tensor, labels: PseudoLabels) -> Ratio:
-        """L_strong and L_fp: the confident pixels count, all valid pixels divide."""
+        """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels."""
         target = labels.classes(self.config.method.tau)
         error = upsample_cross_entropy(logits, target, align_corners=self.net.align_corners)
         return Ratio(error.sum()[None], labels.valid.sum()[None])
@@ -257,7 +262,7 @@ class Objective(nn.Module):
     def masked_terms(
         self, batch: dict[str, Tensor], views: dict[str, tuple[Tensor, PseudoLabels]], diagnostics: bool
     ) -> tuple[Terms, dict[str, Tensor], Tensor]:
-        """Those of L_pix, L_feat and L_sem that the preset has, figures for the log, and F."""
+        """The terms L_pix, L_feat and L_sem that the preset has, figures for the log, and F."""
         masked = self.masked_views(batch, views)
         tokens, logits = self.masked_pass(self.apply_mask(masked.image, masked.classes, masked.mask))
         terms, figures = {}, {"valid_tokens": (masked.token_classes >= 0).float().mean()}
@@ -275,7 +280,7 @@ class Objective(nn.Module):
         return terms, figures, tokens
 
     def masked_views(self, batch: dict[str, Tensor], views: dict[str, tuple[Tensor, PseudoLabels]]) -> MaskedViews:
-        """The views of `mim.views`, one after another, with their class maps and masks."""
+        """The views of `mim.views`, concatenated, with their class maps and masks."""
         config, names = self.config, self.config.mim.views
         y, tau = batch["label"], config.mim.tau
         known = y < self.num_classes
@@ -295,7 +300,7 @@ class Objective(nn.Module):
         return MaskedViews(image, classes, valid, mask, token_classes, [len(available[name][0]) for name in names])
 
     def apply_mask(self, image: Tensor, classes: Tensor, mask: Tensor) -> Tensor:
-        """fill(v, M) as the encoder sees it; with mim.isolate=input, pixels without a class are hidden too."""
+        """fill(v, M), the input of the encoder; with mim.isolate=input, pixels without a class are hidden too."""
         hidden = masking.expand(mask, self.stride)
         if self.config.mim.isolate == "input":
             hidden = hidden | (classes == IGNORED)
@@ -310,7 +315,7 @@ class Objective(nn.Module):
         return feature if self.config.reconstruction.tokens == "decoder" else maps[-1], logits
 
     def reconstruct(self, tokens: Tensor, token_classes: Tensor, mask: Tensor) -> Reconstruction:
-        """What is made of the tokens F.
+        """Centroids and reconstruction from the tokens F.
 
         Args:
             tokens: (V, C, h, w).
@@ -368,7 +373,7 @@ class Objective(nn.Module):
         return terms
 
     def total_loss(self, terms: Terms, figures: dict[str, Tensor], features: list[Tensor], gradients: bool) -> Output:
-        """Divide every S by its n, weight, and add up; `features` are those of each pass."""
+        """The weighted sum of all terms S / n; `features`: those of each pass, for `gradient_norms`."""
         counts = [ratio.count for _, ratio in terms.values()]
         if self.ranks > 1:
             counts = all_reduce(torch.cat([count.long() for count in counts])).split([len(count) for count in counts])

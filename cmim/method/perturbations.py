@@ -9,11 +9,11 @@ from cmim.randomness import uniform
 
 
 def cutmix(box: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Paste the box of each sample's partner, number i XOR 1 of the batch, into the sample.
+    """Paste a box from the partner of each sample, number i XOR 1 in the batch, into the sample.
 
     Args:
         box: (B, 4) int64 top, left, bottom, right, exclusive ends; an empty box pastes nothing. B even.
-        tensors: (B, H, W) or (B, C, H, W); all are cut alike.
+        tensors: (B, H, W) or (B, C, H, W); all get the same box.
     """
     height, width = tensors[0].shape[-2:]
     row = torch.arange(height, device=box.device)[None, :, None]
@@ -27,8 +27,8 @@ def cutmix(box: Tensor, *tensors: Tensor) -> list[Tensor]:
 def drop_complementary(maps: Sequence[Tensor], keys: Tensor) -> list[Tensor]:
     """Complementary channel dropout of two strong views (UniMatch V2, Yang et al. 2024, arXiv 2410.10777).
 
-    For half of the images, drawn from their keys, view 1 loses a random half of the channels and view 2 the other half,
-    and what remains is doubled; the other images stay as they are. Maps of equal width lose the same channels.
+    With probability 1/2 for each image, a random half of the channels is dropped from view 1 and the other half from view 2,
+    and the remaining channels are doubled; other images are not changed. Maps of equal width lose the same channels.
 
     Args:
         maps: encoder maps (2 B, C, h, w), the first views of all images before the second ones.
@@ -42,9 +42,9 @@ def drop_complementary(maps: Sequence[Tensor], keys: Tensor) -> list[Tensor]:
 
 
 def drop_channels(maps: Sequence[Tensor], keys: Tensor, probability: float) -> list[Tensor]:
-    """Channel dropout (Dropout2d) of encoder maps, each (B, C, h, w): whole channels become zero, the rest grow.
+    """Channel dropout (Dropout2d) of encoder maps, each (B, C, h, w): channels are set to zero, the others are scaled up.
 
-    Which channels depends on the samples' keys (B,) alone, so that any number of processes drops the same ones.
+    The dropped channels depend only on the keys (B,) of the samples, and not on the number of processes.
     """
     draws = uniform(keys, sum(m.shape[1] for m in maps)).split([m.shape[1] for m in maps], dim=1)
     keep = [(d >= probability)[:, :, None, None].to(m.dtype) / (1 - probability) for d, m in zip(draws, maps, strict=True)]

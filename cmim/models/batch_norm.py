@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes, and how it sees a pass."""
+"""BatchNorm over the images of all processes, and its modes for the masked pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from cmim.errors import UserError
 
 
 class _Synchronised(_BatchNorm):
-    """A BatchNorm layer whose statistics in train mode are those of the images of all processes.
+    """A BatchNorm layer that computes its statistics in train mode over the images of all processes.
 
-    One all-reduce of 2 C + 1 numbers forward and one backward. Unlike torch's own it runs on CPU tensors and compiles
-    without a graph break. `drop` and `act` follow the normalisation, as in timm's BatchNormAct2d.
+    It needs one all-reduce of 2 C + 1 numbers forward and one backward. Unlike torch's SyncBatchNorm it supports CPU tensors
+    and compiles without a graph break. `drop` and `act` follow the normalisation, as in timm's BatchNormAct2d.
     """
 
     def __init__(self, like: _BatchNorm):
-        """Takes over parameters, running statistics and options of the BatchNorm layer `like`."""
+        """A layer with the parameters, running statistics and options of the BatchNorm layer `like`."""
         super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
         self.weight, self.bias = like.weight, like.bias
         self.running_mean, self.running_var = like.running_mean, like.running_var
@@ -32,7 +32,7 @@ class _Synchronised(_BatchNorm):
 
     def _over_all_processes(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Sums are in float64: in float32, squares cancel where the mean is large.
+        # Sums are in float64: in float32, digits cancel if the mean is large.
         others = [0, *range(2, wide.dim())]
         variance, mean = (s.double() for s in torch.var_mean(wide, others, correction=0))
         origin = torch.zeros_like(mean) if self.running_mean is None else _snapshot([self.running_mean])[0].to(mean.dtype)
@@ -70,7 +70,7 @@ class SyncBatchNorm3d(_Synchronised, nn.BatchNorm3d):
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm layer inside `module` by one of the same parameters and names that is synchronised."""
+    """Replace every BatchNorm layer inside `module` by a synchronised one with the same parameters and names."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             kinds = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm3d: SyncBatchNorm3d}
@@ -82,12 +82,12 @@ def synchronise_batch_norm(module: nn.Module) -> None:
 
 @contextmanager
 def batch_norm_mode(net: nn.Module, mode: str) -> Iterator[None]:
-    """How the BatchNorm layers of a net in train mode see the passes inside the `with` block.
+    """Sets which statistics the BatchNorm layers of a network in train mode use inside the `with` block.
 
     Args:
         net: any module; only BatchNorm layers in train mode are changed.
-        mode: `batch`: batch statistics, running ones untouched; `shared`: as in train mode, running statistics
-            updated; `running`: running statistics, as in eval mode.
+        mode: `batch`: batch statistics, without updating the running statistics; `shared`: batch statistics, with updating,
+            as in train mode; `running`: running statistics, as in eval mode.
     """
     if mode not in ("batch", "shared", "running"):
         raise ValueError(f"batch_norm_mode: mode is {mode!r}, expected 'batch', 'shared' or 'running'")
@@ -114,8 +114,8 @@ def batch_norm_mode(net: nn.Module, mode: str) -> Iterator[None]:
 
 @torch.library.custom_op("cmim::snapshot", mutates_args=())
 def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies. Backward reads running statistics again, and by then a later pass in train mode may have changed them;
-    nothing warns. The op is opaque because a compiler drops a plain clone and reads the changed original."""
+    """Copies of tensors. Backward reads the running statistics again, when a later pass in train mode may have changed them,
+    which raises no error. The op is opaque because a compiler would remove a plain clone and read the changed original."""
     return [t.clone() for t in tensors]
 
 
@@ -125,7 +125,8 @@ def _(tensors):
 
 
 def _batch_norms(module):
-    """`module.modules()` would ask BatchNorm layers for children, which a compiler refuses once their flags changed."""
+    """All BatchNorm layers. `module.modules()` also visits their children, which fails under a compiler after flags
+    changed."""
     if isinstance(module, _BatchNorm):
         return [module]
     return [layer for child in module.children() for layer in _batch_norms(child)]
@@ -133,13 +134,13 @@ def _batch_norms(module):
 
 @contextmanager
 def explain_single_values() -> Iterator[None]:
-    """BatchNorm refuses a single value per channel, as where a network pools one image to one pixel: say it in one line."""
+    """Explain in one line why BatchNorm failed: a network that pools one image to one pixel has one value per channel."""
     try:
         yield
     except Exception as error:  # its type depends on torch.compile
         if "Expected more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            "a pass of a single image leaves the network's batch norm one value a channel; raise train.labelled_batch or "
+            "BatchNorm needs more than one value per channel, but a pass has only one image; raise train.labelled_batch or "
             "train.unlabelled_batch to 2 or more for each process"
         ) from error

@@ -1,9 +1,9 @@
-"""From settings to a network. `ARCHITECTURES` names the module of each architecture, which offers
+"""Builds a network from its settings. `ARCHITECTURES` has the module of each architecture, with the functions
 
     geometry(settings) -> Geometry                           from a `ModelSettings`, without building the network
     build(settings, num_classes, mean, std) -> Segmenter
 
-and is imported when a run asks for it, so that a library that only one architecture needs may be missing.
+The module is imported when a run uses it, so that libraries of other architectures need not be installed.
 """
 
 import difflib
@@ -27,11 +27,11 @@ ARCHITECTURES = {
 
 @lru_cache
 def geometry(settings: ModelSettings) -> Geometry:
-    """The strides of a network; one that has to be asked is laid out without memory or weights.
+    """The strides of a network. If necessary, the network is built on the meta device, without memory or weights.
 
     Raises:
-        UserError: `arch` is unknown; the `encoder` of dpt is, or is no plain vision transformer; smp is missing or
-            cannot build the pair.
+        UserError: `arch` is unknown; the `encoder` of dpt is unknown or not a plain vision transformer; smp is not installed
+            or cannot build the network.
     """
     return _module(settings.arch).geometry(settings)
 
@@ -40,8 +40,8 @@ def build_segmenter(settings: ModelSettings, num_classes: int, mean: Sequence[fl
     """The network of a `ModelSettings`, for images with the channels of `mean` and `std`.
 
     Raises:
-        UserError: the architecture or the encoder is unknown; the encoder has not the maps that the architecture
-            needs; its weights are missing or do not fit.
+        UserError: the architecture or the encoder is unknown; the encoder does not have the feature maps that the
+            architecture needs; its weights are missing or do not fit.
     """
     net = _module(settings.arch).build(settings, num_classes, mean, std)
     if settings.freeze_encoder:
@@ -51,10 +51,10 @@ def build_segmenter(settings: ModelSettings, num_classes: int, mean: Sequence[fl
 
 def normalisation(settings: ModelSettings, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of each channel in [0, 1] that the pretrained weights of an encoder expect; None for
-    random weights, and where nothing is known of them.
+    random weights, and if these values are not known.
 
     Raises:
-        UserError: the encoder is unknown, or what its weights expect has to be fetched and cannot.
+        UserError: the encoder is unknown, or these values have to be downloaded and cannot be.
     """
     if settings.weights == "none":
         return None
@@ -70,13 +70,13 @@ def normalisation(settings: ModelSettings, channels: int) -> tuple[tuple[float, 
 
 
 def token_stride(config: Config) -> float:
-    """Pixels per side of a token, which is also the patch that is reconstructed from it."""
+    """Side length in pixels of a token and of the patch that is reconstructed from it."""
     form = geometry(config.model)
     return form.feature_stride if config.reconstruction.tokens == "decoder" else form.encoder_stride
 
 
 def check_sizes(config: Config) -> None:
-    """Raise a UserError where the network cannot take the crops, or has tokens that do not fill the mask blocks."""
+    """Raise a UserError if the network does not support the crop size, or if mask blocks are not whole tokens."""
     form, crop = geometry(config.model), config.data.crop
     if crop % form.multiple:
         raise UserError(
@@ -88,7 +88,7 @@ def check_sizes(config: Config) -> None:
     stride = token_stride(config)
     if stride != int(stride):
         raise UserError(
-            f"reconstruction.tokens is decoder, but cells of that map are {stride:g} pixels wide, no whole number; "
+            f"reconstruction.tokens is decoder, but its stride is {stride:g} pixels, not a whole number; "
             "use --reconstruction.tokens encoder"
         )
     if config.mask.block % stride:

@@ -42,7 +42,7 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
 
 
 class DeepLabV3PlusDecoder(nn.Module):
-    """Atrous pyramid on the deepest map, upsampled and fused with the map at stride 4.
+    """Atrous spatial pyramid pooling on the deepest map, upsampled and fused with the map at stride 4.
 
     Args:
         in_channels: channels of the deepest map.
@@ -74,7 +74,7 @@ class DeepLabV3PlusDecoder(nn.Module):
 
 
 class AtrousPyramid(nn.Module):
-    """A 1 x 1 branch, 3 x 3 branches with one dilation each, and the mean of the whole map, side by side."""
+    """Atrous spatial pyramid pooling: a 1 x 1 branch, dilated 3 x 3 branches, and global average pooling, in parallel."""
 
     def __init__(self, in_channels: int, width: int, atrous_rates: Sequence[int]):
         super().__init__()
@@ -89,13 +89,13 @@ class AtrousPyramid(nn.Module):
         """(B, in_channels, h, w) -> (B, width, h, w)."""
         maps = [branch(x) for branch in self.branches]
         mean = self.pool(x.mean(dim=(2, 3), keepdim=True))
-        # Concatenating channels-last maps with an expanded mean would give a contiguous result; with this sum it does not.
+        # With this sum the concatenation stays channels-last; with an expanded mean it would be contiguous.
         maps.append(mean + torch.zeros_like(maps[0]))
         return self.project(torch.cat(maps, dim=1))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, *, dilation: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size, BatchNorm, ReLU."""
+    """Convolution with same padding, BatchNorm, ReLU."""
     padding = kernel_size // 2 * dilation
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),

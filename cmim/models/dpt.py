@@ -1,10 +1,10 @@
-"""A dense prediction transformer (DPT; Ranftl et al. 2021, arXiv 2103.13413) on a plain vision transformer, in the
-shapes of UniMatch V2 (arXiv 2410.10777).
+"""A dense prediction transformer (DPT; Ranftl et al. 2021, arXiv 2103.13413) on a plain vision transformer, with the
+widths of UniMatch V2 (arXiv 2410.10777).
 
-Three things differ from V2's network, none of them in what it can compute: its deepest fusion block holds a residual
-unit that no forward reaches, which is left out (DistributedDataParallel would wait for its gradient); the 1 x 1
-convolution of a fusion block comes before the upsampling instead of after it, which is the same function (bilinear
-weights add up to one) at a quarter of the cost; and timm interpolates positions with antialiasing.
+There are three differences from V2's network. Its deepest fusion block has a residual unit that its forward pass never uses;
+it is left out (DistributedDataParallel would wait for its gradient). The 1 x 1 convolution of a fusion block comes before
+the upsampling instead of after it, which is the same function (bilinear weights add up to one) at a quarter of the cost. And
+timm interpolates position embeddings with antialiasing.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from cmim.settings import ModelSettings
 
 
 def geometry(settings: ModelSettings) -> Geometry:
-    """Of a transformer that is laid out without memory.
+    """The strides, from a transformer on the meta device.
 
     Raises:
-        UserError: as `create_transformer`.
+        UserError: see `create_transformer`.
     """
     with torch.device("meta"):
         patch = create_transformer(settings.encoder, "none").feature_info[-1]["reduction"]
@@ -51,7 +51,7 @@ class TransformerEncoder(nn.Module):
     """Four maps of a timm vision transformer, each after its final norm.
 
     Args:
-        model: a model of `create_transformer`; what the maps do not need of it is cut off.
+        model: a model from `create_transformer`; layers that the maps do not need are removed.
     """
 
     def __init__(self, model: nn.Module):
@@ -72,15 +72,15 @@ class TransformerEncoder(nn.Module):
 
 
 def taken_layers(depth: int) -> list[int]:
-    """Numbers of the four blocks whose tokens are taken: the ends of the quarters; of 24 blocks those of V2."""
+    """Indices of the four blocks whose outputs are used: the last block of each quarter; for 24 blocks those of V2."""
     return [4, 11, 17, 23] if depth == 24 else [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
 
 
 def decoder_widths(channels: int) -> tuple[int, tuple[int, ...]]:
-    """Channels of V2's decoder, and of its four levels, for an encoder of this many.
+    """Channels of V2's decoder, and of its four levels, for an encoder with this number of channels.
 
-    Up to 384: 64 (S), up to 768: 128 (B), with levels of an eighth, a quarter, half and all of the encoder's; up to
-    1024: 256 (L); above: 384 (g).
+    Up to 384 channels: 64 (S); up to 768: 128 (B); up to 1024: 256 (L); above: 384 (g). For S and B the levels have an
+    eighth, a quarter, half and all of the encoder's channels.
     """
     if channels <= 768:
         return (64 if channels <= 384 else 128), (channels // 8, channels // 4, channels // 2, channels)
@@ -88,11 +88,11 @@ def decoder_widths(channels: int) -> tuple[int, tuple[int, ...]]:
 
 
 class DPTDecoder(nn.Module):
-    """Four maps of one size become a pyramid at 4, 2, 1 and 1/2 times that size, which is fused from its top down.
+    """Turns four maps of one size into a pyramid at 4, 2, 1 and 1/2 times that size, and fuses it from coarse to fine.
 
     Args:
         in_channels: channels of the maps.
-        width: channels inside and of the returned feature.
+        width: channels of the fusion blocks and of the returned feature map.
         levels: channels of the four levels before they are fused, largest map first.
     """
 

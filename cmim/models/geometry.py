@@ -1,9 +1,9 @@
-"""Strides of a network, known before it is built."""
+"""The strides of a network, which are known before it is built."""
 
 from typing import NamedTuple
 
 
 class Geometry(NamedTuple):
-    feature_stride: float  # pixels per side of a cell of the decoder's feature map
-    encoder_stride: int  # the same of the encoder's deepest map
-    multiple: int  # sides of images are multiples of it
+    feature_stride: float  # stride of the decoder's feature map in pixels
+    encoder_stride: int  # stride of the encoder's deepest map
+    multiple: int  # sides of images must be multiples of this

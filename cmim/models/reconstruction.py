@@ -1,7 +1,7 @@
-"""Decoders that reconstruct the pixels of every token from tokens of the token's own class.
+"""Decoders that reconstruct the pixels of every token from the tokens of its own class.
 
-Written plainly that is one pass of an ordinary decoder for each class, with all else set to zero (`decode_per_class`,
-which defines the result). Here it is one pass: every operation is token-wise or mixes tokens of one class only.
+`decode_per_class` defines the result: one pass of an ordinary decoder for each class, with all other tokens set to zero. The
+decoders here need a single pass, because every operation is token-wise or mixes tokens of one class only.
 """
 
 import torch
@@ -13,7 +13,7 @@ from cmim_kernels import checks, class_attention, gather_class_tokens, pack_clas
 
 
 class _ClassDecoder(nn.Module):
-    """What the decoders share: the projection to `width`, the mask token, and the layers that predict the pixels."""
+    """Shared parts of the decoders: the projection to `width`, the mask token, and the layers that predict the pixels."""
 
     def __init__(self, in_channels, patch_size, num_classes, width, mask_token, image_channels):
         super().__init__()
@@ -28,8 +28,8 @@ class _ClassDecoder(nn.Module):
 
         Args:
             features: (B, C, h, w) float.
-            labels: (B, h, w) class of each token, uint8, int32 or int64; outside [0, num_classes): ignored.
-            masked: (B, h, w) bool, the tokens whose pixels were hidden.
+            labels: (B, h, w) class of each token, uint8, int32 or int64; values outside [0, num_classes) are ignored.
+            masked: (B, h, w) bool, true where the pixels of a token were hidden.
 
         Returns:
             (B, h w, p p c), a patch's entries in the order (row, column, channel); zero at ignored tokens.
@@ -49,20 +49,20 @@ class _ClassDecoder(nn.Module):
         return torch.where(valid[..., None], self.predict(self.norm(tokens)), 0).flatten(1, 2)
 
     def embed(self, features: Tensor, valid: Tensor, masked: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, h, w, width). Tokens that no other token may read are zero, so that not even NaN reaches a
-        gradient."""
+        """(B, C, h, w) -> (B, h, w, width). Features that must not be used are set to zero first, so that not even NaN
+        reaches a gradient."""
         seen = valid if self.mask_token is None else valid & ~masked
         return self.project(torch.where(seen[..., None], features.permute(0, 2, 3, 1), 0))
 
 
 class ClassConvDecoder(_ClassDecoder):
-    """ConvNeXt blocks (Liu et al. 2022, arXiv 2201.03545) whose depthwise convolution sees the centre's class only.
+    """ConvNeXt blocks (Liu et al. 2022, arXiv 2201.03545) whose depthwise convolution only sees the class of the centre.
 
     Args:
         in_channels: channels C of the features.
         patch_size: pixels p per side of a token.
-        num_classes: number of classes K; 1 with labels of zero is a decoder that knows no classes.
-        width: channels inside.
+        num_classes: number of classes K; 1, with all labels zero, gives a class-blind decoder.
+        width: channels of the blocks.
         depth: number of blocks.
         kernel_size: side of the depthwise convolution, odd.
         mask_token: replace the features of masked tokens by a learned token.
@@ -123,8 +123,8 @@ class ClassAttentionDecoder(_ClassDecoder):
     """Pre-norm transformer blocks in which a token attends to the tokens of its own image and class.
 
     Args:
-        in_channels, patch_size, num_classes, width, depth, mask_token, image_channels: as of `ClassConvDecoder`.
-        num_heads: attention heads; `width` is a multiple of it and of 4.
+        in_channels, patch_size, num_classes, width, depth, mask_token, image_channels: see `ClassConvDecoder`.
+        num_heads: attention heads; `width` must be a multiple of this number and of 4.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class ClassAttentionDecoder(_ClassDecoder):
             tokens = torch.where(masked[..., None], self.mask_token, tokens)
         tokens = tokens.flatten(1, 2) + sine_cosine_positions(tokens)
         own = own.flatten(1)
-        # Tokens outside the class attend to themselves as well: a softmax over nothing would be NaN.
+        # Tokens outside the class attend to themselves, because a softmax over no tokens would be NaN.
         visible = own[:, None, None, :] | torch.eye(height * width, dtype=torch.bool, device=own.device)
 
         def attention(q, k, v):
@@ -192,10 +192,10 @@ class _AttentionBlock(nn.Module):
 
 
 def decode_per_class(decoder: nn.Module, features: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-    """What `decoder` computes, as one pass per class of a decoder with ordinary layers: the definition, and slow.
+    """The definition of the result of `decoder`, which is slow: one pass per class with ordinary layers.
 
-    In the pass of class k all tokens of other classes are set to zero before every operation that mixes tokens, and
-    the output is kept at the tokens of class k. Arguments and result as of `decoder(features, labels, masked)`.
+    In the pass of class k, all tokens of other classes are set to zero before every operation that mixes tokens, and the
+    output is kept at the tokens of class k. Arguments and result are those of `decoder(features, labels, masked)`.
     """
     embedded = decoder.embed(features, _valid(labels, decoder.num_classes), masked)
     batch, height, width, _ = embedded.shape
@@ -223,11 +223,11 @@ def build_reconstruction(
 
 
 def receptive_warning(depth: int, kernel_size: int, block: int, stride: int) -> str | None:
-    """A warning where masked tokens are out of the conv decoder's reach of visible ones, else None.
+    """A warning if visible tokens are outside the receptive field of many masked tokens in the conv decoder, else None.
 
     Args:
-        depth, kernel_size: of `ClassConvDecoder`; together they reach depth x (kernel_size // 2) tokens.
-        block: side of a mask block in pixels. A token inside a cluster of hidden blocks needs about 1.25 of them.
+        depth, kernel_size: of `ClassConvDecoder`; its receptive field is depth x (kernel_size // 2) tokens to each side.
+        block: side of a mask block in pixels. A token inside a cluster of hidden blocks needs a reach of about 1.25 blocks.
         stride: pixels per side of a token.
     """
     reach, needed = depth * (kernel_size // 2), 1.25 * block / stride
@@ -242,7 +242,7 @@ def receptive_warning(depth: int, kernel_size: int, block: int, stride: int) -> 
 def sine_cosine_positions(tokens: Tensor) -> Tensor:
     """Fixed positions (h w, width) for tokens (B, h, w, width), float32 (float64 for float64).
 
-    A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at wavelengths from
+    Each of these has a quarter of the channels: sine and cosine of the row and of the column, with wavelengths from
     2 pi to just under 20,000 pi tokens (Vaswani et al. 2017, arXiv 1706.03762, in two dimensions as of MAE, arXiv
     2111.06377).
     """

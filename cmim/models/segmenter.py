@@ -1,4 +1,4 @@
-"""What every segmentation network offers here: an encoder, a decoder whose feature map others may use, and a head."""
+"""The interface of all segmentation networks: an encoder, a decoder that returns a feature map, and a head."""
 
 from collections.abc import Sequence
 
@@ -10,24 +10,24 @@ from cmim_kernels import checks
 
 
 class Segmenter(nn.Module):
-    """`encoder`, `decoder` and `head`, called one after the other, or one at a time to perturb what lies between.
+    """`encoder`, `decoder` and `head`, called one after another, or separately so that features in between can be perturbed.
 
     Args:
         encoder: (B, c, H, W) -> maps, shallowest first.
         decoder: those maps -> one feature map (B, `feature_channels`, h, w).
         num_classes: number of classes K.
         mean, std: of each of the c channels of the images, of values in [0, 1].
-        geometry: strides of the decoder's feature map and of the encoder's deepest map, and what sides of images are
-            multiples of; attributes `feature_stride`, `encoder_stride` and `size_multiple`.
+        geometry: strides of the decoder's feature map and of the encoder's deepest map, and the number that sides of images
+            must be multiples of; the attributes `feature_stride`, `encoder_stride` and `size_multiple`.
         feature_channels, encoder_channels: channels of these two maps.
         head: (B, feature_channels, h, w) -> (B, K, h, w); by default a 1 x 1 convolution.
 
-    Images are normalised floats. With a size_multiple of 1 they have any size: where a side is no multiple of the
-    stride s, a map has ceil(H / s) rows with most encoders, floor(H / s) with a patch stem (ConvNeXt).
+    Images are normalised floats. With a size_multiple of 1 they may have any size: if a side is not a multiple of the stride
+    s, a map has ceil(H / s) rows with most encoders, and floor(H / s) rows with a patch stem (ConvNeXt).
     """
 
     align_corners = True
-    """How the logits are upsampled to pixels: bilinear with corners aligned."""
+    """Whether the bilinear upsampling of the logits aligns corners."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Segmenter(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def freeze_encoder(self) -> None:
-        """From now on the encoder does not learn and stays in eval mode: BatchNorm keeps its statistics."""
+        """Stop training the encoder and keep it in eval mode, so that BatchNorm keeps its statistics."""
         self.encoder.requires_grad_(False).eval()
         self.encoder_frozen = True
 
@@ -63,14 +63,14 @@ class Segmenter(nn.Module):
         return self
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (B, c, H, W) as the encoder expects them: float32, (x / 255 - mean) / std."""
+        """Normalise uint8 images (B, c, H, W) for the encoder: (x / 255 - mean) / std, float32."""
         return (images.float() / 255 - self.mean) / self.std
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, c, H, W) -> tuple of encoder maps, the deepest last.
 
         Raises:
-            ValueError: a side is no multiple of `size_multiple`; compiled code does not ask.
+            ValueError: a side is not a multiple of `size_multiple`; compiled code does not check this.
         """
         if checks.enabled() and any(side % self.size_multiple for side in images.shape[-2:]):
             height, width = images.shape[-2:]

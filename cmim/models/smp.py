@@ -1,8 +1,8 @@
 """Networks of segmentation_models_pytorch (smp), as `smp:ARCH/ENCODER`.
 
-smp's list of encoder maps begins with the image itself, and with an empty map where an encoder has none at stride 2.
-Neither is a feature, so `encode` leaves them out; its decoders want no more of them than their sizes, and `decode` puts
-stand-ins of zeros back. Dropout inside some of smp's decoders draws from PyTorch's own generator.
+smp's list of encoder maps begins with the image itself, followed by an empty map if the encoder has none at stride 2.
+Neither is a feature, so `encode` leaves them out; smp's decoders use only their sizes, so `decode` replaces them by zeros.
+Dropout in some of smp's decoders uses PyTorch's default generator.
 """
 
 import difflib
@@ -48,7 +48,7 @@ class SmpSegmenter(Segmenter):
     """A `Segmenter` around the encoder, the decoder and the head's convolution of a network of smp.
 
     Args:
-        model: of smp.create_model.
+        model: a network from smp.create_model.
         layout: its `Layout`.
         mean, std: of each channel of the images, of values in [0, 1].
     """
@@ -87,7 +87,7 @@ class SmpSegmenter(Segmenter):
 
 
 def geometry(settings: ModelSettings) -> Geometry:
-    """Raises UserError: as `measure`."""
+    """Raises UserError: see `measure`."""
     return measure(settings.arch).geometry
 
 
@@ -97,7 +97,7 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
     _, encoder = _parse(settings.arch)
     options = dict(in_channels=len(mean), classes=num_classes)
     if settings.weights == "timm":
-        # For a model of timm, any value but None makes smp fetch the weights that its name stands for.
+        # For a timm model, any value but None makes smp download the weights that belong to its name.
         weights = True if encoder.startswith("tu-") else "imagenet"
         model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
     else:
@@ -117,11 +117,11 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
 
 
 def normalisation(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation that the weights of the encoder were trained with, as `timm_normalisation`; None where
-    smp does not say, or not in numbers of red, green and blue in [0, 1].
+    """Mean and standard deviation that the weights of the encoder were trained with, in the form of `timm_normalisation`;
+    None if smp does not give them, or not for red, green and blue in [0, 1].
 
     Raises:
-        UserError: smp would have to fetch them, and cannot.
+        UserError: smp has to download them and cannot.
     """
     _, encoder = _parse(settings.arch)
     if encoder.startswith("tu-"):
@@ -137,8 +137,8 @@ def normalisation(settings: ModelSettings) -> tuple[tuple[float, ...], tuple[flo
 
 @torch.no_grad()
 def _refuse_tables(model: nn.Module, arch: str, multiple: int, channels: int) -> None:
-    """Raise a UserError where an encoder looks up positions in a table of one image size, which tensors without numbers
-    cannot show: it fails at an image of at least 288 pixels."""
+    """Raise a UserError if an encoder looks up positions in a table for one image size. It then fails on an image of at
+    least 288 pixels; meta tensors cannot show this."""
     side = -(-288 // multiple) * multiple
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -154,16 +154,16 @@ def _refuse_tables(model: nn.Module, arch: str, multiple: int, channels: int) ->
 
 @lru_cache
 def measure(arch: str) -> Layout:
-    """The `Layout` of smp:ARCH/ENCODER, from a forward and a backward without memory where smp can be built so.
+    """The `Layout` of smp:ARCH/ENCODER, from a forward and a backward pass, on the meta device if possible.
 
     Raises:
-        UserError: smp is missing, has no such architecture or encoder, or cannot build the pair.
+        UserError: smp is not installed, has no such architecture or encoder, or cannot build the network.
     """
     _parse(arch)
     with torch.random.fork_rng(devices=[]):
         try:
             return _measure(arch, "meta")
-        except Exception:  # meta tensors have no numbers to compute with, or smp refuses the pair: the CPU tells
+        except Exception:  # the network needs values, or smp cannot build it: try the CPU to find out
             pass
         try:
             return _measure(arch, "cpu")
@@ -190,8 +190,9 @@ def _measure(arch: str, device: str) -> Layout:
 
 @torch.no_grad()
 def _size_multiple(model: nn.Module) -> int:
-    """What sides of images are multiples of: the stride of the encoder or, for encoders that divide their maps into windows,
-    more. A number serves if images whose sides are 8 and 9 times as long pass, square or not."""
+    """The number that sides of images must be multiples of: the stride of the encoder, or a multiple of it for encoders that
+    divide their maps into windows. A number is accepted if square and non-square images with 8 and 9 times this side
+    work."""
     stride, error = model.encoder.output_stride, None
     for multiple in (stride, 2 * stride, 4 * stride, 8 * stride):
         try:

@@ -1,4 +1,4 @@
-"""Encoders of timm, and where their weights come from."""
+"""Encoders of timm and their weights."""
 
 import difflib
 import logging
@@ -21,13 +21,13 @@ def create_encoder(name: str, weights: str, *, strides: Sequence[int], channels:
 
     Args:
         name: timm model, with or without the tag of its weights: `resnet101s`, `resnet101s.gluon_in1k`.
-        weights: `timm` (fetched, or from timm's cache), `none` (random) or a file: .safetensors, or .pt or .pth
-            that holds a state dict in timm's names, with or without the layers of its classifier.
-        strides: pixels per side of a cell of the returned maps, ascending; the last is the output stride.
-        channels: of the images; weights of a first convolution for 3 channels are adapted as timm does.
+        weights: `timm` (downloaded, or from timm's cache), `none` (random), or a file (.safetensors, .pt or .pth) that
+            holds a state dict with timm's names, with or without the classifier.
+        strides: strides of the returned maps in pixels, ascending; the last one is the output stride.
+        channels: number of image channels; weights of a first convolution for 3 channels are adapted as in timm.
 
     Raises:
-        UserError: the model is unknown or has no such maps, or the weights cannot be fetched or do not fit.
+        UserError: the model is unknown or has no such maps, or the weights cannot be downloaded or do not fit.
     """
     check_name(name)
     options = dict(features_only=True, output_stride=strides[-1])
@@ -39,11 +39,12 @@ def create_transformer(name: str, weights: str, *, channels: int = 3) -> nn.Modu
     """A plain timm vision transformer without classifier for images of any size.
 
     Args:
-        name, weights, channels: as of `create_encoder`. A file may also have the names of a model's own authors where
-            timm translates them, such as DINOv2's.
+        name, weights, channels: see `create_encoder`. A file may also have the names of the model's authors if timm can
+            translate them, as for DINOv2.
 
     Raises:
-        UserError: the model is unknown or no plain vision transformer, or the weights cannot be fetched or do not fit.
+        UserError: the model is unknown or not a plain vision transformer, or the weights cannot be downloaded or do not
+            fit.
     """
     check_name(name)
     options = dict(num_classes=0, dynamic_img_size=True)
@@ -69,19 +70,19 @@ def _create(name, weights, **options):
 
 
 def check_name(name: str, key: str = "model.encoder") -> None:
-    """Refuse a name that timm does not know; `key` is the setting that it comes from."""
+    """Raise a UserError for a name that timm does not know; `key` is the setting that it comes from."""
     if name not in timm_names(name):
         nearest = difflib.get_close_matches(name, timm_names(name), 1)
         raise UserError(f"{key}: timm has no model {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
 def timm_names(name: str) -> list[str]:
-    """timm's models; where the name has a tag, with their tags."""
+    """The names of timm's models; with tags if `name` has a tag."""
     return timm.list_pretrained() if "." in name else timm.list_models()
 
 
 def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
-    """create(), which fetches the weights of a model; what prevents it becomes a UserError."""
+    """Return create(), which downloads the weights of a model; errors become a UserError."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # silence its warnings about each retry
@@ -98,7 +99,7 @@ def fetch(name: str, create: Callable[[], nn.Module]) -> nn.Module:
 
 def timm_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of red, green and blue in [0, 1] that timm's weights of a model were trained with; None
-    where timm does not say."""
+    if timm does not give them."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.mean or not config.std or not len(config.mean) == len(config.std) == 3:
         return None
@@ -106,9 +107,9 @@ def timm_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _map_indices(name, strides, options):
-    """Which of timm's feature maps has which stride: the last one where there are several."""
+    """The index of timm's feature map for each stride; the last one if there are several."""
     try:
-        with torch.device("meta"):  # only the layout is needed, so spend no memory and no initialisation
+        with torch.device("meta"):  # only the strides are needed, so use no memory and skip the initialisation
             reductions = timm.create_model(name, pretrained=False, **options).feature_info.reduction()
     except Exception as error:  # constructors without this option raise exceptions of many types
         raise UserError(
@@ -124,14 +125,14 @@ def _map_indices(name, strides, options):
 
 
 def load_timm_file(encoder: nn.Module, name: str, path: Path) -> None:
-    """Load a file of a timm model; every weight of the encoder must be there, and nothing that the model lacks."""
+    """Load a file of a timm model; it must have every weight of the encoder, and no weights that the model does not have."""
     state = read_weights(path)
     translate = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     if translate is not None:  # transformers have one; feature nets come from a module without it
         # This renames weights from the authors' names to timm's and interpolates positions of another image size.
         try:
             state = translate(state, encoder)
-        except Exception as error:  # it does not validate what it reads
+        except Exception as error:  # it does not validate its input
             raise UserError(f"model.weights: {path} does not fit {name} ({brief(error)})") from error
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False)
@@ -142,13 +143,13 @@ def load_timm_file(encoder: nn.Module, name: str, path: Path) -> None:
 
 
 def load_weights(encoder: nn.Module, state: dict[str, Tensor], name: str, path: Path, unknown: Sequence[str] = ()) -> None:
-    """Load a state dict, of which the encoder needs a part; `unknown` are keys of it that do not belong there."""
+    """Load the part of a state dict that the encoder needs; `unknown`: keys of it that the model does not have."""
     given = {_model_key(key): value for key, value in state.items()}
     wanted = {_model_key(key): (key, value) for key, value in encoder.state_dict().items()}
     for key in given.keys() & wanted.keys():
         given[key] = _adapt_channels(given[key], wanted[key][1].shape)
     problems = {
-        # Files older than PyTorch 0.4.1 do not count batches; nothing here reads the count.
+        # Files from before PyTorch 0.4.1 have no batch counts, which are not used here.
         "lacks": [k for k in wanted if k not in given and not k.endswith("num_batches_tracked")],
         "has unknown": list(unknown),
         "has other shapes of": [k for k in wanted if k in given and given[k].shape != wanted[k][1].shape],
@@ -161,7 +162,7 @@ def load_weights(encoder: nn.Module, state: dict[str, Tensor], name: str, path: 
 
 
 def _adapt_channels(weight, shape):
-    """A first convolution for 3 channels, where one for others is wanted."""
+    """Adapt the weights of a first convolution for 3 channels to another number of channels."""
     first = weight.dim() == 4 == len(shape) and weight.shape[1] == 3 != shape[1]
     if first and (weight.shape[0], *weight.shape[2:]) == (shape[0], *shape[2:]):
         return adapt_input_conv(shape[1], weight)
@@ -187,6 +188,6 @@ def _model_key(key):
 
 
 def brief(error: Exception) -> str:
-    """The first line of what a library said."""
+    """The first line of an error message of a library."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:120]

@@ -2,8 +2,8 @@
 
     from cmim_kernels import pack_classes, masked_patch_loss, class_centroids
 
-`reference/<op>.py` defines each op in plain PyTorch; `ops/<op>.py` holds its schema, its fake, its autograd and the
-public function. Labels are uint8, int32 or int64, and any value outside [0, num_classes) means "ignored".
+`reference/<op>.py` defines each op in plain PyTorch; `ops/<op>.py` has its schema, fake implementation, autograd and public
+function. Labels are uint8, int32 or int64, and any value outside [0, num_classes) means "ignored".
 """
 
 from cmim_kernels.backends import use_backend

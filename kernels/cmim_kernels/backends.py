@@ -1,17 +1,17 @@
-"""Which backend computes an op: PyTorch (`reference/`), Triton (`triton_kernels/`), CUDA C++ (`cuda_kernels/`) or, on the
-CPU, C++ (`cpu_kernels/`).
+"""The choice of the backend of an op: PyTorch (`reference/`), Triton (`triton_kernels/`), CUDA C++ (`cuda_kernels/`) or, on
+the CPU, C++ (`cpu_kernels/`).
 
-The environment variable CMIM_KERNELS_BACKEND, read when this package is imported, asks for one:
+The environment variable CMIM_KERNELS_BACKEND requests a backend; it is read when this package is imported:
 
-    auto    C++ on the CPU where it was compiled, and Triton on CUDA devices that it supports, for the ops that have their
-            kernels; else PyTorch. The default. CUDA C++ is left out until a measurement on a GPU shows it to be faster.
-    cpu     C++ on the CPU for the ops that have its kernels, or an error that says why it cannot run; `auto` for the others.
-    cuda    CUDA C++ for the ops that have its kernels, or an error that says why it cannot run; `auto` for the others.
-    triton  Triton for the ops that have its kernels, or an error that says why it cannot run. On CPU tensors it needs
-            TRITON_INTERPRET=1, which interprets the kernels (slow: for tests).
+    auto    The default: on the CPU, C++ if it was compiled; on CUDA devices that Triton supports, Triton; PyTorch for ops
+            without such a kernel. CUDA C++ is not chosen until a measurement on a GPU shows that it is faster.
+    cpu     C++ on the CPU for ops that have a C++ kernel, or an error that says why it cannot run; else as `auto`.
+    cuda    CUDA C++ for ops that have a CUDA C++ kernel, or an error that says why it cannot run; else as `auto`.
+    triton  Triton for ops that have a Triton kernel, or an error that says why it cannot run. On CPU tensors it needs
+            TRITON_INTERPRET=1, which interprets the kernels (slow, for tests).
     torch   PyTorch.
 
-float64 inputs go to PyTorch whatever was asked for. `python -m cmim_kernels.info` prints the choice for each op.
+float64 inputs always use PyTorch. `python -m cmim_kernels.info` prints the choice for each op.
 """
 
 import contextlib
@@ -45,7 +45,12 @@ def requested():
 
 @contextlib.contextmanager
 def use_backend(option):
-    """Ask for another backend for a while, in all threads: backward passes run in threads of autograd."""
+    """Request another backend inside the `with` block. It holds for all threads, because backward passes run in other
+    threads.
+
+    Args:
+        option: a value of CMIM_KERNELS_BACKEND: "auto", "cpu", "cuda", "triton" or "torch".
+    """
     global _requested
     before, _requested = _requested, _checked(option)
     try:
@@ -55,14 +60,14 @@ def use_backend(option):
 
 
 def choose(kernels, device):
-    """The `Choice` for an op on tensors of a `torch.device`, float64 aside.
+    """The `Choice` for an op on tensors of a `torch.device` whose dtype is not float64.
 
     Args:
-        kernels: the backends besides PyTorch that have kernels of the op, a set of "triton", "cuda" and "cpu".
+        kernels: the backends besides PyTorch that have a kernel of the op: a subset of "triton", "cuda" and "cpu".
         device: a `torch.device`.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot run on `device`.
+        RuntimeError: the requested backend cannot run on `device`.
     """
     return _choose(_requested, frozenset(kernels), device)
 
@@ -76,7 +81,7 @@ def _choose(option, kernels, device):
         if reason:
             raise RuntimeError(f"CMIM_KERNELS_BACKEND={option} cannot run on {device}: {reason}")
         return Choice(option, "asked for")
-    # Triton's kernels, interpreted, are for those who ask for them.
+    # Interpreted Triton kernels are used only on request.
     automatic = "cpu" if device.type == "cpu" and option != "triton" else "triton"
     if automatic not in kernels:
         return Choice("torch", f"has no kernels for {'the CPU' if automatic == 'cpu' else 'Triton'}")

@@ -1,6 +1,6 @@
-"""Argument checks of the public functions: one line that names the argument, what came and what was expected.
+"""Argument checks of the public functions. Error messages are one line: the argument, what it is, and what was expected.
 
-They read metadata only (no host sync) and are skipped while `torch.compile` traces.
+The checks read metadata only (no host sync) and are skipped while `torch.compile` traces.
 """
 
 import math
@@ -13,9 +13,9 @@ enabled = lambda: not torch.compiler.is_compiling()  # noqa: E731
 
 
 def tensor(op, name, value, *, dtypes, shape=None, like=None):
-    """Check that `value` is a tensor with one of `dtypes`, on the device of `like`, of `shape`.
+    """Check that `value` is a tensor with one of `dtypes`, with `shape`, on the device of `like`.
 
-    `shape` is a tuple of ints (exact) and strings (any size, shown in the message): `("B", 3, "H", "W")`.
+    `shape` is a tuple of ints (exact sizes) and strings (any size; a name for the message): `("B", 3, "H", "W")`.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -71,7 +71,7 @@ def numbers(op, name, value, *, length, positive=False):
 
 
 def device(op, name, value):
-    """Check what `torch.device` accepts."""
+    """Check that `torch.device` accepts the value."""
     try:
         torch.device(value)
     except (RuntimeError, TypeError) as error:
@@ -80,6 +80,6 @@ def device(op, name, value):
 
 
 def upsampling(op, logits, size):
-    """Check that (B, K, h, w) logits with pixels to fill have a class and a token to fill them from."""
+    """Check that (B, K, h, w) logits are not empty if there are pixels to compute from them."""
     if 0 not in (logits.shape[0], *size) and 0 in logits.shape[1:]:
         raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}, expected no empty dimension but B")

@@ -35,7 +35,7 @@ def report():
             rows.append((name, "none", str(error)))
     width = max(len(name) for name, *_ in rows)
     lines += [f"{name:{width}}  {backend:7}  {why}" for name, backend, why in rows]
-    return [*lines, "", "float64 inputs run in torch, whatever is chosen."]
+    return [*lines, "", "float64 inputs always use torch."]
 
 
 def _describe(device):
@@ -51,5 +51,5 @@ def _describe(device):
 if __name__ == "__main__":
     try:
         print("\n".join(report()), flush=True)
-    except BrokenPipeError:  # who reads this, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,7 @@
-"""The compiled csrc/: finds and loads its libraries, or says why it cannot.
+"""The compiled libraries of csrc/: finds and loads them, or says why this is not possible.
 
-Loading registers ops that launchers call: `cuda` those of `cmim_cuda::*` for `cuda_kernels/`, `cpu` those of `cmim_cpu::*`
-for `cpu_kernels/`.
+Loading a library registers the ops that launchers call: `cuda` registers `cmim_cuda::*` for `cuda_kernels/`, and `cpu`
+registers `cmim_cpu::*` for `cpu_kernels/`.
 """
 
 from pathlib import Path
@@ -16,16 +16,16 @@ class Library:
         self.name = name
         self.file = Path(__file__).parent / file
         self.devices = devices
-        """The types of device that it has kernels for. Tests put an emulation for the CPU in the place of CUDA's."""
+        """The device types that it has kernels for. Tests replace the CUDA library by one that emulates CUDA on the CPU."""
         self._outcomes = {}
 
     def build_report(self):
-        """What the installation says about the library: how it was built, or why not."""
+        """The build report of the installation: how the library was built, or why it was not."""
         report = self.file.with_suffix(".txt")
         return report.read_text().strip() if report.exists() else "not built: this copy was never installed"
 
     def load_failure(self):
-        """Load the library once; None, or why it could not be loaded."""
+        """Load the library once. Returns None, or why it could not be loaded."""
         if self.file not in self._outcomes:
             try:
                 torch.ops.load_library(self.file)
@@ -44,7 +44,7 @@ class Library:
 
 
 def device_unavailable_reason(device):
-    """Why no kernels, whoever compiles them, can run on a CUDA device; None if they can."""
+    """Why neither Triton nor CUDA C++ kernels can run on a CUDA device; None if they can."""
     if torch.version.cuda is None:
         return "this PyTorch is not built for CUDA"
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""Dtypes, layouts, sums and precision: what the ops and their backends share."""
+"""Shared code of the ops and their backends: dtypes, memory layouts, sums and precision."""
 
 import contextlib
 import threading
@@ -7,15 +7,15 @@ import torch
 
 
 def multiprocessors(tensor):
-    """How many programs or blocks run at least at once, to decide how finely to cut the work. The CPU, where kernels are
-    interpreted or emulated, gets an H200's number."""
+    """The number of multiprocessors of the GPU, which decides into how many parts to split the work. On the CPU, where
+    kernels are interpreted or emulated, it is that of an H200."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132
 
 
 def empty_like_layout(x, dtype=None):
-    """An uninitialised tensor of x's shape: channels-last where a 4-D x is channels-last, else contiguous.
+    """An uninitialised tensor with the shape of x: channels-last if x is 4-D and channels-last, else contiguous.
 
-    `torch.empty_like` would also copy arbitrary permuted strides, which a kernel then has to honour.
+    `torch.empty_like` would also copy other permuted strides, which every kernel would then have to support.
     """
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -23,7 +23,7 @@ def empty_like_layout(x, dtype=None):
 
 
 def as_layout(value, like):
-    """`value` in the dtype of `like`, laid out as `empty_like_layout(like)` promises, never an alias of an input."""
+    """A copy of `value` with the dtype of `like` and the memory layout of `empty_like_layout(like)`."""
     return empty_like_layout(like).copy_(value)
 
 
@@ -33,9 +33,9 @@ def accumulation_dtype(*tensors):
 
 
 def class_ids(labels, num_classes):
-    """int64 labels in which `num_classes` stands for every ignored value.
+    """int64 labels in which every ignored value is replaced by `num_classes`.
 
-    Widened before the comparison: PyTorch wraps the bound of `uint8 < 300` to 44.
+    They are converted before the comparison, because PyTorch wraps the bound of `uint8 < 300` to 44.
     """
     labels = labels.to(torch.int64)
     return torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
@@ -44,25 +44,26 @@ def class_ids(labels, num_classes):
 def segment_sum(rows, segment, num_segments):
     """Sums of float `rows` (n, ...) by `segment` (n,) int64, deterministic on both devices: (num_segments, ...).
 
-    Adding selects: an inf or NaN stays in its own segment, where a one-hot product would spread it.
+    An inf or NaN affects its own segment only; a product with a one-hot matrix would spread it to all segments.
     """
     out = rows.new_zeros(num_segments, *rows.shape[1:])
-    if rows.is_cuda:  # sorts by index; index_add_ would use float atomics here
+    if rows.is_cuda:  # index_put_ sorts by index; index_add_ would use float atomics here
         return out.index_put_((segment,), rows, accumulate=True)
-    # One row after the other (index_put_ would use float atomics here): float32 would lose a digit in long sums.
+    # index_add_ adds row by row (index_put_ would use float atomics here); in float32, long sums would lose a digit.
     return out.double().index_add_(0, segment, rows.double()).to(rows.dtype)
 
 
 def segment_count(segment, num_segments):
-    """How many entries of `segment` (n,) int64 name each segment: (num_segments,) int32."""
+    """The number of entries of `segment` (n,) int64 for each segment: (num_segments,) int32."""
     ones = torch.ones_like(segment, dtype=torch.int32)
     return ones.new_zeros(num_segments).index_add_(0, segment, ones)
 
 
 class _FullPrecision:
-    """Products and convolutions of float32 without TF32, as long as some thread asks for it.
+    """Turns TF32 off for float32 products and convolutions while at least one thread needs it.
 
-    The settings belong to the process. The first thread that comes keeps them, the last that goes puts them back.
+    The settings are global for the process: the first thread that enters saves them, and the last one that leaves restores
+    them.
     """
 
     def __init__(self):
@@ -82,7 +83,7 @@ class _FullPrecision:
             self.users -= 1
             if self.users:
                 return
-            # "none" inherits. Writing back an inherited precision would cut the setting off from later global changes.
+            # "none" means inherited. Writing back an inherited precision would detach the setting from later global changes.
             for setting, precision in zip(self.settings, self.kept, strict=True):
                 setting.fp32_precision = "none"
                 if setting.fp32_precision != precision:
@@ -94,6 +95,6 @@ _full_precision = _FullPrecision()
 
 @contextlib.contextmanager
 def full_float32(device):
-    """Products and convolutions of float32 in float32 inside a backend, which autocast and TF32 would otherwise reach."""
+    """Inside the `with` block, float32 products and convolutions are computed in float32, without autocast and TF32."""
     with _full_precision, torch.autocast(device.type, enabled=False):
         yield

@@ -1,5 +1,5 @@
 """Launchers of the kernels for the CPU: `<op>.py` allocates and calls `cmim_cpu::*`, which csrc/cpu/ implements in C++.
 
-A launcher has the signature of the reference's function of the same name. The few inputs that the kernels do not cover it
-hands to the reference, and says which.
+A launcher has the signature of the function of the same name in the reference. The few inputs that a kernel does not support
+are passed to the reference; the launcher says which ones.
 """

@@ -5,7 +5,7 @@ import torch
 from cmim_kernels.numerics import empty_like_layout
 
 DISTANCES = {"l1": 0, "mse": 1, "smooth_l1": 2}
-"""The numbers that csrc/arithmetic.h gives them."""
+"""The numbers of the distances in csrc/arithmetic.h."""
 
 
 def masked_patch_loss_forward(

@@ -1,7 +1,7 @@
-"""Launchers of the CUDA C++ kernels of the ops: `<op>.py` allocates and launches `cmim_cuda::*`, which csrc/ implements.
+"""Launchers of the CUDA C++ kernels: `<op>.py` allocates and launches `cmim_cuda::*`, which csrc/ implements.
 
-A launcher has the signature of the reference's function of the same name. The few inputs that the kernels do not cover it
-hands to the reference, and says which.
+A launcher has the signature of the function of the same name in the reference. The few inputs that a kernel does not support
+are passed to the reference; the launcher says which ones.
 """
 
 import functools
@@ -17,5 +17,5 @@ def launch(op, first, *arguments):
 
 @functools.cache
 def constant(name):
-    """A number that csrc/launchers.h defines and launchers need."""
+    """A constant of csrc/launchers.h that launchers need."""
     return torch.ops.cmim_cuda.constant.default(name)

@@ -39,11 +39,12 @@ def masked_patch_loss_backward(
 
 
 def _too_many_channels(mean):
-    """Of images of bytes, whose mean and std travel with the launch. They go to PyTorch."""
+    """Whether a uint8 image has too many channels to pass mean and std as arguments of the launch. Such images use
+    PyTorch."""
     return mean is not None and len(mean) > constant("LOSS_MAX_CHANNELS")
 
 
 def _numbers(options):
-    """The options as the ops take them."""
+    """The options in the form of the arguments of the ops."""
     num_classes, patch_size, distance, normalize, balance, mean, std = options
     return num_classes, patch_size, distance, normalize, balance == "class", mean or [], std or []

@@ -1,4 +1,4 @@
-"""What the backward passes of gathering and scattering have in common: see csrc/rows.cu."""
+"""Shared code of the backward passes of gathering and scattering: see csrc/rows.cu."""
 
 import torch
 
@@ -7,19 +7,19 @@ from cmim_kernels.numerics import multiprocessors
 
 
 def backward_blocks(grad, places):
-    """How many blocks share the places: no more than have a place each, and few enough that their partial sums of the mask
-    token's gradient stay small."""
+    """The number of blocks that share the places: at most one for each place, and few enough that their partial sums of the
+    mask token's gradient stay small."""
     vectors = -(-grad.shape[2] * grad.itemsize // 16)
     rows = 256 // min(32, 1 << max(0, vectors - 1).bit_length())
     return max(1, min(-(-places // rows), 8 * multiprocessors(grad)))
 
 
 def parameter_gradients(run, grad, mask_token, position, blocks, *, empty):
-    """Gradients of mask_token and position, empty where the input is None, from run(groups, grad_position)."""
+    """Gradients of mask_token and position, computed by run(groups, grad_position); empty if the input is None."""
     groups = None if mask_token is None else grad.new_empty((blocks, grad.shape[2]), dtype=torch.float32)
     grad_position = None if position is None else position.new_empty(position.shape)
     grad_mask_token = grad.new_empty(0) if mask_token is None else mask_token.new_empty(mask_token.shape)
-    if empty:  # no image, or no row: nothing was added
+    if empty:  # without images or rows the gradients are zero
         for out in (grad_mask_token, grad_position):
             if out is not None:
                 out.zero_()

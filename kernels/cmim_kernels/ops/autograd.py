@@ -1,4 +1,4 @@
-"""How the ops take part in autograd and in the transforms of `torch.func`: a first derivative, or an error."""
+"""Autograd and `torch.func` for the ops, which have a first derivative; a second derivative raises an error."""
 
 import functools
 
@@ -9,31 +9,31 @@ from torch.autograd.function import once_differentiable
 
 
 class Function(torch.autograd.Function):
-    """An `autograd.Function` that `torch.vmap` runs sample by sample."""
+    """An `autograd.Function` for which `torch.vmap` loops over the samples."""
 
     generate_vmap_rule = True
 
 
 def first_derivative(backward):
-    """For `Function.backward`: differentiating its result raises an error, under `torch.func` too, where
-    `once_differentiable` alone gives zeros."""
+    """Decorator for `Function.backward`: differentiating its result raises an error. Under `torch.func`,
+    `once_differentiable` alone would give zeros."""
     backward = once_differentiable(backward)
 
     @staticmethod
     @functools.wraps(backward)
     def checked(ctx, *grads):
-        # The largest level is that of the transform that asks for this pass; one below it differentiates its result.
+        # The highest level is that of the transform that runs this pass; any lower level differentiates its result.
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             return backward(ctx, *grads)
         if len(set().union(*map(_levels, (*grads, *ctx.saved_tensors)))) > 1:
-            raise RuntimeError("cmim_kernels: the ops have no second derivative, as torch.func asks for here")
+            raise RuntimeError("cmim_kernels: the ops have no second derivative, but torch.func needs it here")
         return backward(ctx, *grads)
 
     return checked
 
 
 def _levels(x):
-    """The levels of the transforms of `torch.func` that follow x with gradients."""
+    """The levels of the `torch.func` transforms that track gradients of x."""
     levels = set()
     while isinstance(x, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_gradtrackingtensor(x):
@@ -43,8 +43,8 @@ def _levels(x):
 
 
 def differentiable(function, *arguments):
-    """`function.apply(*arguments)` of a `Function`, or its forward alone where nobody asks for a gradient: `torch.compile`
-    fails on an `autograd.Function` with `setup_context` that none of whose inputs requires one."""
+    """`function.apply(*arguments)` of a `Function`, or only its forward if no gradient is needed: `torch.compile` fails on
+    an `autograd.Function` with `setup_context` if none of its inputs requires a gradient."""
     if not _follows(arguments):
         return function.forward(*arguments)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -54,9 +54,9 @@ def differentiable(function, *arguments):
 
 @functools.cache
 def _quick(function):
-    """The same `Function` in the older form, whose `forward` gets the context: to call `setup_context`, `apply` of the other
-    form reads the signature of `forward` each time, which takes longer than all else of a small call. `torch.func` and
-    `torch.compile` know only the other form."""
+    """The same `Function` in the older form, whose `forward` gets the context. In the form with `setup_context`, each
+    `apply` reads the signature of `forward`, which takes most of the time of a small call. `torch.func` and `torch.compile`
+    support only that form."""
 
     class Quick(torch.autograd.Function):
         @staticmethod
@@ -76,5 +76,5 @@ def _follows(arguments):
         return True
     if torch.compiler.is_compiling():
         return False
-    # Inside a transform tensors do not say that they are followed; forward AD follows them without requires_grad.
+    # Inside a transform, requires_grad of tensors does not show whether they are tracked; forward AD does not use it.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

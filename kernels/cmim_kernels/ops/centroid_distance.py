@@ -13,7 +13,7 @@ from cmim_kernels.reference import centroid_distance as reference
 
 
 class CentroidDistance(NamedTuple):
-    """What `centroid_distance` returns. Float results are float32, float64 for float64 centroids."""
+    """The result of `centroid_distance`. Floats are float32, or float64 for float64 centroids."""
 
     loss: torch.Tensor
     """Scalar: pair_sum / max(1, pair_count)."""
@@ -68,17 +68,17 @@ def centroid_distance(
 ) -> CentroidDistance:  # fmt: skip
     """Mean distance between the masked and the visible centroid of the same class in the same image.
 
-    A pair is an (image, class) with at least `min_tokens` visible and `min_tokens` masked tokens; whatever the other
-    centroids hold, NaN included, changes nothing.
+    A pair is an (image, class) with at least `min_tokens` visible and `min_tokens` masked tokens. The values of other
+    centroids, even NaN, do not affect the result.
 
     Args:
         centroids: `ClassCentroids(mean (B, K, 2, C), count (B, K, 2))` of `class_centroids`.
         distance: "cosine" (1 - cosine, with norms clamped at 1e-8) or "l2" (mean over C of squared differences).
-        detach: the side that gets no gradient: "visible", "masked" or "none".
-        min_tokens: tokens of each kind that a pair needs, at least 1.
+        detach: the centroid that gets no gradient: "visible", "masked" or "none".
+        min_tokens: minimum number of visible and of masked tokens of a pair, at least 1.
 
     Returns:
-        `CentroidDistance(loss, pair_sum, pair_count)`; the loss is 0 where there is no pair.
+        `CentroidDistance(loss, pair_sum, pair_count)`; the loss is 0 if there is no pair.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value (the message names it).

@@ -53,14 +53,14 @@ def class_attention(q: Tensor, k: Tensor, v: Tensor, layout: ClassLayout) -> Ten
     """Softmax attention of each token over the tokens of its own image and class, visible and masked.
 
     softmax(q k^T / sqrt(d)) v within each (image, class) (Vaswani et al. 2017, arXiv 1706.03762). Output and
-    gradients are zero at ignored tokens. A token of another class, be it inf or NaN, changes no bit of the output.
+    gradients are zero at ignored tokens. Tokens of another class, even inf or NaN, change no bit of the output.
 
     Args:
         q, k, v: (B, heads, N, d) float16, bfloat16, float32 or float64, in packed order (`gather_class_tokens`).
         layout: `ClassLayout` of the same B and N.
 
     Returns:
-        (B, heads, N, d) in the dtype of q, in packed order. Sums run in float32 (float64 for float64 inputs).
+        (B, heads, N, d) in the dtype of q, in packed order. Sums accumulate in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

@@ -14,7 +14,7 @@ from cmim_kernels.reference import class_centroids as reference
 
 
 class ClassCentroids(NamedTuple):
-    """What `class_centroids` returns. Index 0 of the third dimension is visible, 1 is masked."""
+    """The result of `class_centroids`. Index 0 of the third dimension: visible tokens; index 1: masked tokens."""
 
     mean: torch.Tensor
     """(B, K, 2, C) float32 (float64 for float64 features): mean feature, zero where `count` is zero."""
@@ -70,19 +70,19 @@ def class_centroids(
 ) -> ClassCentroids:
     """Mean feature of the visible and of the masked tokens of each class in each image.
 
-    Tokens with a label outside [0, num_classes) belong to no centroid; an inf or NaN in a token reaches only the
-    centroid of its own class and kind.
+    Tokens with a label outside [0, num_classes) belong to no centroid. An inf or NaN in a token affects only the centroid
+    that the token belongs to.
 
     Args:
         features: (B, C, h, w), contiguous or channels-last, or (B, N, C); float16, bfloat16, float32 or float64.
         labels: (B, N) or (B, h, w) with h w = N; uint8, int32 or int64.
         masked: (B, N) or (B, h, w), bool.
         num_classes: number of classes K.
-        layout: `pack_classes(labels, masked, num_classes)` if it exists already. It spares a backend that reads the
-            tokens in class order the sorting, and changes no result; the PyTorch backend needs no order.
+        layout: `pack_classes(labels, masked, num_classes)`, if it was computed already. It does not change the result;
+            it saves the sorting in backends that read tokens in class order. The PyTorch backend does not.
 
     Returns:
-        `ClassCentroids(mean, count)`. The gradient of the features has their dtype and memory layout.
+        `ClassCentroids(mean, count)`. The gradient of the features has the dtype and memory layout of the features.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

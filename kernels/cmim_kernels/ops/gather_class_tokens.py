@@ -63,9 +63,9 @@ def gather_class_tokens(
     tokens: Tensor, layout: ClassLayout, *,
     mask_token: Tensor | None = None, position: Tensor | None = None, length: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The first `length` tokens of each image in packed order, with mask token and positions in the same pass.
+    """The first `length` tokens of each image in packed order, with mask token and positions added in the same pass.
 
-    With `mask_token`, it replaces the tokens of masked segments (ignored tokens are copied, masked or not). Then
+    If `mask_token` is given, it replaces the tokens of masked segments (ignored tokens are copied, masked or not). Then the
     `position` of each token's original place is added.
 
     Args:
@@ -73,11 +73,11 @@ def gather_class_tokens(
         layout: `ClassLayout` of the same B and N.
         mask_token: (C,) float, not necessarily of the dtype of tokens; or None.
         position: (N, C) float, not necessarily of the dtype of tokens; or None.
-        length: number L of packed positions to return, 0 to N; None means N.
+        length: number L of packed tokens to return, 0 to N; None means N.
 
     Returns:
-        (B, L, C) in the dtype of tokens. Sums, and those over batch and places in the gradients of `mask_token` and
-        `position`, run in float32 (float64 if any input is float64).
+        (B, L, C) in the dtype of tokens. Sums, also those over batch and places in the gradients of `mask_token` and
+        `position`, accumulate in float32 (float64 if any input is float64).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

@@ -1,8 +1,8 @@
-"""Where the ops of this package are declared to PyTorch.
+"""Declares the ops of this package to PyTorch.
 
-Every op is a pair `cmim_kernels::<op>_forward` and `cmim_kernels::<op>_backward` with a schema written here in
-Python. A public function (in `ops/<op>.py`) validates its arguments and calls one `autograd.Function`, which calls
-the pair. Nothing else reaches an implementation, so a backend is added in `declare` and nowhere else.
+Every op is a pair `cmim_kernels::<op>_forward` and `cmim_kernels::<op>_backward`. A public function (in `ops/<op>.py`)
+checks its arguments and calls one `autograd.Function`, which calls the pair. Implementations are called in no other way, so
+a backend is added through `declare` only.
 """
 
 import functools
@@ -14,18 +14,18 @@ from cmim_kernels import backends
 
 _LIBRARY = torch.library.Library("cmim_kernels", "DEF")
 KERNELS = {}
-"""Name of each declared op -> the backends besides PyTorch that have kernels of it."""
+"""Name of each declared op -> the backends besides PyTorch that have a kernel of it."""
 
 
 def declare(schema, *, torch_backend, fake, kernels=()):
     """Declare `cmim_kernels::<schema>` and return the callable op.
 
     Args:
-        schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language; the name is that of torch_backend.
-        torch_backend: the explicit formulas of `reference/<op>.py`. Runs on every device, never sees autograd.
+        schema: `name(Tensor x, ...) -> ...` in PyTorch's schema language, with the name of torch_backend.
+        torch_backend: the explicit formulas of `reference/<op>.py`; run on every device and are not tracked by autograd.
         fake: shapes, dtypes and strides of the outputs, for `torch.compile` and `torch.export`.
-        kernels: the other backends that have the op, of "triton", "cuda" and "cpu": `<backend>_kernels/<op>.py` has a
-            launcher of the same name and arguments, and is imported when it first runs.
+        kernels: the other backends that have the op: of "triton", "cuda" and "cpu". `<backend>_kernels/<op>.py`, which is
+            imported when it first runs, has a launcher with the same name and arguments.
     """
     name = schema.split("(", 1)[0]
     KERNELS[name] = frozenset(kernels)
@@ -38,8 +38,8 @@ def declare(schema, *, torch_backend, fake, kernels=()):
 
 
 def _directly(op, implementation):
-    """`op`, but its implementation alone where PyTorch's dispatcher has nothing else to do: ordinary tensors, in eager mode.
-    The dispatcher takes a sixth of the time of a small call."""
+    """`op`, but calls its implementation directly if PyTorch's dispatcher has nothing to do: for ordinary tensors in eager
+    mode. The dispatcher takes a sixth of the time of a small call."""
 
     @functools.wraps(implementation)
     def call(*arguments):
@@ -66,7 +66,7 @@ def _is_watched():
 
 
 def _choosing(name, torch_backend):
-    """The implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always runs in PyTorch."""
+    """An implementation that runs the chosen backend (`cmim_kernels.backends`); float64 always uses PyTorch."""
 
     def implementation(*arguments):
         for a in arguments:

@@ -14,7 +14,7 @@ from cmim_kernels.reference import masked_patch_loss as reference
 
 
 class PatchLoss(NamedTuple):
-    """What `masked_patch_loss` returns. Float results are float32, float64 for float64 inputs."""
+    """The result of `masked_patch_loss`. Floats are float32, or float64 for float64 inputs."""
 
     loss: torch.Tensor
     """Scalar."""
@@ -82,27 +82,27 @@ def masked_patch_loss(
     """Distance between predicted and true pixels of the masked tokens, by class.
 
     The image is cut into p x p patches (p = patch_size), one for each of the N = (H / p) (W / p) tokens in row-major
-    order. A token's error is the mean over its p p c entries of the distance between prediction and target. Only
-    masked tokens with a valid label count; whatever the others hold, NaN included, changes nothing. No gradient
-    reaches the image.
+    order. A token's error is the mean over its p p c entries of the distance between prediction and target. Only masked
+    tokens with a valid label count; the values of other tokens, even NaN, do not affect the result. The image gets no
+    gradient.
 
     Args:
         pred: (B, N, p p c), entries ordered (row, column, channel), or (B, c, H, W), contiguous or channels-last;
             float16, bfloat16, float32 or float64.
-        image: (B, c, H, W), H and W multiples of p. Float, or uint8, which becomes (x / 255 - mean) / std.
+        image: (B, c, H, W), H and W multiples of p. Float, or uint8, which is normalised to (x / 255 - mean) / std.
         masked: (B, N) bool.
-        labels: (B, N) uint8, int32 or int64, where values outside [0, num_classes) are ignored. None: one class.
+        labels: (B, N) uint8, int32 or int64; tokens with values outside [0, num_classes) are ignored. None: one class.
         num_classes: number of classes K; given together with `labels`.
         patch_size: p, in pixels.
         distance: "l1", "mse" or "smooth_l1" (beta 1).
-        normalize: make each target patch (t - mean) / sqrt(unbiased variance + 1e-6) over its p p c entries, as MAE
-            (arXiv 2111.06377) does.
+        normalize: replace each target patch t by (t - mean) / sqrt(unbiased variance + 1e-6), over its p p c entries,
+            as MAE (arXiv 2111.06377) does.
         balance: "token": sum of errors / max(1, number of tokens). "class": mean, over the classes that have tokens
             in this batch, of the mean error of their tokens.
-        mean, std: c numbers each on the scale [0, 1], required for a uint8 image and refused for a float one.
+        mean, std: c numbers each, for values in [0, 1]; required for a uint8 image, not allowed for a float image.
 
     Returns:
-        `PatchLoss(loss, class_sum, class_count)`; the loss is 0 where no token counts.
+        `PatchLoss(loss, class_sum, class_count)`; the loss is 0 if no token counts.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value (the message names it).

@@ -11,24 +11,22 @@ from cmim_kernels.reference import pack_classes as reference
 
 
 class ClassLayout(NamedTuple):
-    """Where each token goes when the tokens of every image are packed by class.
+    """The positions of the tokens of each image when they are packed by class.
 
-    Segment 2k holds the visible tokens of class k, segment 2k + 1 its masked ones, segment 2K the ignored ones.
-
-    Attributes:
-        order: (B, N) int32, the original place of each packed token. Stable within a segment.
-        inverse: (B, N) int32, the packed position of each original token.
-        segment: (B, N) int32, the segment of each packed position.
-        offsets: (B, 2K + 2) int32, the packed position where each of the 2K + 1 segments starts, then N.
-        cu_seqlens: (B (K + 1) + 1) int32 over the flat B N packed tokens: the start of each (image, class) and of
-            each image's ignored tokens, then B N. The cumulative sequence lengths of variable-length attention.
+    Segment 2k holds the visible tokens of class k, segment 2k + 1 its masked tokens, and segment 2K the ignored tokens.
     """
 
     order: torch.Tensor
+    """(B, N) int32: the original place of each packed token. Within a segment the original order is kept."""
     inverse: torch.Tensor
+    """(B, N) int32: the packed position of each original token."""
     segment: torch.Tensor
+    """(B, N) int32: the segment of each packed position."""
     offsets: torch.Tensor
+    """(B, 2K + 2) int32: the packed position where each of the 2K + 1 segments starts, then N."""
     cu_seqlens: torch.Tensor
+    """(B (K + 1) + 1,) int32 over the flat B N packed tokens: the start of each (image, class) and of the ignored tokens of
+    each image, then B N. These are the cumulative sequence lengths for variable-length attention."""
 
 
 _forward = declare(
@@ -40,10 +38,10 @@ _forward = declare(
 
 
 def pack_classes(labels: Tensor, masked: Tensor, num_classes: int) -> ClassLayout:
-    """The packing of each image's tokens by (class, visible before masked), ignored tokens last.
+    """Sort the tokens of each image by class, visible before masked within a class, ignored tokens last.
 
-    With one class (labels all zero) it is the shuffle of a masked autoencoder: `order[:, :L]` are the L visible
-    tokens to keep, `inverse` restores the original order.
+    With one class (labels all zero) this is the shuffle of a masked autoencoder: `order[:, :L]` are the L visible tokens,
+    which are kept, and `inverse` restores the original order.
 
     Args:
         labels: (B, N) uint8, int32 or int64. Values outside [0, num_classes) are ignored.

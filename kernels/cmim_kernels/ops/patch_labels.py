@@ -22,19 +22,19 @@ _forward = declare(
 
 
 def patch_labels(labels: Tensor, patch_size: int, num_classes: int, *, min_share: float = 0.0) -> Tensor:
-    """The most frequent valid class in each patch: classes of tokens from classes of pixels.
+    """The most frequent valid class in each patch: turns classes of pixels into classes of tokens.
 
     Args:
         labels: (B, H, W) uint8, int32 or int64. Values outside [0, num_classes) are ignored.
         patch_size: side p of a patch in pixels; it divides H and W.
         num_classes: number of classes K.
-        min_share: smallest share, 0 to 1, of all the patch's pixels (ignored ones included) that the winner must
-            hold; the share is the float64 quotient of its pixels and p x p. Under `torch.compile` with dynamic=True
-            each new float compiles again.
+        min_share: smallest share of the patch's pixels, 0 to 1, that the most frequent class must have. The share is the
+            float64 quotient of its number of pixels and p x p; ignored pixels count in p x p. Under `torch.compile` with
+            dynamic=True each new value compiles again.
 
     Returns:
-        (B, H / p, W / p) int32; of equally frequent classes the smaller id; -1 where no pixel is valid or the
-        winner holds less than `min_share`.
+        (B, H / p, W / p) int32; the smallest id among equally frequent classes; -1 where no pixel is valid or the most
+        frequent class has less than `min_share`.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or value (the message names it).

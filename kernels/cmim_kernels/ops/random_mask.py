@@ -27,16 +27,16 @@ def random_mask(
 
     The grid has ceil(height / block) x ceil(width / block) blocks; those at the lower and right border are cut to
     height x width. Exactly `round(ratio * blocks)` of them are masked (Python's `round`: halves go to the even
-    number), every choice being equally likely.
+    number); all choices are equally likely.
 
     Args:
         batch: number of masks B.
         height, width: size h x w of the token grid.
-        ratio: share of masked blocks, 0 to 1. Under `torch.compile` with dynamic=True each new float compiles again.
+        ratio: share of masked blocks, 0 to 1. Under `torch.compile` with dynamic=True each new value compiles again.
         block: side of a block, in tokens.
-        generator: source of randomness, on `device`; None means PyTorch's default generator. `torch.compile` cannot
-            trace a generator: inside a compiled function leave it None.
-        device: device of the mask; None means that of `generator`, else PyTorch's default device.
+        generator: random number generator on `device`; None: PyTorch's default generator. `torch.compile` cannot trace a
+            generator, so use None inside a compiled function.
+        device: device of the mask; None: that of `generator` if given, else PyTorch's default device.
 
     Returns:
         (B, h, w) bool, True where masked.
@@ -65,6 +65,6 @@ def random_mask(
 
 
 def _on(generator, device):
-    """Whether a generator is on a device; one without an index may be any of its type."""
+    """Whether a generator is on a device; a device without an index matches any of its type."""
     indices = {generator.device.index, device.index} - {None}
     return generator.device.type == device.type and len(indices) < 2

@@ -53,17 +53,17 @@ class _SameClassConv2d(Function):
 def same_class_conv2d(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int) -> Tensor:
     """Depthwise cross-correlation in which a neighbour counts only if its label equals the centre's.
 
-    Zero padding, stride 1. At centres whose label is outside [0, num_classes) the output is zero, without bias.
+    Zero padding, stride 1. Where the label of the centre is outside [0, num_classes), the output is zero, without bias.
 
     Args:
         x: (B, C, h, w) float16, bfloat16, float32 or float64; contiguous or channels-last.
         labels: (B, h, w) uint8, int32 or int64. Values outside [0, num_classes) are ignored.
-        weight: (C, k, k), k odd; float, not necessarily x's dtype.
+        weight: (C, k, k), k odd; float, not necessarily of the dtype of x.
         bias: (C,) or None.
         num_classes: number of classes K.
 
     Returns:
-        (B, C, h, w) in the dtype and memory layout of x. Sums run in float32 (float64 for float64 inputs).
+        (B, C, h, w) in the dtype and memory layout of x. Sums accumulate in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

@@ -63,18 +63,18 @@ def scatter_class_tokens(
 ) -> Tensor:
     """Packed tokens back in their original order: the inverse of `gather_class_tokens`.
 
-    Places whose packed position is L or later get `mask_token`, or zero without one. Then `position` is added at
-    every place.
+    Places whose packed position is L or higher get `mask_token`, or zero if it is None. Then `position` is added at every
+    place.
 
     Args:
-        packed: (B, L, C) float16, bfloat16, float32 or float64; the first L <= N packed positions.
+        packed: (B, L, C) float16, bfloat16, float32 or float64; the first L <= N packed tokens.
         layout: `ClassLayout` of B images with N tokens each.
         mask_token: (C,) float, not necessarily of the dtype of packed; or None.
         position: (N, C) float, not necessarily of the dtype of packed; or None.
 
     Returns:
-        (B, N, C) in the dtype of packed. Sums, and those over batch and places in the gradients of `mask_token` and
-        `position`, run in float32 (float64 if any input is float64).
+        (B, N, C) in the dtype of packed. Sums, also those over batch and places in the gradients of `mask_token` and
+        `position`, accumulate in float32 (float64 if any input is float64).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

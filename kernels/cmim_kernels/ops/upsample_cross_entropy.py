@@ -51,13 +51,13 @@ class _UpsampleCrossEntropy(Function):
 
 
 def upsample_cross_entropy(logits: Tensor, target: Tensor, *, align_corners: bool = False) -> Tensor:
-    """Cross-entropy, at each pixel of `target`, of the logits upsampled to its size.
+    """Cross-entropy at each pixel of `target`, for logits that are upsampled to the size of `target`.
 
     Equal to `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear"), target, reduction="none")`, but the
-    full-resolution logits exist neither in forward nor in backward. Kept for backward: one log-sum-exp for each pixel.
+    full-resolution logits are never stored, forward or backward. One log-sum-exp for each pixel is kept for backward.
 
-    Equal for finite logits: one that is not finite may turn all losses of its image, and its whole gradient, to NaN.
-    Switch a class off by a large negative number: -inf is NaN in `F.interpolate` as well, wherever a weight is zero.
+    This holds for finite logits; a logit that is not finite may turn all losses and the whole gradient of its image to NaN.
+    To switch a class off, use a large negative number: -inf gives NaN in `F.interpolate` too, where a weight is zero.
 
     Args:
         logits: (B, K, h, w), contiguous or channels-last; float16, bfloat16, float32 or float64.
@@ -65,7 +65,7 @@ def upsample_cross_entropy(logits: Tensor, target: Tensor, *, align_corners: boo
         align_corners: as in `F.interpolate`.
 
     Returns:
-        (B, H, W) float32 (float64 for float64 logits), in nats: 0, with no gradient, where the target is ignored.
+        (B, H, W) float32 (float64 for float64 logits), in nats; 0 and without gradient where the target is ignored.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape or device (the message names it).

@@ -12,10 +12,10 @@ from cmim_kernels.reference import upsample_pseudo_labels as reference
 
 
 class PseudoLabels(NamedTuple):
-    """What `upsample_pseudo_labels` returns."""
+    """The result of `upsample_pseudo_labels`."""
 
     label: torch.Tensor
-    """(B, H, W) int32: the most likely class; the smallest id among equals."""
+    """(B, H, W) int32: the most likely class; the smallest id among equally likely ones."""
     confidence: torch.Tensor
     """(B, H, W) float32 (float64 for float64 logits): its softmax probability."""
 
@@ -34,10 +34,10 @@ _forward = declare(
 
 
 def upsample_pseudo_labels(logits: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> PseudoLabels:
-    """Most likely class, and its softmax probability, at each pixel of the logits upsampled to `size`.
+    """The most likely class and its softmax probability at each pixel, for logits that are upsampled to `size`.
 
-    Equal to argmax and max of `F.interpolate(logits, size, mode="bilinear").softmax(1)`, but the probabilities are
-    never formed. No gradient flows.
+    Equal to argmax and max of `F.interpolate(logits, size, mode="bilinear").softmax(1)`, but the
+    full-resolution probabilities are never stored. There is no gradient.
 
     Args:
         logits: (B, K, h, w), contiguous or channels-last; float16, bfloat16, float32 or float64.

@@ -2,7 +2,7 @@
 
     cosine: 1 - v.m / (max(|v|, 1e-8) max(|m|, 1e-8))          l2: mean over the C entries of (v - m)^2
 
-The other pairs are selected away, never multiplied by zero.
+Other pairs are excluded by selection and not by multiplication with zero, so that their inf or NaN has no effect.
 """
 
 import torch
@@ -40,7 +40,7 @@ def centroid_distance_backward(grad_loss, grad_pair_sum, pair_count, mean, count
             return (of - other) * (2 / mean.shape[-1])
         norm = torch.linalg.vector_norm(of, dim=-1, keepdim=True)
         direction, target = of / norm.clamp(min=_SMALLEST_NORM), _unit(other)
-        # A clamped norm is a constant, so that the radial part of the gradient stays.
+        # A clamped norm is constant: then the radial part of the gradient is not removed.
         radial = torch.where(norm >= _SMALLEST_NORM, (direction * target).sum(dim=-1, keepdim=True) * direction, 0)
         return (radial - target) / norm.clamp(min=_SMALLEST_NORM)
 
@@ -54,7 +54,7 @@ def centroid_distance_backward(grad_loss, grad_pair_sum, pair_count, mean, count
 
 
 def _pairs(mean, count, min_tokens):
-    """Which (image, class) are pairs, (B, K), and their visible and masked centroids, (B, K, C), zero elsewhere."""
+    """Whether each (image, class) is a pair, (B, K), and the visible and masked centroids of pairs, (B, K, C), else zero."""
     pair = (count >= min_tokens).all(dim=2)
     visible, masked = torch.where(pair[..., None, None], mean.to(accumulation_dtype(mean)), 0).unbind(dim=2)
     return pair, visible, masked

@@ -2,9 +2,9 @@
 
     out[i] = sum_j p[i, j] v[j],   p[i, j] = exp(s[i, j] - logsumexp_j s[i, j]),   s[i, j] = q[i] . k[j] / sqrt(d)
 
-over the j of i's class; zero for ignored i. In packed order the tokens of class k are those from offsets[2k] to
-offsets[2k + 2]. On the CPU the formulas run on one (image, class) at a time; elsewhere reading the offsets would wait
-for the device, so they run on all pairs of an image's tokens, and a pair of two classes is never selected.
+over the tokens j of the class of i; zero for ignored i. In packed order the tokens of class k are those from offsets[2k] to
+offsets[2k + 2]. On the CPU, one (image, class) is computed at a time. On a GPU, reading the offsets would synchronise with
+the device, so all pairs of tokens of an image are computed, and only pairs of the same class are selected.
 """
 
 import itertools
@@ -59,7 +59,7 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
 
 
 def _parts(q, segment, offsets):
-    """The pieces to work on: an index into (B, heads, N, ...), and which of its pairs to select (None: all)."""
+    """The parts to compute: an index into (B, heads, N, ...), and the pairs to select in that part (None: all)."""
     if q.device.type == "cpu":
         return [(part, None) for part in _segments(offsets)]
     return [(..., same_class(segment, offsets))]
@@ -68,7 +68,7 @@ def _parts(q, segment, offsets):
 def _segments(offsets):
     """The index of each (image, class) that has tokens."""
     for image, starts in enumerate(offsets[:, ::2].tolist()):
-        # The last start, offsets[2K], is that of the ignored tokens: they only end the last class.
+        # The last start, offsets[2K], is that of the ignored tokens, where the last class ends.
         for start, stop in itertools.pairwise(starts):
             if start < stop:
                 yield image, slice(None), slice(start, stop)
@@ -96,8 +96,8 @@ def _select(pairs, same, other):
 def _matmul(pairs, x, same):
     """pairs @ x, for `pairs` (..., N, N) that is zero between classes.
 
-    Zero times NaN is NaN: values that are not finite stay out of the product and turn the sums of their own class
-    to NaN, no other.
+    Because zero times NaN is NaN, values that are not finite are kept out of the product; they turn only the sums of their
+    own class to NaN.
     """
     if same is None:
         return pairs @ x

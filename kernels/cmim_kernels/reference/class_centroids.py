@@ -2,8 +2,8 @@
 
     mean[b, k, m] = sum over tokens n of image b with label k and masked = m of features[b, n] / count[b, k, m]
 
-and zero where the count is zero. Tokens are selected, never multiplied by a one-hot: an inf or NaN of one class cannot
-reach the centroid of another.
+and zero where the count is zero. Tokens are selected and not multiplied by a one-hot matrix, so that an inf or NaN of one
+class cannot reach the centroid of another.
 """
 
 import torch
@@ -12,7 +12,7 @@ from cmim_kernels.numerics import accumulation_dtype, as_layout, class_ids, segm
 
 
 def class_centroids(features, labels, masked, num_classes):
-    """The definition, differentiable by autograd: one class after the other. `labels` and `masked` are (B, N)."""
+    """The definition, differentiable by autograd: a loop over the classes. `labels` and `masked` are (B, N)."""
     tokens = _tokens(features).to(accumulation_dtype(features))
     ids = class_ids(labels, num_classes)
     mean, count = [], []
@@ -26,7 +26,7 @@ def class_centroids(features, labels, masked, num_classes):
 
 
 def class_centroids_forward(features, labels, masked, num_classes, order, offsets):
-    """One pass over the tokens, whatever the number of classes. Needs no packing: `order` and `offsets` are unused."""
+    """One pass over the tokens for any number of classes. It needs no packing: `order` and `offsets` are unused."""
     tokens = _tokens(features)
     batch, length, channels = tokens.shape
     segment = _segments(labels, masked, num_classes)
@@ -39,7 +39,7 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
 
 
 def class_centroids_backward(grad_mean, count, features, labels, masked, num_classes):
-    """Gradient of the features: each token receives the gradient of its own centroid over its count."""
+    """Gradient of the features: for each token, the gradient of its centroid divided by the count of the centroid."""
     tokens = _tokens(features)
     batch, length, channels = tokens.shape
     share = grad_mean / count.clamp(min=1)[..., None]
@@ -52,12 +52,12 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
 
 
 def _tokens(features):
-    """(B, N, C) of (B, N, C) or (B, C, h, w)."""
+    """Features (B, N, C) or (B, C, h, w) as (B, N, C)."""
     return features if features.dim() == 3 else features.flatten(2).transpose(1, 2)
 
 
 def _segments(labels, masked, num_classes):
-    """(B N,) int64: image b, class k, masked m is b (2K + 1) + 2k + m; the ignored tokens of b are b (2K + 1) + 2K."""
+    """(B N,) int64 segments: b (2K + 1) + 2k + m for image b, class k, masked m; b (2K + 1) + 2K for ignored tokens of b."""
     ids = class_ids(labels, num_classes)
     segment = torch.where(ids < num_classes, 2 * ids + masked, 2 * num_classes)
     image = torch.arange(len(segment), device=segment.device)[:, None]

@@ -2,7 +2,7 @@
 
     out[b, i] = (mask_token if i is in a masked segment else tokens[b, order[b, i]]) + position[order[b, i]]
 
-for i < length. Masked segments have odd ids (2k + 1); the ignored segment, 2K, is not one of them.
+for i < length. Masked segments have odd ids, 2k + 1; the segment of ignored tokens, 2K, is not masked.
 """
 
 import torch
@@ -24,18 +24,18 @@ def gather_class_tokens(tokens, order, segment, mask_token=None, position=None, 
 
 
 def gather_class_tokens_forward(tokens, order, inverse, segment, mask_token, position, length):
-    """`inverse` is for a backend that walks the original places; this one walks the packed positions."""
+    """`inverse` is for backends that loop over the original places; this one loops over the packed positions."""
     return gather_class_tokens(tokens, order, segment, mask_token, position, length=length).to(tokens.dtype)
 
 
 def gather_class_tokens_backward(grad, inverse, segment, mask_token, position):
     """Gradients of tokens, mask_token and position (empty where the input is None).
 
-    Each original place reads the one packed row that `inverse` gives it.
+    Each original place reads one packed row, given by `inverse`.
     """
     dtype, length = accumulation_dtype(grad, mask_token, position), grad.shape[1]
     grad_mask_token, grad_position = grad.new_empty(0), grad.new_empty(0)
-    # One more row, of zeros, stands for every packed position from `length` on.
+    # An additional row of zeros is used for all packed positions from `length` on.
     by_place = take_rows(F.pad(grad, (0, 0, 0, 1)), inverse.clamp(max=length))
     if position is not None:
         grad_position = by_place.sum(dim=0, dtype=dtype).to(position.dtype)

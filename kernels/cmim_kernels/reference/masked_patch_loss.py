@@ -3,7 +3,7 @@
     e[b, n] = mean over the p p c entries of distance(prediction - target)    for masked tokens with a valid label
 
 summed per class. The loss is the mean of e over all those tokens (balance "token"), or the mean over the classes that
-have any of the per-class means ("class"). Other tokens are selected away, never multiplied by zero.
+have any of the per-class means ("class"). Other tokens are excluded by selection and not by multiplication with zero.
 """
 
 import torch
@@ -20,7 +20,7 @@ def masked_patch_loss(
     ids = _token_classes(image, masked, labels, num_classes, patch_size)
     difference = _difference(pred, image, ids < num_classes, patch_size, normalize, mean, std)
     error = _DISTANCE[distance](difference).mean(dim=(1, 3, 5))
-    # First by (image, class): shorter sums round less. The last segment of an image collects its other tokens.
+    # Sum by (image, class) first, because shorter sums round less. The last segment of an image collects its other tokens.
     shape = (batch, num_classes + 1)
     segment = (ids.flatten(1) + torch.arange(batch, device=ids.device)[:, None] * shape[1]).flatten()
     class_sum = segment_sum(error.flatten(), segment, batch * shape[1]).view(shape).sum(dim=0)[:-1]
@@ -42,7 +42,7 @@ def masked_patch_loss_backward(
     grad_loss, grad_class_sum, class_count, pred, image, masked, labels,
     num_classes, patch_size, distance, normalize, balance, mean, std,
 ):  # fmt: skip
-    """Gradient of pred; the target is computed again."""
+    """Gradient of pred; the target is recomputed."""
     dtype = accumulation_dtype(pred, image)
     ids = _token_classes(image, masked, labels, num_classes, patch_size)
     difference = _difference(pred, image, ids < num_classes, patch_size, normalize, mean, std)
@@ -85,11 +85,11 @@ def _difference(pred, image, chosen, patch_size, normalize, mean, std):
     """Prediction minus target as (B, c, h, p, w, p), zero outside the `chosen` (B, h, w) tokens."""
     dtype = accumulation_dtype(pred, image)
     target = image.to(dtype)
-    if image.dtype == torch.uint8:  # by channel: a tensor of mean and std would have to come from the host
+    if image.dtype == torch.uint8:  # by channel: a tensor of mean and std would have to be copied from the host
         channels = zip(target.unbind(1), mean, std, strict=True)
         target = torch.stack([(channel / 255 - m) / s for channel, m, s in channels], dim=1)
     target = _patches(target, image, patch_size)
-    if normalize and target.numel():  # var_mean warns where there is nothing
+    if normalize and target.numel():  # var_mean warns about empty tensors
         variance, centre = torch.var_mean(target, dim=(1, 3, 5), correction=1, keepdim=True)
         target = (target - centre) / (variance + 1e-6).sqrt()
     return torch.where(_spread(chosen), _patches(pred, image, patch_size).to(dtype) - target, 0)

@@ -14,7 +14,7 @@ def pack_classes_forward(labels, masked, num_classes):
     segment, order = key.contiguous().sort(dim=1, stable=True)
     places = torch.arange(tokens, device=device, dtype=torch.int32).expand(batch, -1)
     inverse = torch.zeros_like(places, memory_format=torch.contiguous_format).scatter_(1, order, places)
-    # A segment starts where its id would be inserted; no id reaches 2K + 1, so its "start" is the number of tokens.
+    # A segment starts where its id would be inserted. No id is 2K + 1, so the "start" of 2K + 1 is the number of tokens.
     bounds = torch.arange(ignored + 2, device=device, dtype=torch.int32).repeat(batch, 1)
     offsets = torch.searchsorted(segment, bounds, out_int32=True)
     first_token = torch.arange(batch, device=device, dtype=torch.int32)[:, None] * tokens
@@ -24,7 +24,7 @@ def pack_classes_forward(labels, masked, num_classes):
 
 
 def empty_layout(labels, masked, num_classes):
-    """The five tensors, uninitialised: for `torch.compile` to see, and for the launchers of kernels to fill."""
+    """The five tensors, uninitialised: the fake implementation for `torch.compile`, and the outputs that launchers fill."""
     batch, tokens = labels.shape
     shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
     return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)

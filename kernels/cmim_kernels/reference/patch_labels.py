@@ -1,7 +1,7 @@
 """The class of each patch by majority vote.
 
-The labels of a patch are sorted, so that the votes of a label are the length of its run: time and memory do not
-depend on the number of classes.
+The labels of a patch are sorted, so that the votes for a label are the length of its run. Time and memory do not depend on
+the number of classes.
 """
 
 import torch
@@ -17,7 +17,7 @@ def patch_labels_forward(labels, patch_size, num_classes, min_share):
     votes = patches.transpose(2, 3).reshape(batch, rows, columns, area).contiguous().sort(dim=-1).values
     count = torch.searchsorted(votes, votes, right=True) - torch.searchsorted(votes, votes)
     count = torch.where(votes < num_classes, count, 0)
-    # argmax returns the first of equal maxima: in sorted votes, that of the smaller id.
+    # argmax returns the first of equal maxima, which after sorting is that of the smallest id.
     winner = count.argmax(dim=-1, keepdim=True)
     count = count.gather(-1, winner)
     elected = (count > 0) & (count.to(torch.float64) / area >= min_share)

@@ -4,7 +4,7 @@ import torch
 
 
 def random_mask_forward(noise, height, width, ratio, block):
-    """Mask the round(ratio x blocks) blocks of smallest noise.
+    """Mask the round(ratio x blocks) blocks with the smallest noise.
 
     Args:
         noise: (B, rows, columns) float, one number for each block of the grid, ceil(height / block) x ceil(width / block).

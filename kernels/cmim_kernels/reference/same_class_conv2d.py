@@ -2,8 +2,8 @@
 
     out[b, c, p] = bias[c] + sum_{o in window} weight[c, o] x[b, c, p + o] [label[b, p + o] = label[b, p]]
 
-for centres p with a label in [0, num_classes), else 0. The gate selects and never multiplies: an inf or NaN of
-another class cannot pass.
+for centres p with a label in [0, num_classes), else 0. Neighbours are selected and not multiplied by 0 or 1: an inf
+or NaN of another class has no effect.
 """
 
 import torch
@@ -35,7 +35,7 @@ def same_class_conv2d_forward(x, labels, weight, bias, num_classes):
 def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
     """Gradients of x, weight and bias (the last is empty without a bias).
 
-    "p + o has the label of p" is symmetric, so the gradient of x is the same convolution with flipped weights.
+    The condition "p + o has the label of p" is symmetric, so the gradient of x is the same op with flipped weights.
     """
     dtype = accumulation_dtype(x, weight, bias)
     wide = torch.where(_valid(labels, num_classes), grad.to(dtype), 0)
@@ -56,13 +56,13 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
 
 
 def _class_by_class(x):
-    """Whether ordinary convolutions do the work; they know no zero groups, the taps need none."""
+    """Whether to compute with ordinary convolutions, which do not support zero channels, or tap by tap."""
     return x.device.type == "cpu" and x.shape[1] > 0
 
 
 def _convolve_each_class(x, labels, weight, bias, num_classes):
-    """An ordinary depthwise convolution of every class on the images that have it: much faster on the CPU, where the
-    number of classes can be looked at."""
+    """For every class, an ordinary depthwise convolution on the images that contain it. This is much faster on the CPU,
+    where the classes that occur can be read without synchronisation."""
     dtype = accumulation_dtype(x, weight, bias)
     out = torch.zeros_like(x, dtype=dtype)
     kernel, shift = weight.to(dtype)[:, None], None if bias is None else bias.to(dtype)
@@ -74,7 +74,7 @@ def _convolve_each_class(x, labels, weight, bias, num_classes):
 
 
 def _images_of_each_class(labels, num_classes):
-    """For each class that occurs: the indices of the images that have it, and where in them, (n, 1, h, w) bool."""
+    """For each class that occurs: the indices of the images that contain it, and its mask in them, (n, 1, h, w) bool."""
     for k in labels.unique().tolist():
         if not 0 <= k < num_classes:
             continue
@@ -88,7 +88,7 @@ def _valid(labels, num_classes):
 
 
 def _window(x, labels, size, num_classes):
-    """For each offset of the window: its index, x shifted by it, and where the shifted label equals the centre's."""
+    """For each offset of the window: its index, x shifted by it, and where the shifted label equals that of the centre."""
     height, width = x.shape[-2:]
     reach = size // 2
     labels = class_ids(labels, num_classes)

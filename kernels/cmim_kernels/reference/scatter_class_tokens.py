@@ -26,8 +26,8 @@ def scatter_class_tokens_forward(packed, inverse, mask_token, position):
 def scatter_class_tokens_backward(grad, order, inverse, mask_token, position, length):
     """Gradients of packed, mask_token and position (empty where the input is None).
 
-    Packed row i went to the one place order[b, i]; the places of the rows from `length` on got the mask token.
-    `inverse` is for a backend that walks the original places; this one walks the packed positions.
+    Packed row i belongs to the place order[b, i]; the places of the rows from `length` on got the mask token. `inverse` is
+    for backends that loop over the original places; this one loops over the packed positions.
     """
     dtype = accumulation_dtype(grad, mask_token, position)
     grad_mask_token, grad_position = grad.new_empty(0), grad.new_empty(0)

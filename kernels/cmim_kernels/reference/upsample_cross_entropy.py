@@ -1,7 +1,8 @@
-"""Cross-entropy of bilinearly upsampled logits at every pixel, a band of rows at a time.
+"""Cross-entropy of bilinearly upsampled logits at every pixel, computed in bands of rows.
 
-Bilinear interpolation is a product with one matrix for each axis, z_k = Y x_k X^T, with two entries in each row of Y and
-X. So the logits of a band of rows, and their gradient Y^T g_k X, are dense products: no atomics, bands of any height.
+Bilinear interpolation is a product with one matrix for each axis, z_k = Y x_k X^T, where Y and X have two entries in each
+row. The logits of a band of rows, and their gradient Y^T g_k X, are therefore dense products, without atomics, for bands of
+any height.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from cmim_kernels.numerics import accumulation_dtype, as_layout, class_ids, full_float32
 
-_BAND = 2**20  # logits that exist at once
+_BAND = 2**20  # number of upsampled logits in memory at a time
 
 
 def upsample_cross_entropy(logits, target, *, align_corners=False):
@@ -36,7 +37,7 @@ def upsample_cross_entropy_forward(logits, target, align_corners):
 
 
 def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corners):
-    """Gradient of the logits, which are upsampled again."""
+    """Gradient of the logits; the upsampled logits are recomputed."""
     batch, num_classes, height, width = logits.shape
     ids = class_ids(target, num_classes)
     total = torch.zeros(batch, height, num_classes * width, dtype=accumulation_dtype(logits), device=logits.device)
@@ -54,8 +55,8 @@ def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corne
 
 
 def _bands(logits, target, align_corners):
-    """Cut the batch into bands, several small images or some rows of a large one: for each, the slice of n images, the
-    slice of r rows, the upsampled logits (n r, K, W), and the factors Y of these rows (n, r, h) and X (W, w)."""
+    """Split the batch into bands: several small images, or some rows of a large one. For each band: the slice of n images,
+    the slice of r rows, the upsampled logits (n r, K, W), and the matrices Y of these rows (n, r, h) and X (W, w)."""
     if target.numel() == 0:
         return
     height, width = target.shape[1:]
@@ -74,9 +75,9 @@ def _bands(logits, target, align_corners):
 
 
 def _interpolation(logits, target, align_corners):
-    """The matrices Y (H, h) and X (W, w) of linear interpolation along one axis: what it makes of the identity.
+    """The matrices Y (H, h) and X (W, w) of linear interpolation along one axis: the interpolated identity matrix.
 
-    Weights are rounded from float64: the positions that they come from have too few digits in float32.
+    Weights are computed in float64 and then rounded, because float32 has too few digits for the positions.
     """
     matrices = []
     for source, size in zip(logits.shape[2:], target.shape[1:], strict=True):

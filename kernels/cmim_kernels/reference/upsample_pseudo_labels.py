@@ -14,10 +14,10 @@ def upsample_pseudo_labels(logits, size, *, align_corners=False):
 
 
 def upsample_pseudo_labels_forward(logits, size, align_corners):
-    """Image by image.
+    """Computed image by image.
 
-    Each difference, product and sum is rounded by itself, so that classes with equal logits stay equal and the first one
-    wins. `F.interpolate` on a CPU rounds some classes otherwise than others.
+    Each difference, product and sum is rounded separately, so that classes with equal logits stay equal and the first one is
+    chosen. `F.interpolate` on a CPU rounds some classes differently from others.
     """
     dtype, (height, width) = accumulation_dtype(logits), size
     label = torch.empty(len(logits), height, width, dtype=torch.int32, device=logits.device)
@@ -27,7 +27,7 @@ def upsample_pseudo_labels_forward(logits, size, align_corners):
     rows = _taps(logits.shape[2], height, align_corners, dtype, logits.device)
     columns = _taps(logits.shape[3], width, align_corners, dtype, logits.device)
     for i, image in enumerate(logits.to(dtype)):
-        # Rows last and outermost: at full resolution whole rows of all classes are copied.
+        # Interpolate along the rows last: at full resolution, this copies whole rows of all classes.
         z = _interpolate(_interpolate(image.transpose(0, 1), 2, columns), 0, rows)
         largest, label[i] = z.max(dim=1)
         confidence[i] = 1 / z.sub_(largest[:, None]).exp_().sum(dim=1)
@@ -43,7 +43,7 @@ def _interpolate(x, dim, taps):
 def _taps(source, size, align_corners, dtype, device):
     """For each of `size` positions along an axis: the source positions before and after, and the weight of the latter.
 
-    Positions are exact, fractions of integers: from rounded ones a weight of zero may come out as 1e-16.
+    Positions are exact fractions of integers; with rounded positions, a weight of zero could become 1e-16.
     """
     position = torch.arange(size, device=device)
     if align_corners:
@@ -51,6 +51,6 @@ def _taps(source, size, align_corners, dtype, device):
     else:
         numerator, denominator = ((2 * position + 1) * source - size).clamp(min=0), 2 * size
     low = numerator // denominator
-    # Rounded once: in float32 some devices multiply by the rounded reciprocal.
+    # Rounded once, from float64: in float32 some devices multiply by the rounded reciprocal.
     weight = ((numerator - low * denominator).double() / denominator).to(dtype)
     return low, (low + 1).clamp(max=source - 1), weight

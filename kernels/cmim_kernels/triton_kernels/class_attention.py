@@ -1,15 +1,16 @@
 """Softmax attention of each token over the tokens of its own (image, class): kernels and launchers. See
 `reference/class_attention.py` for the formulas.
 
-In packed order the tokens of a class follow each other. A program takes a block of packed tokens of one head of one image,
-its rows. `offsets` says where the class of its first row starts and that of its last row ends: over these tokens it runs,
-block by block, its columns (flash attention, arXiv 2205.14135), and selects the pairs of equal class. One program writes
-each value, so nothing is added up across programs. The products of pairs run on tensor cores: of float16 or bfloat16
-where q, k and v have one such dtype, else of float32 in three TF32 products ("tf32x3"), which keeps float32 accuracy.
+In packed order the tokens of a class are contiguous. A program takes a block of packed tokens of one head of one image, its
+rows. `offsets` says where the class of the first row starts and where the class of the last row ends. The program loops over
+the tokens in this range in blocks, its columns (flash attention, arXiv 2205.14135), and selects the pairs of equal class.
+Each value is written by one program, so nothing is added up across programs. The products of pairs run on tensor cores: in
+float16 or bfloat16 if q, k and v all have that dtype, else in float32 as three TF32 products ("tf32x3"), which keeps float32
+accuracy.
 
-A weight of zero keeps a class out of the sums of the others, but zero times NaN is NaN. So where a sum is not finite a
-program runs again, one class at a time, over blocks that start where they did before: the sums of clean classes keep
-their bits.
+A weight of zero excludes a class from the sums of the others, but zero times NaN is NaN. If a sum is not finite, the program
+therefore runs again, one class at a time, over blocks with the same starts as before, so that the sums of finite classes
+keep their bits.
 """
 
 import math
@@ -23,7 +24,8 @@ from cmim_kernels.reference import class_attention as reference
 from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two
 
 MAX_DIM, MAX_DIM_FLOAT32 = 128, 64
-"""For products of 16 and 32 bits. A program holds whole rows: longer ones leave its registers, and PyTorch takes over."""
+"""Largest d for 16-bit and for 32-bit operands. A program holds whole rows; longer rows do not fit in registers and use
+PyTorch."""
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -40,7 +42,7 @@ class AttentionLaunch(NamedTuple):
 
 
 def forward_launch(dim, short):
-    """`short`: operands of 16 bits that are read in vectors. Others take more registers, for values or addresses."""
+    """`short`: the operands have 16 bits and are read in vectors. Others need more registers, for values or addresses."""
     return _launch(dim, short, columns=64 if dim <= 64 else 32)
 
 
@@ -66,8 +68,8 @@ def _class_attention_forward_kernel(
     q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): q, k, v, the segments of the image, and the outputs. Reads q and writes the outputs once;
-    each block of BLOCK_Q queries reads k and v of its classes, from the cache after the first."""
+    """Memory traffic (minimum): q, k, v, the segments of the image, and the outputs. q is read and the outputs are
+    written once; each block of BLOCK_Q queries reads k and v of its classes, after the first time from the cache."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     place = (image * num_heads + head) * num_tokens + row
@@ -106,7 +108,7 @@ def _class_attention_forward_kernel(
 def _class_attention_backward_queries_kernel(
     grad,  # (B, heads, N, d)
     q, k, v, segment, offsets, out, logsumexp,  # as above
-    delta,  # (B, heads, N) float32, contiguous: sum over d of grad * out, for the other kernel
+    delta,  # (B, heads, N) float32, contiguous: sum over d of grad * out, for the kernel of k and v
     grad_q,  # (B, heads, N, d), contiguous
     grad_strides, q_strides, k_strides, v_strides, num_heads, num_tokens, dim, num_classes, scale,
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
@@ -153,8 +155,8 @@ def _class_attention_backward_keys_kernel(
     DOT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Rows are keys and values, columns are queries. Memory traffic (minimum): grad, q, k, v, logsumexp, delta, the
-    segments, and the outputs. k and v are read once; each block of BLOCK_Q keys reads the rest, of its classes, from the
-    cache after the first."""
+    segments, and the outputs. k and v are read once; each block of BLOCK_Q keys reads the other tensors for its classes,
+    after the first time from the cache."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
     first_place = (image * num_heads + head) * num_tokens
@@ -202,8 +204,8 @@ def _place(num_heads, num_tokens, BLOCK_Q: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def _classes(segment, offsets, image, row, num_tokens, num_classes):
-    """Where the class of each row begins and ends, and where the first of them begins and the last ends. A row that is
-    ignored or past the last token has no class: from 0 to 0."""
+    """The begin and end of the class of each row, the smallest begin and the largest end. A row that is ignored or past the
+    last token has no class; its begin and end are 0."""
     row_class = tl.load(segment + image * num_tokens + row, mask=row < num_tokens, other=2 * num_classes) // 2
     valid = row_class < num_classes
     begin = offsets + image * (2 * num_classes + 2) + 2 * row_class
@@ -214,7 +216,7 @@ def _classes(segment, offsets, image, row, num_tokens, num_classes):
 
 @triton.jit
 def _block_start(first, begin, BLOCK_KV: tl.constexpr):
-    """Where the block of columns that `begin` is in starts."""
+    """The start of the block of columns that contains `begin`."""
     return first + (begin - first) // BLOCK_KV * BLOCK_KV
 
 
@@ -225,14 +227,14 @@ def _same_class(row_begin, row_end, column):
 
 @triton.jit
 def _own(row_begin, row_end, begin, end):
-    """Which rows have a class that lies between the positions `begin` and `end`."""
+    """Whether the class of each row lies between the positions `begin` and `end`."""
     return (row_begin < row_end) & (row_begin >= begin) & (row_end <= end)
 
 
 @triton.jit
 def _next(row_end, begin, end, last, spoilt):
-    """The range to run over after that from `begin` to `end`: one of several classes is spoilt as a whole, and its first
-    class comes next; else the class that follows it."""
+    """The next range after the one from `begin` to `end`: the first class of that range, if the range has several classes
+    and is `spoilt` (has a sum that is not finite), else the class that follows the range."""
     again = spoilt & (_end_of_class(row_end, begin, last) < end)
     begin = tl.where(again, begin, end)
     return begin, _end_of_class(row_end, begin, last)
@@ -240,7 +242,7 @@ def _next(row_end, begin, end, last, spoilt):
 
 @triton.jit
 def _end_of_class(row_end, begin, last):
-    """Where the class that begins at `begin` ends; `last` if there is none."""
+    """The end of the class that begins at `begin`; `last` if there is none."""
     return tl.min(tl.where(row_end > begin, row_end, last), axis=0)
 
 
@@ -259,7 +261,7 @@ def _load(x, position, channel, strides, begin, end, dim, DOT: tl.constexpr):
 @triton.jit
 def _store(x, place, channel, value, inside, dim):
     mask = inside[:, None] & (channel < dim)[None, :]
-    first = tl.min(place, axis=0)  # 32-bit offsets from it: the addresses stay in registers
+    first = tl.min(place, axis=0)  # 32-bit offsets from here, so that the addresses stay in registers
     offset = (place - first).to(tl.int32)[:, None] * dim + channel[None, :]
     tl.store(x + first * dim + offset, value.to(x.dtype.element_ty), mask=mask)
 
@@ -297,12 +299,12 @@ def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
 
 
 def max_dim(q, k, v):
-    """The longest rows that the kernels take."""
+    """The largest d that the kernels support."""
     return MAX_DIM if q.dtype == k.dtype == v.dtype != torch.float32 else MAX_DIM_FLOAT32
 
 
 def _short(*tensors):
-    """Whether the operands have 16 bits and are read in vectors: of one dtype, all rows contiguous and aligned."""
+    """Whether the operands have 16 bits and are read in vectors: same dtype, all rows contiguous and aligned."""
     first = tensors[0]
     return first.dtype != torch.float32 and all(
         x.dtype == first.dtype and x.stride(3) == 1 and not any(n % 16 for n in (*x.stride()[:3], x.shape[3]))
@@ -311,7 +313,7 @@ def _short(*tensors):
 
 
 def _dot_dtype(q, k, v):
-    """float16 or bfloat16 where q, k and v share it, else float32."""
+    """float16 or bfloat16 if q, k and v all have it, else float32."""
     if INTERPRETED or not q.dtype == k.dtype == v.dtype:
         return tl.float32
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32)

@@ -1,22 +1,20 @@
 """Mean feature of the visible and masked tokens of each class: kernels and launchers. See `reference/class_centroids.py`.
 
-A segment is a class and whether its tokens are masked: there are 2 K. Their tokens are summed in one of two ways. Both
-read the features once, in one launch; a second launch adds up the parts and divides.
+A segment holds the visible or the masked tokens of a class: there are 2 K segments. Their tokens are summed in one of two
+ways. Both read the features once, in one launch; a second launch adds up partial sums and divides.
 
-Up to 64 segments, tokens are read where they lie (`one_hot`). An image's tokens are cut into splits. In each split, block
-after block, a matrix (segments, tokens) of ones and zeros is multiplied with the features (tokens, channels) on tensor
-cores.
+With up to 64 segments, tokens are read in memory order (`one_hot`). The tokens of an image are divided into splits. Each
+split multiplies, block by block, a one-hot matrix (segments, tokens) with the features (tokens, channels) on tensor cores.
 
-Beyond that, such a matrix would be mostly zeros, and tokens are read in the class order of `pack_classes` (`run`). A
-program reads at most RUN rows, which all belong to one segment, and the order of each sum is fixed. With RUN = 8 and
-segments a, b, c:
+With more segments, that matrix would be mostly zeros, so tokens are read in the class order of `pack_classes` (`run`). A
+program reads at most RUN rows, all of one segment, and the order of each sum is fixed. With RUN = 8 and segments a, b, c:
 
     packed row       0       8       16      24
     segment          aaaaabbbbbbbbbbbbbbbbbbbbbbbcccc
     first RUN rows   aaaaabbbbbbbb               cccc   programs s = 0 to 2 K - 1, one for each segment s
     the rest                      111222222223333       programs 2 K + r, one for each run r of RUN packed rows
 
-Most segments have at most RUN tokens and are finished then; the second launch completes the others.
+Segments with at most RUN tokens, which are most of them, are then complete; the second launch completes the others.
 """
 
 from typing import NamedTuple
@@ -42,15 +40,15 @@ class OneHotLaunch(NamedTuple):
 
 
 def one_hot_launch(segments, itemsize):
-    """Rows of 128 bytes; float32, which takes three products, gets half the channels. Programs are about twice as many as
-    multiprocessors: registers for two of them, or a few more."""
+    """Rows of 128 bytes; float32, which needs three products, gets half the channels. There are about two programs for each
+    multiprocessor, whose registers are enough for two of them or a few more."""
     segments = power_of_two(segments, low=16, high=MAX_ONE_HOT)
     return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8, maxnreg=144)
 
 
 def one_hot_splits(batch, tokens, channels, segments, launch, like):
-    """Into how many parts an image's tokens are cut: programs enough for the device, but 16 tokens for each segment in a
-    part, so that the partial sums stay small beside the features."""
+    """The number of splits of the tokens of an image: enough programs for the device, but at least 16 tokens for each
+    segment in a split, so that the partial sums stay small compared with the features."""
     programs = batch * triton.cdiv(channels, launch.CHANNELS)
     wanted = triton.cdiv(2 * multiprocessors(like), programs)
     return max(1, min(wanted, tokens // (16 * segments)))
@@ -70,8 +68,8 @@ def run_launch(channels):
 
 @triton.jit
 def _feature_address(features, b, n, channel, strides, width, IS_GRID: tl.constexpr):
-    """Addresses (tokens, channels) in (B, C, h, w), by (b, c, h, w) strides; IS_GRID where rows of w tokens do not follow
-    each other evenly."""
+    """Addresses (tokens, channels) in (B, C, h, w), from (b, c, h, w) strides; IS_GRID if the tokens do not have one
+    constant stride across rows of w tokens."""
     token = n // width * strides[2] + n % width * strides[3] if IS_GRID else n * strides[3]
     return features + b * strides[0] + token[:, None] + channel[None, :] * strides[1]
 
@@ -85,10 +83,10 @@ def _one_hot_sums(
 ):  # fmt: skip
     """Sums (SEGMENTS, CHANNELS) and counts (SEGMENTS,) of the tokens from `first` to `stop`.
 
-    float32 features go through the tensor cores in three parts of 8 bits, whose sum they are exactly; the one-hot side
-    is exact in any type. Tensor cores cut off what does not fit where they add, which over thousands of tokens of non-zero
-    mean is a bias: they add up one block of tokens, and ordinary sums, which round, the blocks. A product with 0 spreads inf
-    and NaN over all segments. CAREFUL keeps them where they belong.
+    float32 features are split into three parts of 8 bits, which add up exactly, for the tensor cores; the one-hot matrix is
+    exact in any dtype. Tensor cores truncate when they add, which is a bias in sums over thousands of tokens of non-zero
+    mean. So they add up one block of tokens only, and ordinary sums, which round, add up the blocks. A product with 0
+    spreads inf and NaN over all segments; with CAREFUL they stay in their own segment.
     """
     segment_id = tl.arange(0, SEGMENTS)
     total = tl.zeros((SEGMENTS, CHANNELS), tl.float32)
@@ -113,11 +111,11 @@ def _one_hot_sums(
         for part in tl.static_range(PARTS):
             leading = x
             if part < PARTS - 1:
-                # Truncated, not rounded: what is left is exact, and nothing overflows.
+                # Truncated, not rounded, so that the remainder is exact and nothing overflows.
                 leading = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
                 x -= leading
             block = tl.dot(one_hot, leading.to(DOT), block)
-        # Selected, or the compiler would let the tensor cores add to `total`.
+        # With this selection the compiler cannot let the tensor cores add to `total`.
         total += tl.where((segment_id < 2 * num_classes)[:, None], block, 0.0)
     return total, count
 
@@ -133,8 +131,8 @@ def _class_centroids_one_hot_kernel(
     IS_GRID: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
     SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): the features. Besides, labels and masks are read once for each block of channels, and the
-    sums of each split are written. Where a sum is not finite, the features are read again to find whose it is."""
+    """Memory traffic (minimum): the features. In addition, labels and masks are read once for each block of channels, and
+    the sums of each split are written. If a sum is not finite, the features are read again to find its segment."""
     program = tl.program_id(0).to(tl.int64)
     b, split = program // splits, program % splits
     first = (split * tokens_of_split).to(tl.int32)
@@ -197,11 +195,11 @@ def _class_centroids_run_kernel(
     strides, labels_strides, masked_strides,
     IS_GRID: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): the features, `order`, and the outputs. Besides, one row of `rest` for each RUN tokens.
+    """Memory traffic (minimum): the features, `order`, and the outputs. In addition, one row of `rest` for each RUN tokens.
 
-    An image has 2K + runs programs. Program s < 2K adds the first RUN rows of segment s: its mean, if it has no more.
-    Program 2K + r adds what is left among the packed rows from r RUN to (r + 1) RUN: all of it belongs to the segment of
-    the first of them, since any other segment there begins later, and has its first RUN rows still ahead.
+    An image has 2K + runs programs. Program s < 2K adds up the first RUN rows of segment s, which gives the mean if there
+    are no more. Program 2K + r adds up the remaining rows among the packed rows r RUN to (r + 1) RUN: they all belong to the
+    segment of row r RUN, because any other segment there begins later, so that these are among its first RUN rows.
     """
     segments = 2 * num_classes
     b = (tl.program_id(0) // (segments + runs)).to(tl.int64)
@@ -239,7 +237,7 @@ def _class_centroids_run_kernel(
 @triton.jit(do_not_specialize=["segments", "runs"])
 def _class_centroids_run_mean_kernel(
     offsets,  # (B, 2K + 2) int32, contiguous
-    mean,  # (B, 2K, C) float32; in: the sum of the first RUN rows, out: the mean, of segments that are longer
+    mean,  # (B, 2K, C) float32; for longer segments; in: the sum of the first RUN rows, out: the mean
     rest,  # (B, runs, C) float32
     num_channels, segments, runs,
     RUN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -273,8 +271,8 @@ def _class_centroids_spread_kernel(
     grad_mean_strides, strides, labels_strides, masked_strides,
     IS_GRID: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): the gradient of the features. Besides, labels and masks are read once for each block of
-    channels, and a row of grad_mean for each token, from the cache."""
+    """Memory traffic (minimum): the gradient of the features. In addition, labels and masks are read once for each block
+    of channels, and a row of grad_mean for each token, from the cache."""
     blocks = tl.cdiv(num_tokens, TOKENS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -349,7 +347,7 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
 
 
 def _token_grid(features):
-    """(B, C, h, w) or (B, N, C) as the kernels read it: (b, c, h, w) strides, w, and whether tokens lie unevenly."""
+    """(B, C, h, w) or (B, N, C) in the form for the kernels: (b, c, h, w) strides, w, and IS_GRID."""
     if features.dim() == 3:
         b, n, c = features.stride()
         return (b, c, 0, n), features.shape[1], False

@@ -1,4 +1,4 @@
-"""What the kernels and launchers share."""
+"""Shared code of the kernels and launchers."""
 
 import triton
 import triton.language as tl
@@ -7,20 +7,21 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def power_of_two(n, *, low, high):
-    """The smallest power of two that is at least n, within [low, high], themselves powers of two."""
+    """The smallest power of two that is at least n, clamped to [low, high], which are powers of two."""
     return min(high, max(low, triton.next_power_of_2(n)))
 
 
 def strides_of(x, dimensions):
-    """x's strides; zeros for a parameter that is None."""
+    """The strides of x; zeros if x is None."""
     return (0,) * dimensions if x is None else x.stride()
 
 
 @triton.jit
 def token_class(labels, masked, image, token, labels_strides, masked_strides, num_classes, valid):
-    """int64 class of each token, `num_classes` where the label is out of range or `valid` is false; and its mask.
+    """int64 class of each token (`num_classes` where the label is out of range or `valid` is false), and whether it is
+    masked.
 
-    `image` and `token` are int64 and broadcast. `labels` may be None: one class.
+    `image` and `token` are int64 and broadcast. If `labels` is None, there is one class.
     """
     is_masked = tl.load(masked + image * masked_strides[0] + token * masked_strides[1], mask=valid, other=0) != 0
     if labels is None:

@@ -1,14 +1,14 @@
 """Reconstruction loss over masked patches: kernels and launchers. See `reference/masked_patch_loss.py`.
 
 Forward: the kernel `error` writes the mean distance of each token that counts (masked, with a valid label); `class_sum` adds
-these errors up by class and computes the loss. Backward: `gradient` computes target and difference again, and writes slope
-times weight.
+up these errors by class and computes the loss. Backward: `gradient` recomputes target and difference, and writes the
+derivative of the distance times the weight.
 
-`error` and `gradient` see a patch in the same way. A program has TOKENS patches and runs through their p p c entries in
-blocks of ENTRIES, mostly one. An entry lies where its token starts (`_token_offset`) plus its place in the token
-(`_entry_offset`): so predictions may be images or tokens of any strides. `_target` loads pixels and normalises bytes,
-`_statistics` gives mean and deviation of a target patch, `_difference` is prediction minus target. The many arguments are
-strides, sizes and compile-time options of these five.
+`error` and `gradient` read patches in the same way. A program has TOKENS patches and loops over their p p c entries in
+blocks of ENTRIES, usually one block. The offset of an entry is the start of its token (`_token_offset`) plus its offset in
+the token (`_entry_offset`), so predictions may be images or tokens with any strides. `_target` loads pixels and normalises
+uint8 values, `_statistics` computes mean and standard deviation of a target patch, and `_difference` computes prediction
+minus target. The many arguments are strides, sizes and compile-time options of these five functions.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class SumLaunch(NamedTuple):
 
 
 def sum_launch(num_classes):
-    """PROGRAMS bounds the programs that share the tokens, so that one program can add up what they found."""
+    """PROGRAMS limits the number of programs that share the tokens, so that one program can add up their partial sums."""
     return SumLaunch(TOKENS=128, CLASSES=16 if num_classes <= 16 else 64, PROGRAMS=128, num_warps=4)
 
 
@@ -94,16 +94,16 @@ def _masked_patch_loss_class_sum_kernel(
     error,  # (B, N) float32
     masked,  # (B, N) uint8
     labels,  # (B, N) or None
-    sums, counts,  # (programs, K) float32 and int32: what each program found
+    sums, counts,  # (programs, K) float32 and int32: partial sums of each program
     class_sum, class_count,  # (K,) float32 and int32
     loss,  # () float32
-    finished,  # (class blocks + 1,) int32, zeros: programs that are done with a block of classes, blocks that are done
+    finished,  # (class blocks + 1,) int32, zeros: counters of finished programs for each block of classes, and of blocks
     masked_strides, labels_strides, batch, num_tokens, num_classes, tokens_of_program,
     PER_CLASS: tl.constexpr, TOKENS: tl.constexpr, CLASSES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Memory traffic (minimum): errors, masks and labels. They are read again for each block of CLASSES classes.
 
-    A sum in one launch that is the same to the bit every time:
+    A deterministic sum in one launch:
     1. each program sums the errors of its tokens by class, and stores a row of `sums` and `counts`;
     2. a counter tells the program that finishes last within a block of classes; it adds up the rows of all programs, in
        the order of the programs;
@@ -157,7 +157,8 @@ def _masked_patch_loss_gradient_kernel(
     MEAN: tl.constexpr, STD: tl.constexpr, DISTANCE: tl.constexpr, NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): what the forward pass reads, and the whole gradient; the counts for each program besides."""
+    """Memory traffic (minimum): what the forward pass reads, and the whole gradient; in addition, the counts for each
+    program."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     counts, b, n, label = _tokens(token, masked, labels, masked_strides, labels_strides, batch, num_tokens, num_classes)
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
@@ -194,7 +195,7 @@ def _masked_patch_loss_gradient_kernel(
 
 @triton.jit
 def _tokens(token, masked, labels, masked_strides, labels_strides, batch, num_tokens, num_classes):
-    """For each of the flat tokens: whether it counts, its image, its place (int64), and its class."""
+    """For each token of a flat index: whether it counts, its image and place (int64), and its class."""
     b, n = token // num_tokens, token % num_tokens
     label, is_masked = token_class(labels, masked, b, n, labels_strides, masked_strides, num_classes, b < batch)
     return is_masked & (label < num_classes), b, n, label
@@ -202,7 +203,7 @@ def _tokens(token, masked, labels, masked_strides, labels_strides, batch, num_to
 
 @triton.jit
 def _totals(class_count, num_classes, CLASSES: tl.constexpr):
-    """How many tokens count and how many classes have some, as float32."""
+    """The number of tokens that count and the number of classes that have such tokens, as float32."""
     tokens = tl.zeros((CLASSES,), tl.int64)
     present = tl.zeros((CLASSES,), tl.int32)
     for first in range(0, num_classes, CLASSES):
@@ -215,7 +216,7 @@ def _totals(class_count, num_classes, CLASSES: tl.constexpr):
 
 @triton.jit
 def _token_offset(b, n, columns, strides, PATCH: tl.constexpr, AS_IMAGE: tl.constexpr):
-    """Where each token starts in images (B, c, H, W) or in tokens (B, N, p p c)."""
+    """The offset of each token in images (B, c, H, W) or in tokens (B, N, p p c)."""
     offset = n // columns * PATCH * strides[2] + n % columns * PATCH * strides[3] if AS_IMAGE else n * strides[1]
     return b * strides[0] + offset
 
@@ -223,7 +224,7 @@ def _token_offset(b, n, columns, strides, PATCH: tl.constexpr, AS_IMAGE: tl.cons
 @triton.jit
 def _entry_offset(entry, strides, PATCH: tl.constexpr, CHANNELS: tl.constexpr,
                   AS_IMAGE: tl.constexpr, CHANNEL_FIRST: tl.constexpr):  # fmt: skip
-    """Where each entry of a token lies, counted from the token's start, and its channel.
+    """The offset of each entry from the start of its token, and its channel.
 
     The order of entries, which is that of the lanes, is (row, column, channel), or (channel, row, column) for contiguous
     images on both sides.
@@ -242,7 +243,7 @@ def _entry_offset(entry, strides, PATCH: tl.constexpr, CHANNELS: tl.constexpr,
 @triton.jit
 def _target(image, token, strides, start, counts, PATCH: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
             MEAN: tl.constexpr, STD: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """float32 (TOKENS, ENTRIES): the pixels from entry `start` on, normalised where they are bytes, and where they are."""
+    """The pixels from entry `start` on, float32 (TOKENS, ENTRIES), normalised if they are uint8, and which entries exist."""
     entry = start + tl.arange(0, ENTRIES)
     offset, channel = _entry_offset(entry, strides, PATCH, CHANNELS, True, CHANNEL_FIRST)
     inside = counts[:, None] & (entry < PATCH * PATCH * CHANNELS)[None, :]
@@ -263,7 +264,7 @@ def _statistics(image, token, strides, counts, PATCH: tl.constexpr, CHANNELS: tl
                 TOKENS: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
     """Mean of each target patch and 1 / sqrt(unbiased variance + 1e-6).
 
-    Blocks of entries are merged by Chan, Golub and LeVeque's update (1979): sums of squares would cancel.
+    Blocks of entries are merged by the update of Chan, Golub and LeVeque (1979), because sums of squares would cancel.
     """
     centre = tl.zeros((TOKENS,), tl.float32)
     squares = tl.zeros((TOKENS,), tl.float32)
@@ -347,7 +348,7 @@ def masked_patch_loss_backward(
 
 
 def _patch_grid(pred, image, masked, patch_size, distance, normalize, mean, std):
-    """What the two kernels over patches have in common: grid, sizes, compile-time arguments."""
+    """Shared arguments of the two kernels over patches: grid, sizes, compile-time arguments."""
     (batch, tokens), channels, as_image = masked.shape, image.shape[1], pred.dim() == 4
     launch = patch_launch(patch_size * patch_size * channels)
     options = dict(

@@ -1,8 +1,8 @@
 """Stable counting sort of the tokens of each image by (class, visible before masked), in three launches.
 
-The tokens of an image are cut into tiles. Count: how many tokens of each segment a tile has. Scan: how many the tiles
-before it have. Place: a token's packed position is the start of its segment, plus those in earlier tiles, plus those
-before it in its own tile.
+The tokens of an image are divided into tiles. Count: the number of tokens of each segment in each tile. Scan: the number of
+them in all earlier tiles. Place: the packed position of a token is the start of its segment, plus the number of tokens of
+the segment in earlier tiles, plus the number of those before it in its own tile.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from cmim_kernels.reference import pack_classes as reference
 from cmim_kernels.triton_kernels.common import power_of_two, token_class
 
 MAX_CLASSES = 2047
-"""With more, the counters of a program leave the registers, and PyTorch's sort takes over."""
+"""With more segments, the counters of a program do not fit in registers, and PyTorch sorts instead."""
 
 
 class PackLaunch(NamedTuple):
@@ -25,7 +25,7 @@ class PackLaunch(NamedTuple):
 
 
 def pack_launch(num_classes):
-    """SEGMENTS counts the 2K + 1 segments and one for the places past the last token."""
+    """SEGMENTS: the 2K + 1 segments and one for the places past the last token."""
     return PackLaunch(TILE=128, SEGMENTS=power_of_two(2 * num_classes + 2, low=32, high=4096), num_warps=4)
 
 
@@ -37,7 +37,7 @@ def _pack_classes_count_kernel(
     labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
     TILE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): labels and masks. Besides, a row of counts is written for each tile."""
+    """Memory traffic (minimum): labels and masks. In addition, a row of counts is written for each tile."""
     program = tl.program_id(0).to(tl.int64)
     token = program % num_tiles * TILE + tl.arange(0, TILE)
     segment = _segments(labels, masked, program // num_tiles, token, labels_strides, masked_strides, num_tokens, num_classes)
@@ -46,7 +46,7 @@ def _pack_classes_count_kernel(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _pack_classes_scan_kernel(
-    counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all tiles before it
+    counts,  # (B, tiles, SEGMENTS) int32; in: of each tile, out: of all earlier tiles
     totals,  # (B, SEGMENTS) int32
     num_tiles,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr,
@@ -77,15 +77,15 @@ def _pack_classes_place_kernel(
     labels_strides, masked_strides, num_tokens, num_classes, num_tiles,
     TILE: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): labels, masks and the three (B, N) int32 outputs. Besides, an image's totals are read for
-    each tile, and one count for each token."""
+    """Memory traffic (minimum): labels, masks and the three (B, N) int32 outputs. In addition, the totals of the image are
+    read for each tile, and one count for each token."""
     program = tl.program_id(0).to(tl.int64)
     image, tile = program // num_tiles, program % num_tiles
     i = tl.arange(0, TILE)
     token = tile * TILE + i
     inside = token < num_tokens
     segment = _segments(labels, masked, image, token, labels_strides, masked_strides, num_tokens, num_classes)
-    # The tile once more, as columns: a second load is cheaper than a change of layout.
+    # Load the tile again, as columns: this is cheaper than a layout conversion.
     other = _segments(labels, masked, image, tile * TILE + i, labels_strides, masked_strides, num_tokens, num_classes)
     before = tl.sum(((segment[:, None] == other[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), axis=1)
 
@@ -105,7 +105,7 @@ def _pack_classes_place_kernel(
         sequence = cu_seqlens + image * (num_classes + 1) + bins // 2
         starts_sequence = (bins % 2 == 0) & (bins <= 2 * num_classes)
         tl.store(sequence, (first_token + start).to(tl.int32), mask=starts_sequence)
-        # Where the next image starts: the same number that its own program writes there.
+        # The start of the next image; the program of that image writes the same number.
         tl.store(cu_seqlens + (image + 1) * (num_classes + 1), (first_token + num_tokens).to(tl.int32))
 
 

@@ -1,8 +1,9 @@
-"""The class of each patch by majority vote, in one launch. Time hardly grows with the number of classes, memory not at all.
+"""The class of each patch by majority vote, in one launch. The time hardly depends on the number of classes, the memory not
+at all.
 
-Patches of a few pixels: a program takes many patches and counts, in each, its smallest label, then the next smallest,
-until none is left; labels that are not there cost nothing. Larger patches: a program takes one and counts BINS classes
-at a time by histogram; BINS that are not there cost nothing.
+Small patches: a program takes many patches and counts, in each of them, the smallest label, then the next smallest one, and
+so on; labels that do not occur cost nothing. Larger patches: a program takes one patch and counts BINS classes at a time
+with a histogram; ranges of BINS classes without a label cost nothing.
 """
 
 import functools
@@ -16,7 +17,7 @@ from cmim_kernels.reference import patch_labels as reference
 from cmim_kernels.triton_kernels.common import power_of_two
 
 MAX_PATCH_SIZE = 64
-"""The pixels of a larger patch leave the registers of a program, and PyTorch's sort takes over."""
+"""The pixels of a larger patch do not fit in the registers of a program, and PyTorch sorts instead."""
 
 NO_LABEL = tl.constexpr(2**31 - 1)
 
@@ -34,7 +35,7 @@ class ManyPixelsLaunch(NamedTuple):
 
 
 def patch_labels_launch(patch_size, num_classes):
-    """SIDE: of a patch, padded. PATCHES: how many neighbours in a row of patches a program takes."""
+    """SIDE: padded side of a patch. PATCHES: number of neighbouring patches of a row in a program."""
     side = triton.next_power_of_2(patch_size)
     if side <= 4:
         return FewPixelsLaunch(side, 256 // side**2, 1)
@@ -59,9 +60,9 @@ def _patch_labels_few_pixels_kernel(
     most = tl.zeros((PATCHES,), tl.float32)
     candidate = tl.min(label, axis=0)
     while tl.min(candidate, axis=0) < NO_LABEL:
-        # Counted in float32, which is exact here: compilers may take integers through memory to count bits.
+        # Counted in float32, which is exact here; for integers, compilers may use shared memory.
         votes = tl.sum(tl.where(label == candidate[None, :], 1.0, 0.0), axis=0)
-        wins = (candidate < NO_LABEL) & (votes > most)  # from small ids to large ones: a tie stays with the smaller
+        wins = (candidate < NO_LABEL) & (votes > most)  # from small to large ids: of equal counts the smaller id is kept
         winner = tl.where(wins, candidate, winner)
         most = tl.where(wins, votes, most)
         candidate = tl.min(tl.where(label > candidate[None, :], label, NO_LABEL), axis=0)
@@ -86,7 +87,7 @@ def _patch_labels_many_pixels_kernel(
         first = smallest // BINS * BINS
         here = (label >= first) & (label - first < BINS)
         votes = tl.histogram(tl.where(here, label - first, 0), BINS, mask=here)
-        best = tl.max(votes * BINS + (BINS - 1 - tl.arange(0, BINS)), axis=0)  # the most votes, then the smallest bin
+        best = tl.max(votes * BINS + (BINS - 1 - tl.arange(0, BINS)), axis=0)  # most votes; among equals the smallest bin
         wins = best // BINS > most
         winner = tl.where(wins, first + (BINS - 1 - best % BINS), winner)
         most = tl.where(wins, best // BINS, most)
@@ -132,5 +133,5 @@ def patch_labels_forward(labels, patch_size, num_classes, min_share):
 
 @functools.cache
 def votes_needed(area, min_share):
-    """The fewest of `area` pixels whose share, a float64 quotient, is at least `min_share`."""
+    """The smallest number of pixels whose share of `area`, a float64 quotient, is at least `min_share`."""
     return next((votes for votes in range(area + 1) if votes / area >= min_share), area + 1)

@@ -1,8 +1,8 @@
-"""What moving rows of tokens between packed and original order has in common.
+"""Shared code of gathering and scattering: moving rows of tokens between packed and original order.
 
 A program handles a tile of IMAGES x PLACES x CHANNELS: the same original places of several images, so that a position
-is read once for all of them and its gradient is summed over them in one program. The packed rows are found through
-the inverse permutation; a row is contiguous, so that visiting rows in any order costs nothing.
+is read once for all of them and its gradient is summed over them in one program. The packed rows are found through the
+inverse permutation; rows are contiguous, so that any order of rows is equally fast.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class RowLaunch(NamedTuple):
 
 
 def row_launch(batch, channels):
-    """A tile of 2048 elements: rows as wide as possible, then images, then places. Many places of narrow rows need more
-    registers for their addresses."""
+    """A tile of 2048 elements: first as many channels as possible, then images, then places. Many places with narrow rows
+    need more registers for addresses."""
     wide = power_of_two(channels, low=32, high=256)
     images = power_of_two(batch, low=1, high=8)
     return RowLaunch(images, 2048 // (wide * images), wide, num_warps=4, maxnreg=200 if wide == 32 else 168)
@@ -35,7 +35,7 @@ def forward_grid(launch, batch, tokens, channels):
 
 
 def backward_grid(launch, tokens, channels, like):
-    """Blocks of places go to groups, few enough that the groups' partial sums stay small: grid, blocks in a group."""
+    """The grid, and the number of blocks of places in a group; groups are few enough that their partial sums stay small."""
     blocks, columns = triton.cdiv(tokens, launch.PLACES), max(1, triton.cdiv(channels, launch.CHANNELS))
     in_group = max(1, triton.cdiv(blocks, max(1, 8 * multiprocessors(like) // columns)))
     return (triton.cdiv(blocks, in_group), columns), in_group

@@ -1,9 +1,9 @@
 """Class-gated depthwise convolution: kernels and launchers. See `reference/same_class_conv2d.py`.
 
-A first kernel copies the labels into a frame of -1, which stands for every label that is not a class. So whether a
-neighbour counts, at the border too, is one comparison, and it is the mask of the neighbour's load: a value of another
-class is never read. Each value of x is read once from memory, and once for each tap from the cache: multiply-adds, not
-bytes, are what the op costs.
+A first kernel copies the labels into a frame of -1, which also replaces every label that is not a class. Whether a neighbour
+counts is then one comparison, at the border too. It is the mask of the load, so that values of other classes are never read.
+Each
+value of x is read once from memory, and once for each tap from the cache: the op is bound by multiply-adds, not by memory.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from cmim_kernels.reference import same_class_conv2d as reference
 from cmim_kernels.triton_kernels.common import power_of_two, strides_of, sum_rows
 
 MAX_SIZE = 31
-"""The taps of a row of larger weights leave the registers of a program, and PyTorch takes over."""
+"""For larger kernels, the taps of a row do not fit in the registers of a program, and PyTorch is used."""
 
 
 class ConvolveLaunch(NamedTuple):
@@ -29,8 +29,9 @@ class ConvolveLaunch(NamedTuple):
 
 
 def convolve_launch(channels, channels_last):
-    """A tile of ROWS x COLUMNS pixels and CHANNELS channels, longest along what lies together in memory. More threads than
-    pixels or channels: else the compiler takes labels and weights through shared memory, with a barrier at every tap."""
+    """A tile of ROWS x COLUMNS pixels and CHANNELS channels, longest along the dimension that is contiguous in memory. There
+    are more threads than pixels or channels; otherwise the compiler passes labels and weights through shared memory, with a
+    barrier at every tap."""
     if channels_last:
         wide = power_of_two(channels, low=32, high=128)
         return ConvolveLaunch(8, 8, wide, num_warps=8 if wide == 128 else 4, maxnreg=168)
@@ -45,7 +46,7 @@ class WeightLaunch(NamedTuple):
 
 
 def weight_launch(size, channels, channels_last):
-    """A tile of TAPS taps, those of a row of weights, of PIXELS neighbouring pixels and of CHANNELS channels."""
+    """A tile of TAPS taps (one row of the kernel), PIXELS neighbouring pixels and CHANNELS channels."""
     taps = power_of_two(size, low=1, high=32)
     elements, wide = (8192, power_of_two(channels, low=32, high=128)) if channels_last else (4096, 16)
     return WeightLaunch(taps, power_of_two(elements // (taps * wide), low=1, high=32), wide, num_warps=4)
@@ -78,8 +79,8 @@ def _same_class_conv2d_convolve_kernel(
     x_strides, out_strides, bias_strides, num_channels, height, width, rows, columns, next_tap,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): x, the labels and the output. x is read once and, at the edges of neighbouring programs, up
-    to twice more (a tile of 8 x 8 pixels has 14 x 14 in reach for k = 7)."""
+    """Memory traffic (minimum): x, the labels and the output. x is read once, and up to
+    three times at the edges between programs (for k = 7, a tile of 8 x 8 pixels reads 14 x 14)."""
     image, row, column = _tile(height, width, ROWS, COLUMNS)
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -107,13 +108,13 @@ def _same_class_conv2d_convolve_kernel(
 def _same_class_conv2d_weight_kernel(
     grad, x,  # (B, C, h, w)
     framed,  # (B, rows, columns) int32
-    weight_sums,  # (chunks, k, k, C) float32: what each chunk of rows of pixels adds to the gradient of the weight
+    weight_sums,  # (chunks, k, k, C) float32: partial gradient of the weight from each chunk of rows of pixels
     bias_sums,  # (chunks, C) float32; or None
     grad_strides, x_strides, num_rows, rows_of_chunk, num_channels, height, width, rows, columns,
     SIZE: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Memory traffic (minimum): the gradient of the output, x and the labels. The k programs of a chunk, one for each row of
-    taps, run side by side and all read them: once from memory, then from the cache."""
+    taps, run at the same time and read the same data: once from memory, then from the cache."""
     chunk, i = (tl.program_id(0) // SIZE).to(tl.int64), tl.program_id(0) % SIZE
     channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -156,7 +157,8 @@ def _tile(height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _centre(frame, columns, SIZE: tl.constexpr, valid):
-    """The label at the centre of the window whose first corner is at `frame`; -2, which no neighbour has, for none."""
+    """The label at the centre of the window whose first corner is at `frame`; -2, which no neighbour has, if it is no
+    class."""
     label = tl.load(frame + (SIZE // 2 * columns + SIZE // 2), mask=valid, other=-1)
     return tl.where(label < 0, -2, label)
 

@@ -1,9 +1,8 @@
-"""Cross-entropy of bilinearly upsampled logits: one kernel forward, one backward. Upsampled logits never leave registers.
+"""Cross-entropy of bilinearly upsampled logits: one kernel forward, one backward. Upsampled logits stay in registers.
 
-Forward: a program has a tile of pixels and runs through the classes (`upsampling.py`). Backward: a program has the cells of
-some classes and runs through the pixels around them, so that one thread writes each gradient, summed in the same order
-always.
-"""
+Forward: a program has a tile of pixels and loops over the classes (`upsampling.py`). Backward: a program has the cells of
+some classes and loops over the pixels around them, so that each gradient is written by one thread and summed in a fixed
+order."""
 
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ class CellLaunch(NamedTuple):
 
 def cell_launch(num_classes, width):
     """CLASSES x SPANS elements, 8 in each thread: as few as cover all classes and spans. The first span of a program has no
-    cell. Reading the pixels, once for each block of classes, costs as much as one class more."""
+    cell. Reading the pixels, once for each block of classes, costs as much as one additional class."""
     blocks = lambda classes, spans: triton.cdiv(num_classes, classes) * triton.cdiv(width, spans - 1)  # noqa: E731
     cost = lambda shape: blocks(*shape) * (shape[0] + 1) * shape[1]  # noqa: E731
     classes, spans = min([(4, 64), (8, 32), (16, 16), (32, 16)], key=cost)
@@ -47,8 +46,8 @@ def cell_launch(num_classes, width):
 
 
 def rows_of_program(launch, blocks, height, like):
-    """How many rows of cells a program has, where `blocks` programs have the same ones. It works on one span more than that,
-    so as many as leave the device enough programs."""
+    """The number of rows of cells of a program, where `blocks` programs share the same rows. A program computes one span
+    more than it has rows, so this is the largest number that leaves enough programs for the device."""
     wanted = 8 * multiprocessors(like) // launch.num_warps
     return next((rows for rows in (16, 8, 4, 2) if blocks * triton.cdiv(height, rows) >= wanted), 1)
 
@@ -63,8 +62,8 @@ def _upsample_cross_entropy_forward_kernel(
     column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): logits, target, loss and logsumexp. Every tile around a cell reads it, from the cache after
-    the first. A pixel keeps 8 bytes of state, whatever the number of classes."""
+    """Memory traffic (minimum): logits, target, loss and logsumexp. Every tile around a cell reads it, after the first
+    time from the cache. A pixel has 8 bytes of state, for any number of classes."""
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
@@ -111,11 +110,11 @@ def _upsample_cross_entropy_backward_kernel(
                          -------------+------------     the cell between spans r and r + 1, s and s + 1
         row span r + 1      top right | top left
 
-    An element of the tile has one class and one column span s, and walks down the row spans. For each it sums
-    (softmax - one hot) grad, times the weight of the corner, into four numbers, one for each corner of the span. Those of
-    the two bottom corners wait for one round, and start the sums of the top corners of the span below. When span r + 1 is
-    done, this element has what its left cell gets from its own side, and the element before it has the rest (its right
-    corners): one exchange between neighbours, and the cell is written.
+    An element of the tile has one class and one column span s, and loops over the row spans from top to bottom. In each span
+    it sums (softmax - one hot) grad, times the weight of the corner, into four numbers, one for each corner of the span. The
+    sums of the two bottom corners are kept for the next span below, where they start the sums of the top corners. After span
+    r + 1, this element has the part of its left cell from its own span, and the element before it has the other part (its
+    right corners): they exchange these parts, and the cell is written.
     """
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
@@ -126,7 +125,7 @@ def _upsample_cross_entropy_backward_kernel(
     kind = class_block * CLASSES + tl.arange(0, CLASSES)[:, None]
     element = tl.arange(0, SPANS)[None, :]
     span = column_block.to(tl.int64) * (SPANS - 1) + element
-    # An element writes the left cell of its span; of the program's first span that is another program's.
+    # An element writes the left cell of its span; that of the program's first span belongs to another program.
     owned = (kind < num_classes) & (element > 0) & (span <= column_axis[0])
     kind_there = tl.minimum(kind, num_classes - 1).to(tl.int64)
     span_there = tl.minimum(span, column_axis[0])

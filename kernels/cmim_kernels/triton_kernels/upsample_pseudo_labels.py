@@ -26,8 +26,8 @@ def _upsample_pseudo_labels_kernel(
     column_cells, column_pixels, column_step, column_start, column_unit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): logits, labels and confidences. Every tile around a cell reads it, from the cache after the
-    first. A pixel keeps 12 bytes of state, whatever the number of classes."""
+    """Memory traffic (minimum): logits, labels and confidences. Every tile around a cell reads it, after the first time
+    from the cache. A pixel has 12 bytes of state, for any number of classes."""
     row_axis = (row_cells, row_pixels, row_step, row_start, row_unit)
     column_axis = (column_cells, column_pixels, column_step, column_start, column_unit)
     image, row, column, inside, offsets, along, down = tile(
@@ -39,7 +39,7 @@ def _upsample_pseudo_labels_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for kind in tl.range(0, num_classes, loop_unroll_factor=2):
         z = upsample(plane, offsets, along, down)
-        best = tl.where(z > largest, kind, best)  # the first of equals wins
+        best = tl.where(z > largest, kind, best)  # among equals the first is kept
         largest, total = add_exponential(largest, total, z)
         plane += strides[1]
     pixel = (image * row_axis[1] + row) * column_axis[1] + column
@@ -54,7 +54,7 @@ def upsample_pseudo_labels_forward(logits, size, align_corners):
         row_axis, column_axis = axes(logits, size, align_corners)
         launch = tile_launch(pixels_of_span(row_axis))
         grid, *tiles = tile_grid(launch, len(logits), row_axis, column_axis)
-        # Products and sums that are not fused round as in PyTorch: labels are the same, ties included.
+        # Products and sums are not fused, so they round as in PyTorch: labels are the same, also for ties.
         _upsample_pseudo_labels_kernel[grid](
             logits, label, confidence, logits.stride(), logits.shape[1], *tiles, *row_axis, *column_axis,
             enable_fp_fusion=False, **launch._asdict(),

@@ -1,9 +1,9 @@
-"""Bilinear upsampling in registers: what the kernels of the two ops on upsampled logits share.
+"""Bilinear upsampling in registers: shared code of the kernels of the two ops on upsampled logits.
 
-The centres of n cells cut an axis into n + 1 spans: span i lies between the cells i - 1 and i, its first and its second;
-before the first and after the last cell both are that cell. All pixels of a row span and a column span mix the same
-four cells, its corners. Positions are fractions of integers, so that spans and weights are exact.
-"""
+The centres of n cells divide an axis into n + 1 spans: span i lies between cell i - 1, its first cell, and cell i, its
+second cell; before the first and after the last cell, both are that cell. All pixels of a row span and a column span
+interpolate between the same four cells, the corners. Positions are fractions of integers, so that spans and weights are
+exact."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 AXES = [f"row_{name}" for name in ("cells", "pixels", "step", "start", "unit")]
 AXES += [f"column_{name}" for name in ("cells", "step", "start", "unit")]
-"""The parameters that hold two axes and are not to be specialised, or many a size of images would compile its own variant.
-Not tuples, which Triton always specialises. Without `column_pixels`, the length of rows in memory: it aligns addresses."""
+"""Parameters of the two axes that are not specialised, because otherwise many image sizes would compile variants of their
+own. They are not tuples, which Triton always specialises. `column_pixels`, the length of rows in memory, is left out because
+it affects the alignment of addresses."""
 
 
 def axes(logits, size, align_corners):
@@ -31,7 +32,7 @@ def _axis(cells, pixels, align_corners):
 
 
 def pixels_of_span(axis):
-    """The most pixels that a span has."""
+    """The largest number of pixels in a span."""
     _, _, step, _, unit = axis
     return triton.cdiv(unit, step)
 
@@ -44,14 +45,14 @@ class TileLaunch(NamedTuple):
 
 
 def tile_launch(rows):
-    """For spans of up to `rows` pixels. A thread has ROWS pixels of one span in one column: a class costs it about 8
-    instructions for each of them and 24 more."""
+    """The launch configuration for spans of up to `rows` pixels. A thread has ROWS pixels of one span in one column: a class
+    costs it about 8 instructions for each pixel and 24 more."""
     cost = lambda r: triton.cdiv(rows, r) * (8 * r + 24)  # noqa: E731
     return TileLaunch(min((8, 4, 2, 1), key=cost), COLUMNS=64, num_warps=2, maxnreg=128)
 
 
 def tile_grid(launch, batch, row_axis, column_axis):
-    """The grid of tiles; how many tiles a row span is cut into, from top to bottom and from left to right."""
+    """The grid of tiles, and into how many tiles a row span is divided, vertically and horizontally."""
     down = triton.cdiv(pixels_of_span(row_axis), launch.ROWS)
     along = triton.cdiv(column_axis[1], launch.COLUMNS)
     return (batch * (row_axis[0] + 1) * down * along,), down, along
@@ -59,15 +60,15 @@ def tile_grid(launch, batch, row_axis, column_axis):
 
 @triton.jit
 def first_pixel(span, axis):
-    """The first pixel in int64 `span` or behind it; the number of pixels if there is none."""
+    """The first pixel in or after the int64 `span`; the number of pixels if there is none."""
     _, pixels, step, start, unit = axis
     return tl.minimum((tl.maximum(span * unit - start, 0) + step - 1) // step, pixels)
 
 
 @triton.jit
 def weight_of_second(pixel, span, axis):
-    """float32 weight of the second cell of its span in each int64 pixel: 1 before the first cell, 0 after the last, so
-    that in spans with one cell that cell gets everything."""
+    """float32 weight of the second cell of its span for each int64 pixel: 1 before the first cell and 0 after the last, so
+    that in spans with a single cell this cell gets the full weight."""
     cells, _, step, start, unit = axis
     fraction = (pixel * step + start - span * unit).to(tl.float32)
     weight = tl.div_rn(fraction, tl.zeros_like(fraction) + unit)
@@ -86,8 +87,8 @@ def corners(row_span, column_span, row_axis, column_axis, strides):
 
 @triton.jit
 def tile(strides, row_axis, column_axis, tiles_down, tiles_along, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's tile: int64 image, rows (ROWS, 1) and columns (1, COLUMNS), which pixels there are, and what `upsample`
-    needs: offsets (1, COLUMNS) of the corners in the logits, weights of the right and of the bottom ones."""
+    """The tile of this program: int64 image, rows (ROWS, 1) and columns (1, COLUMNS), which pixels exist, and the arguments
+    of `upsample`: offsets (1, COLUMNS) of the corners in the logits, weights of the right and of the bottom corners."""
     program = tl.program_id(0)
     column = (program % tiles_along).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     program //= tiles_along
@@ -105,7 +106,7 @@ def tile(strides, row_axis, column_axis, tiles_down, tiles_along, ROWS: tl.const
 
 @triton.jit
 def upsample(plane, offsets, along, down):
-    """float32 logits of a tile, of the class whose plane begins at the pointer."""
+    """float32 upsampled logits of a tile for the class whose plane begins at the pointer."""
     top = mix(load_cells(plane + offsets[0]), load_cells(plane + offsets[1]), along)
     bottom = mix(load_cells(plane + offsets[2]), load_cells(plane + offsets[3]), along)
     return mix(top, bottom, down)
@@ -113,8 +114,8 @@ def upsample(plane, offsets, along, down):
 
 @triton.jit
 def load_cells(pointers):
-    """float32 logits. They are loaded as one flat axis: along two, the compiler may spread elements over threads in an order
-    that suits memory, and keep it for all that follows."""
+    """float32 logits. They are loaded as one flat axis: with two axes, the compiler may distribute elements over threads in
+    an order that suits the load, and keep that order for all following code."""
     return tl.reshape(tl.load(tl.ravel(pointers)), pointers.shape).to(tl.float32)
 
 
@@ -125,7 +126,7 @@ def mix(first, second, weight_of_second):
 
 @triton.jit
 def add_exponential(largest, total, z):
-    """The largest logit so far, and the sum of exponentials relative to it, with logit z of one more class. The sum or the
-    new term is scaled, whichever is relative to the smaller logit: one exponential."""
+    """Update the largest logit so far, and the sum of exponentials relative to it, by the logit z of another class. Either
+    the sum or the new term is scaled, whichever is relative to the smaller logit, so one exponential is enough."""
     scale = tl.exp2(-tl.abs(z - largest) * LOG2E)
     return tl.maximum(largest, z), tl.where(z > largest, total * scale + 1, total + scale)
