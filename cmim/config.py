@@ -209,6 +209,7 @@ HINTS = {
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
     "mim.views": "give a list, such as [labelled, weak]",
     "model.atrous_rates": "give a list, such as [6, 12, 18]",
+    "data.colour_tolerance": "it is a distance in RGB, 0 to 442",
     "data.label_map": "give {mask value: class}, such as {255: 1}",
 }
 """What to do about a value of another kind."""

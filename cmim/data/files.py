@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from cmim.data.colours import JPEG_TOLERANCE, colour_picture, count_colours
 from cmim.data.labels import Encoding, class_ids
 from cmim.errors import UserError
 
@@ -21,6 +22,8 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+LOSSY_MASK_SUFFIXES = (".jpg", ".jpeg", ".jfif")
+"""Of masks in colours too, which are read by the nearest colour."""
 # What Pillow and NumPy raise for files that are truncated, damaged, too large or no images at all.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
@@ -70,9 +73,10 @@ class FileSet:
         return ids
 
     def values(self, i: int) -> np.ndarray:
-        """The stored numbers of the mask of image i, (H, W) integers."""
+        """The stored numbers of the mask of image i, (H, W) integers; of one in colours, `Colours.values`."""
         mask = self.masks[i]
-        values = open_mask(mask)
+        colours = self.encoding(mask).colours
+        values = open_mask(mask) if colours is None else colours.values(open_colours(mask, colours.tolerance))
         height, width = image_size(self.images[i], self.turn)
         if values.shape != (height, width):
             other = values.shape == image_size(self.images[i], not self.turn)
@@ -90,7 +94,9 @@ class FileSet:
     def refuse_value(self, i: int, wrong: int | None) -> None:
         """Raise a UserError for the value of a mask that is no class; None is no such value."""
         if wrong is not None:
-            mask = self.masks[i]
+            mask, colours = self.masks[i], self.encoding(self.masks[i]).colours
+            if colours is not None:
+                raise colours.complaint(mask, open_colours(mask, colours.tolerance))
             raise UserError(f"{mask} holds the value {wrong}, which is no class: {self.encoding(mask).remedy}")
 
 
@@ -128,6 +134,31 @@ def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarra
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
+class ColourPicture(UserError):
+    """A mask in colours where one of class ids is expected."""
+
+
+def open_colours(path: str | Path, tolerance: float) -> np.ndarray:
+    """A mask in colours as (H, W, 3) uint8, palettes as their colours, an alpha channel left aside.
+
+    Args:
+        path: PNG, BMP, GIF or TIFF; with a `tolerance` above 0 also JPEG.
+
+    Raises:
+        UserError: the file cannot be read, is no mask, has several pages, or is stored in a way that changes its colours.
+    """
+    with _open(path) as mask:
+        kind = _lossy(mask)
+        if kind and not tolerance:
+            raise UserError(
+                f"{path} is {kind}, which changes colours: give --data.colour_tolerance {JPEG_TOLERANCE}, or save it as PNG"
+            )
+        _refuse_pages(path, mask)
+        if mask.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise UserError(f"{path} has pixels of type {mask.mode}: save it as an RGB or indexed PNG")
+    return open_image(path, 3)
+
+
 def open_mask(path: str | Path) -> np.ndarray:
     """The stored numbers of a mask, (H, W) integers: palette indices, never the palette's colours.
 
@@ -148,10 +179,7 @@ def open_mask(path: str | Path) -> np.ndarray:
             channels = np.asarray(mask)
             grey = channels[..., :1]
             if mask.mode != "LA" and (channels[..., :3] != grey).any():
-                raise UserError(
-                    f"{path} is a colour picture: a mask holds one number per pixel, the class; save it as an indexed or "
-                    "grey PNG of class ids"
-                )
+                raise ColourPicture(colour_picture(path, count_colours(channels)))
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
@@ -162,10 +190,20 @@ def open_mask(path: str | Path) -> np.ndarray:
 
 def _refuse_lossy(path, mask):
     """The suffix does not say how a file is stored: a JPEG may be called .png."""
+    kind = _lossy(mask)
+    if kind:
+        raise UserError(
+            f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids, or, if it holds "
+            f"colours, give data.colours and --data.colour_tolerance {JPEG_TOLERANCE}"
+        )
+
+
+def _lossy(mask):
+    """In words how a file is compressed, None where that changes nothing."""
     compression = mask.info.get("compression")
-    if mask.format in _LOSSY or (mask.format == "TIFF" and compression in _LOSSY_TIFF):
-        kind = f"a TIFF with {compression} compression" if mask.format == "TIFF" else f"stored as {mask.format}"
-        raise UserError(f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids")
+    if mask.format == "TIFF":
+        return f"a TIFF with {compression} compression" if compression in _LOSSY_TIFF else None
+    return f"stored as {mask.format}" if mask.format in _LOSSY else None
 
 
 def _refuse_pages(path, mask):

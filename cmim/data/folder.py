@@ -1,4 +1,5 @@
-"""`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt.
+"""`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt. Where there
+is no train/, ROOT/{images,masks} are the training images.
 
 A mask has the name of its image with another suffix, in the same folder below masks/ as the image below images/. In train/
 an image without a mask is unlabelled. What lies there and is not used is counted, and the user told.
@@ -9,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from cmim.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES
-from cmim.data.labels import Encoding, class_names, colour_map, label_table
+from cmim.data.colours import class_colours
+from cmim.data.files import IMAGE_SUFFIXES, LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
+from cmim.data.labels import Encoding, class_names, colour_map, encoding_of
 from cmim.data.lists import Listing
+from cmim.data.survey import masks_in_colours
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
@@ -39,16 +42,30 @@ class Folder:
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
         self.notes: list[str] = []
-        self.class_names = class_names(settings, self.root)
-        self.colours = colour_map(len(self.class_names))
-        self._used = ("train", settings.val, settings.test)
-        self._encoding = Encoding(
-            label_table(settings, len(self.class_names)),
-            "map it with data.label_map, leave it out with data.ignore, or name more classes in data.classes or classes.txt",
-        )
+        flat = not (self.root / "train").is_dir() and (self.root / "images").is_dir()
+        self._train = self.root if flat else self.root / "train"
+        self._used = (*(("images", "masks") if flat else ("train",)), settings.val, settings.test)
+        self._mask_suffixes = MASK_SUFFIXES + (LOSSY_MASK_SUFFIXES if settings.colours else ())
+        self.class_names = self._name_classes(settings)
+        colours = class_colours(settings, self.class_names)
+        self.colours = colour_map(len(self.class_names)) if colours is None else colours.shown()
+        self._encoding = encoding_of(settings, colours, len(self.class_names))
+
+    def _name_classes(self, settings):
+        """Whose masks are in colours has to give these first; the names of the classes come with them."""
+        try:
+            return class_names(settings, self.root)
+        except UserError:
+            masks = self._train / "masks"
+            unknown = settings.classes is None and settings.colours is None and not (self.root / "classes.txt").is_file()
+            found = _files(masks, MASK_SUFFIXES)[0].values() if unknown and masks.is_dir() else ()
+            error = masks_in_colours(list(found))
+            if error is not None:
+                raise error from None
+            raise
 
     def training(self) -> list[tuple[Path, Path | None]]:
-        return self._pairs(self.root / "train")
+        return self._pairs(self._train)
 
     def unlabelled(self) -> list[Path]:
         found = []
@@ -102,13 +119,13 @@ class Folder:
         if not images:
             raise UserError(f"{folder / 'images'} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
         self._note(others, f"files of {folder / 'images'} are not used: no images that can be read")
-        masks, others = _files(folder / "masks", MASK_SUFFIXES) if (folder / "masks").is_dir() else ({}, [])
-        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(MASK_SUFFIXES)}")
+        masks, others = _files(folder / "masks", self._mask_suffixes) if (folder / "masks").is_dir() else ({}, [])
+        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(self._mask_suffixes)}")
         alone = [path for key, path in masks.items() if key not in images]
         self._note(alone, f"masks of {folder / 'masks'} are not used: no image has their name")
         pairs = [(path, masks.get(key)) for key, path in images.items()]
         without = [image for image, mask in pairs if mask is None]
-        if folder.name == "train" and len(without) < len(pairs):
+        if folder == self._train and len(without) < len(pairs):
             self._note(without, f"of {len(pairs)} images of {folder / 'images'} have no mask and are unlabelled")
         return pairs
 
