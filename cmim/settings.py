@@ -87,6 +87,9 @@ class DataSettings(Section):
     colour_tolerance: Annotated[float, Field(ge=0, le=442, strict=True)] = 0
     """Distance in RGB up to which a pixel takes the nearest of `colours`; those beyond are ignored. 0: every pixel has
     one of the colours exactly. About 60 suits JPEG masks, which need it."""
+    masks: str = "{stem}"
+    """File name of a mask of `folder`, in the folder below masks/ as its image below images/; {stem} is the image's without
+    suffix: "{stem}_mask.png", "{stem}_L.png". Without a suffix any of masks is taken."""
     background: Annotated[int, Field(ge=0, le=254, strict=True)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
     channels: Positive = 3
@@ -143,6 +146,11 @@ class DataSettings(Section):
     def check(self) -> None:
         if self.format != "shapes" and self.root is None:
             raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        if self.masks.count("{stem}") != 1 or any(c in self.masks.replace("{stem}", "") for c in "{}/\\"):
+            raise UserError(
+                f"data.masks is {self.masks!r}, expected a file name with {{stem}} once, such as '{{stem}}_mask.png'; it "
+                "stands for the image's name without suffix"
+            )
         if self.colours is None and self.colour_tolerance:
             raise UserError("data.colour_tolerance is given without data.colours; give these too, or leave it away")
         if self.colours is not None and self.label_map:

@@ -23,7 +23,7 @@ FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
 """The `Source` of each `data.format`."""
 
 
-UNUSED = {"shapes": ("root", "classes", "label_map", "colours", "labelled", "exif")}
+UNUSED = {"shapes": ("root", "classes", "label_map", "colours", "masks", "labelled", "exif")}
 """Settings that a format has no use for. Benchmarks, which have their own classes, say so themselves."""
 
 
