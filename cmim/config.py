@@ -112,10 +112,10 @@ def _parse(key, text):
     try:
         value = _load(text)
     except (yaml.YAMLError, RecursionError):
-        if Path in types:
+        if types & {Path, str}:
             return text
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    if Path in types and not isinstance(value, int | float):  # a path among numbers
+    if types & {Path, str} and not isinstance(value, int | float):  # a path or a name among numbers
         return _text(text)
     # YAML drops underscores of numbers: 1_8 is a name, or a mistake.
     return text if isinstance(value, int | float) and "_" in text else value

@@ -108,12 +108,14 @@ class DataSettings(Section):
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled. By default all images of `folder` that have a mask, and an eighth of a benchmark's."""
     split_seed: Annotated[int, Field(strict=True)] = 0
-    """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
-    val: str = "val"
+    """Draws the labelled images, and those of `val` where it is a share or a number; apart from `seed`, so that runs of
+    several seeds share a split."""
+    val: str | Positive | Annotated[float, Field(gt=0, lt=1, strict=True)] = "val"
     """`val`: val.txt of the split if there is one, else ROOT/val (folder) or the official validation images. Else another
-    folder of ROOT, or a text file of lines `IMAGE MASK` (for a benchmark also of ids)."""
+    folder of ROOT, or a text file of lines `IMAGE MASK` (for a benchmark also of ids). A share below 1, such as 0.1, or a
+    number: so many of the training images that have a mask, which are then neither labelled nor unlabelled."""
     test: str | None = "test"
-    """Likewise; where there is no `test`, as for the benchmarks, the result is on val."""
+    """A name as of `val`; where there is no `test`, as for the benchmarks, the result is on val."""
     size: tuple[Positive, Positive] | None = None
     """Images are resized to (height, width) first; evaluation still compares at the original resolution."""
     crop: Positive = 320
@@ -146,6 +148,13 @@ class DataSettings(Section):
     def check(self) -> None:
         if self.format != "shapes" and self.root is None:
             raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        if self.format == "shapes" and not isinstance(self.val, str):
+            raise UserError(f"data.val is {self.val}, but data.format shapes draws its own; give data.shapes.val")
+        if self.split is not None and not isinstance(self.val, str):
+            raise UserError(
+                f"data.val is {self.val}, but data.split names the training images; list those of val in "
+                f"{self.split}/val.txt"
+            )
         if self.masks.count("{stem}") != 1 or any(c in self.masks.replace("{stem}", "") for c in "{}/\\"):
             raise UserError(
                 f"data.masks is {self.masks!r}, expected a file name with {{stem}} once, such as '{{stem}}_mask.png'; it "
