@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from cmim.data.datasets import Splits
-from cmim.data.files import FileSet
+from cmim.data.file_set import FileSet
 from cmim.data.labels import Encoding
 from cmim.data.lists import (
     Listing,

@@ -18,7 +18,8 @@ from PIL import Image
 
 from cmim.data.colours import NO_CLASS, colour_picture, count_colours
 from cmim.data.datasets import IGNORED, Splits
-from cmim.data.files import SIDEWAYS, ColourPicture, FileSet, image_size, open_colours, orientation
+from cmim.data.file_set import FileSet
+from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation
 from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
