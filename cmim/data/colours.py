@@ -18,6 +18,8 @@ IGNORE = "ignore"
 """The name of a mapping `data.colours` under which colours without a class stand."""
 SHOWN = 12
 """Colours that a message names at most."""
+MANY = 256
+"""Masks of more colours are taken for blurred ones."""
 JPEG_TOLERANCE = 60
 """What the documentation and the messages advise for JPEG masks."""
 
@@ -131,15 +133,27 @@ def count_colours(pixels: np.ndarray) -> Counter[str]:
 def colour_picture(path: object, found: Counter[str]) -> str:
     """What to say of a mask in colours where `data.colours` is not given; `found` are the colours of this mask, or of
     several."""
-    total, most = sum(found.values()), found.most_common(SHOWN)
+    total, blurred = sum(found.values()), len(found) > MANY
+    most = _grouped(found) if blurred else found.most_common(SHOWN)
     value = ", ".join(f'name{i}: "{colour}"' for i, (colour, _) in enumerate(most))
-    more = f", and {len(found) - SHOWN} more colours" if len(found) > SHOWN else ""
-    tolerance = f", with --data.colour_tolerance {JPEG_TOLERANCE} where edges are blurred" if more else ""
+    more = f", and {len(found) - SHOWN} more colours" if SHOWN < len(found) <= MANY else ""
+    tolerance = f", with --data.colour_tolerance {JPEG_TOLERANCE} for its blurred edges" if blurred else ""
     return (
         f"{path} is a colour picture: give its colours with the names of your classes, `{IGNORE}` for none, as "
         f"--data.colours '{{{value}}}' ({', '.join(_percent(count / total) for _, count in most)}{more}){tolerance}; "
         "or save class ids as an indexed or grey PNG"
     )
+
+
+def _grouped(found):
+    """The most frequent colours, each with those near it that are rarer: JPEG and blurred edges scatter a colour."""
+    names, counts = zip(*found.most_common(1 << 14), strict=True)
+    colours, counts, groups = np.array([_rgb(name) for name in names], np.int32), np.array(counts), []
+    while len(colours) and len(groups) < SHOWN:
+        near = np.square(colours - colours[0]).sum(1) <= JPEG_TOLERANCE**2
+        groups.append((f"#{bytes(colours[0].tolist()).hex()}", int(counts[near].sum())))
+        colours, counts = colours[~near], counts[~near]
+    return sorted(groups, key=lambda group: -group[1])
 
 
 def _codes(pixels):

@@ -1,5 +1,6 @@
 """Masks in colours: which pixels have which class, what is refused, and what is said of it."""
 
+import io
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from cmim import evaluate, predict
 from cmim.config import config_from, dump_config, load_config
 from cmim.data import load_held_out, load_splits
-from cmim.data.colours import NO_CLASS, Colours, class_colours
+from cmim.data.colours import NO_CLASS, Colours, class_colours, colour_picture, count_colours
 from cmim.data.datasets import IGNORED
 from cmim.data.files import open_colours
 from cmim.data.survey import survey
@@ -183,6 +184,19 @@ def test_colour_masks_without_colours_get_a_value_to_paste(tmp_path):
     assert shares == sorted(shares, reverse=True) and abs(sum(shares) - 100) < 0.3
     splits = load_splits(data(root, colours=given))
     assert len(splits.class_names) == 4 and splits.val.label(0).max() < 4
+
+
+@pytest.mark.parametrize("quality", [60, 95])
+def test_the_colours_of_jpegs_are_named_once(quality):
+    rng, names = np.random.default_rng(0), ["#0080ff", "#5a5a5a", "#14a028"]
+    file = io.BytesIO()
+    ids = rng.choice(3, (8, 8), p=[0.6, 0.3, 0.1]).repeat(29, 0).repeat(37, 1)
+    Image.fromarray(paint(ids)).save(file, "JPEG", quality=quality)
+    said = colour_picture("m.jpg", count_colours(np.asarray(Image.open(file))))
+    found = [name for _, name in re.findall(r'(name\d+): "(#\w+)"', said)][:3]
+    rgb = lambda text: np.array(list(bytes.fromhex(text[1:])))  # noqa: E731
+    assert all(np.abs(rgb(a) - rgb(b)).max() < 8 for a, b in zip(found, names, strict=True)), found
+    assert "--data.colour_tolerance 60" in said
 
 
 def test_evaluation_reads_the_same_colours(tmp_path):
