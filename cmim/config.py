@@ -111,10 +111,10 @@ def _parse(key, text):
     try:
         value = _load(text)
     except (yaml.YAMLError, RecursionError):
-        if Path in types:
+        if types & {Path, str}:
             return text
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
-    if Path in types and not isinstance(value, int | float):  # a path where a number is allowed too
+    if types & {Path, str} and not isinstance(value, int | float):  # a path or a name where a number is allowed too
         return _text(text)
     # YAML ignores underscores in numbers, but 1_8 is a name or a mistake.
     return text if isinstance(value, int | float) and "_" in text else value
@@ -208,6 +208,7 @@ HINTS = {
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
     "mim.views": "give a list, such as [labelled, weak]",
     "model.atrous_rates": "give a list, such as [6, 12, 18]",
+    "data.colour_tolerance": "it is a distance in RGB, 0 to 442",
     "data.label_map": "give {mask value: class}, such as {255: 1}",
 }
 """What to write instead of an invalid value."""

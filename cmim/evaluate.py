@@ -16,15 +16,18 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cmim import distributed
 from cmim.command_line import parser_of
+from cmim.config import load_config
 from cmim.data import load_held_out
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
 from cmim.engine.logging import console, print_table
-from cmim.engine.run import load_trained, with_data
+from cmim.engine.run import Run, load_trained, with_data
 from cmim.errors import UserError, run_command
+from cmim.settings import DataSettings
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,10 +38,11 @@ def main(arguments: Sequence[str]) -> None:
     if data.format == "folder" and data.classes is None and not (data.root / "classes.txt").exists():
         config = with_data(config, classes=trained.class_names)  # use the class names of the run
     split = given.split or "test"
-    image_set, class_names = load_held_out(config.data, split)
+    val = drawn_val(given.run, config.data)
+    image_set, class_names = load_held_out(config.data, split, val)
     if image_set is None and given.split is None:
         split = "val"
-        image_set, class_names = load_held_out(config.data, split)
+        image_set, class_names = load_held_out(config.data, split, val)
     if list(class_names) != trained.class_names:
         raise UserError(f"the data's classes {list(class_names)} are not those of the run, {trained.class_names}")
     if image_set is None:
@@ -50,6 +54,23 @@ def main(arguments: Sequence[str]) -> None:
     if all(iou is None for iou in result.scores.iou):
         raise UserError(f"not one pixel of the {split} masks has a class, so there is nothing to measure; give other masks")
     print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
+
+
+def drawn_val(folder: str, data: DataSettings) -> Path | None:
+    """The list of the run's val images; None where `data.val` names them.
+
+    Raises:
+        UserError: the list is gone, or other val images are to be drawn, which would be images of the training.
+    """
+    if isinstance(data.val, str):
+        return None
+    run = Run(folder)
+    own = load_config(run.config).data.val
+    if data.val != own:
+        raise UserError(f"--data.val {data.val} would draw images that the run was trained on; leave it away")
+    if not run.val.is_file():
+        raise UserError(f"{run.val} is gone, which lists the val images of the run; put it back, or give --data.val a list")
+    return run.val
 
 
 if __name__ == "__main__":

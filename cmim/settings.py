@@ -5,10 +5,11 @@ the defaults of the method come from. `check` of a section holds the rules withi
 `cmim.config`.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cmim.errors import UserError
 
@@ -30,6 +31,26 @@ class Section(BaseModel):
 
     def check(self) -> None:
         """Raise a UserError if settings of this section contradict each other."""
+
+
+def as_colour(value: object, name: str) -> str:
+    """A colour as `#rrggbb`; `name` is what it belongs to in `data.colours`.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return value.lower()
+    if _is_rgb(value) and all(0 <= v <= 255 for v in value):
+        return f"#{bytes(value).hex()}"
+    raise UserError(
+        f'data.colours: {name} is {repr(value)[:60]}, expected a colour: "#rrggbb", in quotes, or [red, green, blue] from 0 '
+        "to 255"
+    )
+
+
+def _is_rgb(value):
+    return isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int for v in value)
 
 
 class ShapesSettings(Section):
@@ -60,6 +81,16 @@ class DataSettings(Section):
     """Mask value without a class."""
     label_map: dict[int, int] = {}
     """Mask values to class ids, e.g. {255: 1} for masks of 0 and 255; a value that is not listed stays."""
+    colours: dict[str, str | list[str]] | list[str] | None = None
+    """For masks in colours: {class: "#rrggbb" or [red, green, blue]}, or a list of colours in the order of the classes. In a
+    mapping `ignore` is the colour of pixels without a class, and several colours may stand in a list; its names are the
+    classes where neither `classes` nor classes.txt gives them. Masks are then read by their colours, palettes too."""
+    colour_tolerance: Annotated[float, Field(ge=0, le=442, strict=True)] = 0
+    """Distance in RGB up to which a pixel takes the nearest of `colours`; those beyond are ignored. 0: every pixel has
+    one of the colours exactly. About 60 suits JPEG masks, which need it."""
+    masks: str = "{stem}"
+    """File name of a mask of `folder`, in the folder below masks/ as its image below images/; {stem} is the image's without
+    suffix: "{stem}_mask.png", "{stem}_L.png". Without a suffix any of masks is taken."""
     background: Annotated[int, Field(ge=0, le=254, strict=True)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
     channels: Positive = 3
@@ -78,12 +109,14 @@ class DataSettings(Section):
     """Labelled share of train/ (at most 1), number of labelled images, or a text file of their names; the rest is
     unlabelled. By default all images of `folder` that have a mask, and an eighth of a benchmark's."""
     split_seed: Annotated[int, Field(strict=True)] = 0
-    """Draws the labelled images; apart from `seed`, so that runs of several seeds share a split."""
-    val: str = "val"
+    """Draws the labelled images, and those of `val` where it is a share or a number; apart from `seed`, so that runs of
+    several seeds share a split."""
+    val: str | Positive | Annotated[float, Field(gt=0, lt=1, strict=True)] = "val"
     """`val`: val.txt of the split if there is one, else ROOT/val (folder) or the official validation images. Else another
-    folder of ROOT, or a text file of lines `IMAGE MASK` (for a benchmark also of ids)."""
+    folder of ROOT, or a text file of lines `IMAGE MASK` (for a benchmark also of ids). A share below 1, such as 0.1, or a
+    number: so many of the training images that have a mask, which are then neither labelled nor unlabelled."""
     test: str | None = "test"
-    """Likewise; where there is no `test`, as for the benchmarks, the result is on val."""
+    """A name as of `val`; where there is no `test`, as for the benchmarks, the result is on val."""
     size: tuple[Positive, Positive] | None = None
     """Images are resized to (height, width) first; evaluation still compares at the original resolution."""
     crop: Positive = 320
@@ -94,9 +127,48 @@ class DataSettings(Section):
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
 
+    @field_validator("colours", mode="before")
+    @classmethod
+    def _as_colours(cls, value: object) -> object:
+        """Every colour as `#rrggbb`, whichever way it is written."""
+        if value is None:
+            return None
+        if isinstance(value, list):
+            return [as_colour(colour, f"entry {i}") for i, colour in enumerate(value)]
+        if not isinstance(value, dict) or not all(type(name) in (str, int) for name in value):
+            raise UserError(
+                f'data.colours is {repr(value)[:60]}, expected {{class: "#rrggbb" or [red, green, blue]}}, or a list of '
+                "colours"
+            )
+        several = {name: isinstance(c, list) and not _is_rgb(c) and len(c) > 0 for name, c in value.items()}
+        return {
+            str(name): [as_colour(one, name) for one in c] if several[name] else as_colour(c, name)
+            for name, c in value.items()
+        }
+
     def check(self) -> None:
         if self.format != "shapes" and self.root is None:
             raise UserError("data.root is missing: give the data folder as --data.root PATH")
+        if self.format == "shapes" and not isinstance(self.val, str):
+            raise UserError(f"data.val is {self.val}, but data.format shapes draws its own; give data.shapes.val")
+        if self.split is not None and not isinstance(self.val, str):
+            raise UserError(
+                f"data.val is {self.val}, but data.split names the training images; list those of val in "
+                f"{self.split}/val.txt"
+            )
+        if self.masks.count("{stem}") != 1 or any(c in self.masks.replace("{stem}", "") for c in "{}/\\"):
+            raise UserError(
+                f"data.masks is {self.masks!r}, expected a file name with {{stem}} once, such as '{{stem}}_mask.png'; it "
+                "stands for the image's name without suffix"
+            )
+        if self.colours is None and self.colour_tolerance:
+            raise UserError("data.colour_tolerance is given without data.colours; give these too, or leave it away")
+        if self.colours is not None and self.label_map:
+            raise UserError("data.label_map maps numbers, but with data.colours masks hold colours; leave one of them away")
+        if self.colours is not None and self.ignore != 255:
+            raise UserError(
+                "data.ignore is a number, but with data.colours masks hold colours; use its name `ignore` instead"
+            )
         for key, size in (("size", self.size), ("crop", (self.crop, self.crop))):
             if size is not None and size[0] * size[1] > MOST_PIXELS:
                 raise UserError(

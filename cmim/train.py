@@ -335,9 +335,13 @@ class Trainer:
         console.print(f"continuing {self.run.folder} at step {self.step}")
 
 
+def names_of(image_set: ImageSet) -> list[str]:
+    return [image_set.name(i) for i in range(len(image_set))]
+
+
 def digest(image_set: ImageSet) -> tuple[int, str]:
     """The number of images and a hash of their names, to detect changes when a run is resumed."""
-    names = "\n".join(map(image_set.name, range(len(image_set))))
+    names = "\n".join(names_of(image_set))
     return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
@@ -355,7 +359,8 @@ def main(arguments: Sequence[str]) -> None:
     if continues:
         config = take_over(config, load_config(earlier.config))
     check_sizes(config)
-    splits = load_splits(config.data, earlier.labelled if continues and earlier.labelled.exists() else None)
+    lists = [path if continues and path.exists() else None for path in ((earlier.labelled, earlier.val) if earlier else ())]
+    splits = load_splits(config.data, *lists)
     check_background(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
@@ -374,7 +379,8 @@ def main(arguments: Sequence[str]) -> None:
             run = Run(distributed.from_rank0(str(run.folder)))
             trainer = Trainer(config, splits, run, objective, device)
             if distributed.rank() == 0:
-                start_run(run, config, map(splits.labelled.name, range(len(splits.labelled))))
+                drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
+                start_run(run, config, names_of(splits.labelled), drawn)
             trainer.train()
 
 

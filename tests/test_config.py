@@ -145,7 +145,7 @@ def test_an_ill_typed_value_is_named_with_its_key(key, value, said):
 def test_every_setting_of_several_types_says_what_they_stand_for():
     """The description is the error message."""
     choices = {key: field for key, field in _fields(Config).items() if _is_choice(field.annotation)}
-    assert set(choices) == {"data.labelled", "data.classes"}
+    assert set(choices) == {"data.labelled", "data.classes", "data.colours", "data.val"}
     assert all(field.description for field in choices.values())
 
 
@@ -301,13 +301,16 @@ def test_a_name_that_looks_like_a_number_is_a_name(tmp_path):
         "2012",
         "--data.split",
         "1_16",
-        "--data.val",
+        "--data.test",
         "7",
+        "--data.val",
+        "'7'",
         "--data.labelled",
         "1_8",
     ]
     data = load_config(SHAPES, words).data
-    assert (data.root, data.split, data.val, data.labelled) == (Path("2012"), Path("1_16"), "7", Path("1_8"))
+    assert (data.root, data.split, data.test, data.val) == (Path("2012"), Path("1_16"), "7", "7")
+    assert data.labelled == Path("1_8")
     assert load_config(SHAPES, ["--data.split", "null", "--data.test", "null"]).data.test is None
     said = refused(path=write(tmp_path, "data: {format: voc, root: x, split: 92}"))
     assert said.endswith("data.split: expected text, got 92; write it in quotes")

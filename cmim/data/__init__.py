@@ -23,7 +23,7 @@ FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
 """The `Source` of each `data.format`."""
 
 
-UNUSED = {"shapes": ("root", "classes", "label_map", "labelled", "exif")}
+UNUSED = {"shapes": ("root", "classes", "label_map", "colours", "masks", "labelled", "exif")}
 """Settings that a format has no use for. Benchmarks, which have their own classes, say so themselves."""
 
 
@@ -39,22 +39,25 @@ def _source(settings: DataSettings) -> Source | None:
     return None if made is None else made(settings)
 
 
-def load_splits(settings: DataSettings, labelled: Path | None = None) -> Splits:
+def load_splits(settings: DataSettings, labelled: Path | None = None, val: Path | None = None) -> Splits:
     """The `Splits` that `DataSettings` describe.
 
     Args:
         labelled: a continued run's list of its labelled images, which are then not drawn anew.
+        val: its list of the val images, where `settings.val` is a share or a number; likewise.
 
     Raises:
         UserError: a file, a folder or a setting is missing or wrong; the message names it and the remedy.
     """
     source = _source(settings)
-    return load_shapes(settings) if source is None else load_files(settings, source, labelled)
+    return load_shapes(settings) if source is None else load_files(settings, source, labelled, val)
 
 
-def load_held_out(settings: DataSettings, name: Literal["val", "test"]) -> tuple[ImageSet | None, tuple[str, ...]]:
+def load_held_out(
+    settings: DataSettings, name: Literal["val", "test"], val: Path | None = None
+) -> tuple[ImageSet | None, tuple[str, ...]]:
     """The val or test images alone, whatever else of the data is there, and the names of the classes; None where there is
-    no test.
+    no test. `val` is the list of the val images of a run whose `settings.val` is a share or a number.
 
     Raises:
         UserError: as `load_splits`.
@@ -63,4 +66,4 @@ def load_held_out(settings: DataSettings, name: Literal["val", "test"]) -> tuple
     if source is None:
         splits = load_shapes(settings)
         return getattr(splits, name), splits.class_names
-    return held_out_set(settings, source, name), source.class_names
+    return held_out_set(settings, source, name, val), source.class_names

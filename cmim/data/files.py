@@ -6,7 +6,6 @@ decides. For a TIFF it is always applied, because there the orientation is part 
 
 import re
 import struct
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from zipfile import BadZipFile
@@ -14,13 +13,15 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from cmim.data.labels import Encoding, class_ids
+from cmim.data.colours import JPEG_TOLERANCE, colour_picture, count_colours
 from cmim.errors import UserError
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".npy",
 )  # fmt: skip
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+LOSSY_MASK_SUFFIXES = (".jpg", ".jpeg", ".jfif")
+"""Also allowed for masks in colours, which are read by the nearest colour."""
 # Exceptions of Pillow and NumPy for files that are truncated, damaged, too large or not images.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
@@ -29,69 +30,6 @@ _UNREADABLE = (
 # Formats, and compressions of TIFF, that change the values of a mask.
 _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
-
-
-class FileSet:
-    """Image files and their masks; an `ImageSet`.
-
-    Args:
-        images: paths.
-        masks: the path of the mask of each image, None if it has none.
-        encoding: function that returns the `cmim.data.labels.Encoding` of the values of a mask, given its path.
-        channels: number of channels of the images.
-        names: names of the images; by default their file names without suffix.
-        turn: whether EXIF orientations of the images are applied.
-    """
-
-    def __init__(
-        self,
-        images: Sequence[Path],
-        masks: Sequence[Path | None],
-        encoding: Callable[[Path], Encoding],
-        channels: int,
-        names: Sequence[str] | None = None,
-        turn: bool = False,
-    ):
-        self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
-        self.names, self.turn = names, turn
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, i: int) -> str:
-        return self.names[i] if self.names else self.images[i].stem
-
-    def image(self, i: int) -> np.ndarray:
-        return open_image(self.images[i], self.channels, self.turn)
-
-    def label(self, i: int) -> np.ndarray:
-        ids, wrong = class_ids(self.values(i), self.encoding(self.masks[i]).table)
-        self.refuse_value(i, wrong)
-        return ids
-
-    def values(self, i: int) -> np.ndarray:
-        """The stored values of the mask of image i, (H, W) integers."""
-        mask = self.masks[i]
-        values = open_mask(mask)
-        height, width = image_size(self.images[i], self.turn)
-        if values.shape != (height, width):
-            other = values.shape == image_size(self.images[i], not self.turn)
-            remedy = (
-                f"give --data.exif {'ignore' if self.turn else 'apply'}"
-                if other
-                else "export the mask at the size of the image"
-            )
-            raise UserError(
-                f"{mask} is {values.shape[1]} x {values.shape[0]} pixels, its image {self.images[i].name} is "
-                f"{width} x {height}{' by its EXIF orientation' * (other and self.turn)}: {remedy}"
-            )
-        return values
-
-    def refuse_value(self, i: int, wrong: int | None) -> None:
-        """Raise a UserError for a mask value that is not a class; None means that there is no such value."""
-        if wrong is not None:
-            mask = self.masks[i]
-            raise UserError(f"{mask} holds the value {wrong}, which is no class: {self.encoding(mask).remedy}")
 
 
 def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarray:
@@ -128,6 +66,31 @@ def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarra
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
+class ColourPicture(UserError):
+    """A mask in colours where one of class ids is expected."""
+
+
+def open_colours(path: str | Path, tolerance: float) -> np.ndarray:
+    """A mask in colours as (H, W, 3) uint8, palettes as their colours, an alpha channel left aside.
+
+    Args:
+        path: PNG, BMP, GIF or TIFF; with a `tolerance` above 0 also JPEG.
+
+    Raises:
+        UserError: the file cannot be read, is no mask, has several pages, or is stored in a way that changes its colours.
+    """
+    with _open(path) as mask:
+        kind = _lossy(mask)
+        if kind and not tolerance:
+            raise UserError(
+                f"{path} is {kind}, which changes colours: give --data.colour_tolerance {JPEG_TOLERANCE}, or save it as PNG"
+            )
+        _refuse_pages(path, mask)
+        if mask.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise UserError(f"{path} has pixels of type {mask.mode}: save it as an RGB or indexed PNG")
+    return open_image(path, 3)
+
+
 def open_mask(path: str | Path) -> np.ndarray:
     """The stored values of a mask, (H, W) integers: palette indices, not the colours of the palette.
 
@@ -148,10 +111,7 @@ def open_mask(path: str | Path) -> np.ndarray:
             channels = np.asarray(mask)
             grey = channels[..., :1]
             if mask.mode != "LA" and (channels[..., :3] != grey).any():
-                raise UserError(
-                    f"{path} is a colour picture: a mask holds one number per pixel, the class; save it as an indexed or "
-                    "grey PNG of class ids"
-                )
+                raise ColourPicture(colour_picture(path, count_colours(channels)))
             return grey[..., 0]
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path} has pixels of type {mask.mode}: save it as an indexed or grey PNG of class ids")
@@ -162,10 +122,20 @@ def open_mask(path: str | Path) -> np.ndarray:
 
 def _refuse_lossy(path, mask):
     """Refuse masks with lossy compression. The suffix does not tell, because a JPEG may be called .png."""
+    kind = _lossy(mask)
+    if kind:
+        raise UserError(
+            f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids, or, if it holds "
+            f"colours, give data.colours and --data.colour_tolerance {JPEG_TOLERANCE}"
+        )
+
+
+def _lossy(mask):
+    """How a file is compressed, in words; None if the compression is lossless."""
     compression = mask.info.get("compression")
-    if mask.format in _LOSSY or (mask.format == "TIFF" and compression in _LOSSY_TIFF):
-        kind = f"a TIFF with {compression} compression" if mask.format == "TIFF" else f"stored as {mask.format}"
-        raise UserError(f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids")
+    if mask.format == "TIFF":
+        return f"a TIFF with {compression} compression" if compression in _LOSSY_TIFF else None
+    return f"stored as {mask.format}" if mask.format in _LOSSY else None
 
 
 def _refuse_pages(path, mask):

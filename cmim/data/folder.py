@@ -1,24 +1,29 @@
-"""`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt.
+"""`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt. Where there
+is no train/, ROOT/{images,masks} are the training images.
 
-A mask has the name of its image with another suffix, in the same folder below masks/ as the image below images/. In train/
-an image without a mask is unlabelled. What lies there and is not used is counted, and the user told.
+A mask has the name of its image with another suffix, or the one that `data.masks` makes of it, in the same folder below
+masks/ as the image below images/. In train/ an image without a mask is unlabelled. What lies there and is not used is
+counted, and the user told.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from cmim.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES
-from cmim.data.labels import Encoding, class_names, colour_map, label_table
+from cmim.data.colours import class_colours
+from cmim.data.files import IMAGE_SUFFIXES, LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
+from cmim.data.labels import Encoding, class_names, colour_map, encoding_of
 from cmim.data.lists import Listing
+from cmim.data.survey import masks_in_colours
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
 UNLABELLED = ("unlabeled", "unlabelled")
 LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
 MANY = 1000
-"""Images of a folder that is not used are counted up to here."""
+"""Images of a folder that is not used are counted up to here, and masks looked at for a name in common."""
 
 
 class Folder:
@@ -39,16 +44,31 @@ class Folder:
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
         self.notes: list[str] = []
-        self.class_names = class_names(settings, self.root)
-        self.colours = colour_map(len(self.class_names))
-        self._used = ("train", settings.val, settings.test)
-        self._encoding = Encoding(
-            label_table(settings, len(self.class_names)),
-            "map it with data.label_map, leave it out with data.ignore, or name more classes in data.classes or classes.txt",
-        )
+        flat = not (self.root / "train").is_dir() and (self.root / "images").is_dir()
+        self._train = self.root if flat else self.root / "train"
+        self._used = (*(("images", "masks") if flat else ("train",)), settings.val, settings.test)
+        self._mask_name, self._mask_suffixes = mask_names(settings)
+        self.class_names = self._name_classes(settings)
+        colours = class_colours(settings, self.class_names)
+        self.colours = colour_map(len(self.class_names)) if colours is None else colours.shown()
+        self._encoding = encoding_of(settings, colours, len(self.class_names))
+
+    def _name_classes(self, settings):
+        """Whose masks are in colours has to give these first; the names of the classes come with them."""
+        try:
+            return class_names(settings, self.root)
+        except UserError:
+            masks = self._train / "masks"
+            unknown = settings.classes is None and settings.colours is None and not (self.root / "classes.txt").is_file()
+            suffixes = (*MASK_SUFFIXES, *LOSSY_MASK_SUFFIXES)
+            found = [path for path in _walk(masks) if _suffix(path) in suffixes] if unknown and masks.is_dir() else []
+            error = masks_in_colours(found)
+            if error is not None:
+                raise error from None
+            raise
 
     def training(self) -> list[tuple[Path, Path | None]]:
-        return self._pairs(self.root / "train")
+        return self._pairs(self._train)
 
     def unlabelled(self) -> list[Path]:
         found = []
@@ -77,7 +97,8 @@ class Folder:
         pairs = self._pairs(folder)
         for image, mask in pairs:
             if mask is None:
-                raise UserError(f"{image} has no mask: put {image.stem}.png into {folder / 'masks'}, or take the image away")
+                name = self._mask_name.replace("{stem}", image.stem) + self._mask_suffixes[0]
+                raise UserError(f"{image} has no mask: put {name} into {folder / 'masks'}, or take the image away")
         return pairs
 
     def find_mask(self, mask: Path, listing: Listing) -> Path:
@@ -102,19 +123,78 @@ class Folder:
         if not images:
             raise UserError(f"{folder / 'images'} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
         self._note(others, f"files of {folder / 'images'} are not used: no images that can be read")
-        masks, others = _files(folder / "masks", MASK_SUFFIXES) if (folder / "masks").is_dir() else ({}, [])
-        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(MASK_SUFFIXES)}")
-        alone = [path for key, path in masks.items() if key not in images]
+        masks, others = _files(folder / "masks", self._mask_suffixes) if (folder / "masks").is_dir() else ({}, [])
+        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(self._mask_suffixes)}")
+        names = {key: self._mask_of(key) for key in images}
+        expected = set(names.values())
+        alone = [path for key, path in masks.items() if key not in expected]
+        if len(alone) == len(masks):
+            self._refuse_other_names(folder / "masks", images, masks, others)
         self._note(alone, f"masks of {folder / 'masks'} are not used: no image has their name")
-        pairs = [(path, masks.get(key)) for key, path in images.items()]
+        pairs = [(path, masks.get(names[key])) for key, path in images.items()]
         without = [image for image, mask in pairs if mask is None]
-        if folder.name == "train" and len(without) < len(pairs):
+        if folder == self._train and len(without) < len(pairs):
             self._note(without, f"of {len(pairs)} images of {folder / 'images'} have no mask and are unlabelled")
         return pairs
+
+    def _mask_of(self, key):
+        """The path below masks/, without suffix, of the mask of the image `key`."""
+        place, _, stem = key.rpartition("/")
+        return f"{place}/{self._mask_name}".lstrip("/").replace("{stem}", stem)
+
+    def _refuse_other_names(self, folder, images, masks, others):
+        """Where no mask has the name that it should have, say which one most have, if there is one."""
+        lossless = [path for path in others if _suffix(path) in MASK_SUFFIXES]
+        template = common_name(images, [path.relative_to(folder) for path in [*masks.values(), *lossless]])
+        if template is not None:
+            shown = f"{self._mask_name}{'' if len(self._mask_suffixes) > 1 else self._mask_suffixes[0]}"
+            raise UserError(
+                f"no mask of {folder} has the name {shown} of its image, but most have another one: give --data.masks "
+                f"'{template}'"
+            )
+        lossy = [path for path in others if _suffix(path) in LOSSY_MASK_SUFFIXES]
+        if lossy and not masks:
+            raise masks_in_colours(lossy) or UserError(
+                f"{lossy[0]} is a JPEG, which changes class ids: save it as an indexed or grey PNG"
+            )
 
     def _note(self, paths: Sequence[Path], what: str) -> None:
         if paths:
             self.notes.append(f"{len(paths)} {what} (such as {paths[0].name})")
+
+
+def mask_names(settings: DataSettings) -> tuple[str, tuple[str, ...]]:
+    """`data.masks` without its suffix, and the suffixes that a mask may have."""
+    suffixes = MASK_SUFFIXES + (LOSSY_MASK_SUFFIXES if settings.colours else ())
+    name, given = os.path.splitext(settings.masks)
+    if given.lower() in suffixes:
+        return name, (given.lower(),)
+    if given.lower() in IMAGE_SUFFIXES:
+        jpeg = "; JPEG needs data.colours" if given.lower() in LOSSY_MASK_SUFFIXES else ""
+        raise UserError(f"data.masks: {given} is no suffix of masks, which are {', '.join(suffixes)}{jpeg}")
+    return settings.masks, suffixes
+
+
+def common_name(images: Iterable[str], masks: Sequence[Path]) -> str | None:
+    """The value of `data.masks` that most of the masks follow.
+
+    Args:
+        images: their paths without suffix, below images/.
+        masks: paths below masks/.
+    """
+    images, uses, suffixes = set(images), Counter(), {}
+    for path in masks[:MANY]:
+        place, name = path.parent, path.stem
+        parts = ((i, j) for length in range(len(name), 0, -1) for i in range(len(name) - length + 1) for j in [i + length])
+        found = next(((i, j) for i, j in parts if (place / name[i:j]).as_posix() in images), None)
+        if found is not None:
+            template = f"{name[: found[0]]}{{stem}}{name[found[1] :]}"
+            uses[template] += 1
+            suffixes.setdefault(template, set()).add(path.suffix)
+    (template, count), *_ = uses.most_common(1) or [(None, 0)]
+    if 2 * count <= len(masks[:MANY]):
+        return None
+    return template + suffixes[template].pop() if len(suffixes[template]) == 1 else template
 
 
 def _files(folder, suffixes, without=None):

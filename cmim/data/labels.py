@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmim.data.colours import IGNORE, NO_CLASS, Colours
 from cmim.data.datasets import IGNORED
 from cmim.errors import UserError
 from cmim.settings import DataSettings
@@ -17,6 +18,8 @@ class Encoding:
     """(65536 + 1,) int16: for each mask value its class id, IGNORED, or -1 where it is no class; the last entry is -1."""
     remedy: str
     """What to do about a value that is no class."""
+    colours: Colours | None = None
+    """Of masks in colours; their values are then those of `Colours.values`."""
 
 
 def label_table(settings: DataSettings, num_classes: int) -> np.ndarray:
@@ -51,6 +54,17 @@ def table_of(classes: dict[int, int], ignored: Iterable[int]) -> np.ndarray:
     return table
 
 
+def encoding_of(settings: DataSettings, colours: Colours | None, num_classes: int) -> Encoding:
+    """The `Encoding` that the settings describe; `colours` are those of `data.colours`."""
+    if colours is not None:  # pixels beyond a tolerance are ignored; without one they are a mistake
+        ignored = [IGNORED, NO_CLASS] if colours.tolerance else [IGNORED]
+        return Encoding(table_of({k: k for k in range(num_classes)}, ignored), "", colours)
+    return Encoding(
+        label_table(settings, num_classes),
+        "map it with data.label_map, leave it out with data.ignore, or name more classes in data.classes or classes.txt",
+    )
+
+
 def class_ids(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int | None]:
     """Class ids (H, W) uint8 of the integers of a mask, IGNORED where it has no class; and the smallest value that is no
     class, None if all are."""
@@ -67,12 +81,15 @@ def class_ids(values: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, int | 
 
 
 def class_names(settings: DataSettings, root: Path) -> tuple[str, ...]:
-    """The names from `data.classes`, or ROOT/classes.txt: one a line, blank lines skipped."""
+    """The names from `data.classes`; else from ROOT/classes.txt, one a line, blank lines skipped; else those of a mapping
+    `data.colours`."""
     names, source = settings.classes, "data.classes"
     if isinstance(names, int):
         names = [f"class {k}" for k in range(names)]
     elif names is None:
         source = root / "classes.txt"
+        if not source.is_file() and isinstance(settings.colours, dict):
+            return _checked([name for name in settings.colours if name.strip() != IGNORE], "data.colours")
         if not source.is_file():
             raise UserError(
                 f"the classes are unknown: write {source}, one name a line, or give their number as --data.classes"
@@ -81,6 +98,10 @@ def class_names(settings: DataSettings, root: Path) -> tuple[str, ...]:
             names = [line for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError):
             raise UserError(f"cannot read {source}: save it as UTF-8 text, one class name a line") from None
+    return _checked(names, source)
+
+
+def _checked(names, source):
     names = tuple(name.strip() for name in names)
     repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if repeated is not None or "" in names:

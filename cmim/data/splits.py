@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from cmim.data.datasets import Splits
-from cmim.data.files import FileSet
+from cmim.data.file_set import FileSet
 from cmim.data.labels import Encoding
 from cmim.data.lists import (
     Listing,
@@ -64,23 +64,30 @@ class Source(Protocol):
         that were found and are not used."""
 
 
-def load_files(settings: DataSettings, source: Source, listed: Path | None = None) -> Splits:
-    """The splits of a source; the labelled images are those that the file `listed` of an earlier run names, if
-    given. Where no image is unlabelled, the labelled ones serve, without their masks.
+def load_files(settings: DataSettings, source: Source, listed: Path | None = None, listed_val: Path | None = None) -> Splits:
+    """The splits of a source. Where no image is unlabelled, the labelled ones serve, without their masks.
+
+    Of a continued run, `listed` is the file that names its labelled images, `listed_val` that of its val images where
+    `data.val` is a share or a number.
 
     `data.labelled` divides the training images unless there is a `data.split`. For val (test likewise): `val` is val.txt of
     the split if there is one, else the source's own; another name is the source's own of that name, else a list file.
     """
     if settings.split is not None:
         labelled, unlabelled = _read_split(settings, source)
-        training = labelled
+        training, drawn = labelled, False
     else:
-        training = source.training()
+        training = rest = source.training()
+        drawn = not isinstance(settings.val, str)
+        if drawn:
+            _refuse_own_val(settings, source)
+            val, rest = draw_val(training, settings, listed_val)
         if settings.labelled is None:
             settings = settings.model_copy(update={"labelled": 1.0 if source.more_unlabelled else 0.125})
-        labelled, rest = divide(training, settings) if listed is None else _divide_again(training, settings, listed)
+        labelled, rest = divide(rest, settings) if listed is None else _divide_again(rest, settings, listed)
         unlabelled = rest + source.unlabelled()
-    sets = {"labelled": labelled} | {name: _held_out(settings, source, name) for name in ("val", "test")}
+    sets = {"labelled": labelled, "val": val if drawn else _held_out(settings, source, "val")}
+    sets["test"] = _held_out(settings, source, "test")
     sets = {name: pairs for name, pairs in sets.items() if pairs is not None}
     images = {name: [image for image, _ in pairs] for name, pairs in sets.items()}
     images["unlabelled"] = unlabelled or images["labelled"]
@@ -105,8 +112,12 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
     made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, turn=turn) for name in images}
     known = [image for image, _ in training]
     by_path = dict(zip(known, short_names(known), strict=True))
-    made["labelled"].names = [by_path[image] for image in images["labelled"]]
-    _refuse_names(made["labelled"].names)
+    for name in ("labelled", "val") if drawn else ("labelled",):
+        made[name].names = [by_path[image] for image in images[name]]
+        _refuse_names(made[name].names, name)
+    if drawn:
+        count = sum(mask is not None for _, mask in training)
+        notes.append(f"{len(val)} of the {count} training images that have a mask are val (data.val {settings.val})")
     about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(dict.fromkeys(notes))}
     return Splits(**{"test": None} | made | about)
 
@@ -123,16 +134,19 @@ def _repeated(images):
             yield f"{len(shared)} images of {name} are unlabelled images of training too, such as {min(shared)}"
 
 
-def _refuse_names(names):
-    """A list holds one name a line, without the spaces around it: that of the labelled images must give them again."""
+def _refuse_names(names, split):
+    """A list holds one name a line, without the spaces around it: that of a run must give the images again."""
     wrong = next((name for name in names if name != name.strip() or len(name.splitlines()) > 1), None)
     if wrong is not None:
-        raise UserError(f"the labelled image {wrong!r} has a line break or a space at the end of its name: rename it")
+        raise UserError(f"the {split} image {wrong!r} has a line break or a space at the end of its name: rename it")
 
 
-def held_out_set(settings: DataSettings, source: Source, name: str) -> FileSet | None:
+def held_out_set(settings: DataSettings, source: Source, name: str, listed_val: Path | None = None) -> FileSet | None:
     """The images of a held-out split alone, as `load_files` makes them."""
-    pairs = _held_out(settings, source, name)
+    if name == "val" and not isinstance(settings.val, str):
+        pairs, _ = draw_val(source.training(), settings, listed_val)
+    else:
+        pairs = _held_out(settings, source, name)
     if pairs is None:
         return None
     listing, images = Listing(), [image for image, _ in pairs]
@@ -141,6 +155,48 @@ def held_out_set(settings: DataSettings, source: Source, name: str) -> FileSet |
     require(masks, listing, "mask", source.mask_remedy)
     source.inspect_masks({name: masks})
     return FileSet(images, masks, source.encoding, settings.channels, turn=settings.exif == "apply")
+
+
+def _refuse_own_val(settings, source):
+    folder = settings.root / str(settings.val)
+    if folder.is_dir():
+        raise UserError(
+            f"data.val {settings.val} is a number, but {folder} is a folder: give --data.val \"'{settings.val}'\""
+        )
+    if settings.test != "val" and source.held_out("val") is not None:
+        raise UserError(
+            f"data.val is {settings.val}, but this data set has val images of its own: leave data.val away to take them, or "
+            "report on them with --data.test val"
+        )
+
+
+def draw_val(
+    pairs: list[tuple[Path, Path | None]], settings: DataSettings, listed: Path | None = None
+) -> tuple[list[tuple[Path, Path]], list[tuple[Path, Path | None]]]:
+    """The val pairs that `data.val`, a share or a number, takes of the training images, and the others; both in order.
+
+    They are a plain random sample of the images that have a mask and that no file `data.labelled` names. It depends on
+    `split_seed` and the number of these images only. `listed` is an earlier run's list of them.
+    """
+    if listed is not None:
+        try:
+            val = _named(listed, pairs, "data.val")
+        except UserError as error:
+            raise UserError(
+                f"the val images are not those of {listed}: {error}; restore the data, or give another --output"
+            ) from None
+    else:
+        taken = set(_named(settings.labelled, pairs)) if isinstance(settings.labelled, Path) else set()
+        free = [i for i, (_, mask) in enumerate(pairs) if mask is not None and i not in taken]
+        count = settings.val if isinstance(settings.val, int) else max(1, round(settings.val * len(free)))
+        most = len(free) - (not taken)  # one image at least is labelled
+        if count > most and (free or taken):
+            what = "are not in data.labelled" if taken else "are there, and one must be labelled"
+            raise UserError(f"data.val is {settings.val}, but {len(free)} training images with a mask {what}; lower it")
+        order = numpy_generator(settings.split_seed, 0, "val images").permutation(len(free))
+        val = sorted(free[i] for i in order[:count])
+    chosen = set(val)
+    return [pairs[i] for i in val], [pair for i, pair in enumerate(pairs) if i not in chosen]
 
 
 def divide(
@@ -180,16 +236,16 @@ def _divide_again(pairs, settings, listed):
         ) from None
 
 
-def _named(path, pairs):
+def _named(path, pairs, key="data.labelled"):
     """Indices of the images that a text file names, one a line, with or without folder and suffix."""
     index, found = index_names([image for image, _ in pairs]), set()
-    for line in read_lines(path, "data.labelled", "the labelled images, one name a line"):
+    for line in read_lines(path, key, f"the {key.removeprefix('data.')} images, one name a line"):
         i = find_name(line, index, path)
         if pairs[i][1] is None:
             raise UserError(f"{path} names {line}, which has no mask; add the mask or take the line away")
         found.add(i)
     if not found:
-        raise UserError(f"{path} names no image: write the labelled images there, one name a line")
+        raise UserError(f"{path} names no image: write the {key.removeprefix('data.')} images there, one name a line")
     return sorted(found)
 
 
@@ -220,7 +276,10 @@ def _held_out(settings, source, key):
     path = Path(name)
     if path.is_file():
         return with_masks(read_pairs(path, f"data.{key}", settings.root, source.known), path)
-    raise UserError(f"data.{key}: there is no folder or text file {name}: {source.held_out_remedy}")
+    draw = ""
+    if name == key == "val" and settings.split is None:
+        draw = "give --data.val 0.1 to take a tenth of the training images, or make one: "
+    raise UserError(f"data.{key}: there is no folder or text file {name}: {draw}{source.held_out_remedy}")
 
 
 def refuse_shared_images(labelled: Sequence[Path], held_out: Sequence[Path], split: str) -> None:

@@ -8,18 +8,24 @@ what is new. The cache is never needed: a folder that cannot be written costs th
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from cmim.data.colours import NO_CLASS, colour_picture, count_colours
 from cmim.data.datasets import IGNORED, Splits
-from cmim.data.files import SIDEWAYS, FileSet, image_size, orientation
+from cmim.data.file_set import FileSet
+from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation
 from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
+INSPECTED = 64
+"""Masks whose colours a message names."""
 FORM = 2
 """Raised when what is kept of a file changes its meaning, or when files are refused that were not before."""
 
@@ -31,10 +37,11 @@ class Counts:
         classes: (K,) int64.
         ignored: pixels without a class.
         values: the mask values that occur.
+        far: pixels, of those without a class, whose colour is beyond `data.colour_tolerance`.
     """
 
     def __init__(self, num_classes: int):
-        self.classes, self.ignored, self.values = np.zeros(num_classes, np.int64), 0, set()
+        self.classes, self.ignored, self.values, self.far = np.zeros(num_classes, np.int64), 0, set(), 0
 
 
 def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] = lambda: None) -> list[str]:
@@ -52,11 +59,30 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
         UserError: a file that cannot be read or does not fit, or masks whose 255 is meant as a class.
     """
     sets = surveyed(splits)
-    counts = {name: count(image_set, len(splits.class_names), advance) for name, image_set in sets.items()}
+    try:
+        counts = {name: count(image_set, len(splits.class_names), advance) for name, image_set in sets.items()}
+    except ColourPicture as error:
+        raise masks_in_colours([mask for image_set in sets.values() for mask in image_set.masks]) or error from None
     if not counts:
         return []
     _refuse_nonsense(counts, splits.class_names, settings)
-    return _absent_classes(counts, splits.class_names)
+    return [*_far_colours(counts, settings), *_absent_classes(counts, splits.class_names)]
+
+
+def masks_in_colours(masks: Sequence[Path]) -> UserError | None:
+    """What to say of masks in colours where `data.colours` is not given, with the colours of `INSPECTED` of them, evenly
+    chosen; None where none of these is a colour picture. Masks that cannot be read are passed over."""
+    found, first = Counter(), None
+    for i in np.unique(np.linspace(0, len(masks) - 1, min(INSPECTED, len(masks))).astype(int)):
+        try:
+            pixels = open_colours(masks[i], 1)
+        except UserError:
+            continue
+        found += count_colours(pixels)
+        with Image.open(masks[i]) as mask:
+            if first is None and mask.mode in ("RGB", "RGBA") and (pixels != pixels[..., :1]).any():
+                first = masks[i]
+    return None if first is None else UserError(colour_picture(first, found))
 
 
 def decide_exif(splits: Splits) -> tuple[str | None, str | None]:
@@ -131,6 +157,7 @@ def count(image_set: FileSet, num_classes: int, advance: Callable[[], None] = la
                 image_set.refuse_value(i, min((v for v, k in ids.items() if k < 0), default=None))
                 for value, pixels in values.items():
                     counts.values.add(value)
+                    counts.far += pixels * (value == NO_CLASS and image_set.encoding(image_set.masks[i]).colours is not None)
                     if ids[value] == IGNORED:
                         counts.ignored += pixels
                     else:
@@ -159,6 +186,8 @@ class Cache:
     def values(self, i: int) -> dict[int, int]:
         image, mask = self.image_set.images[i], self.image_set.masks[i]
         stamp = [self.image_set.channels, self.image_set.turn, *_stamp(image), *_stamp(mask)]
+        colours = self.image_set.encoding(mask).colours
+        stamp += [] if colours is None else [repr(colours)]
         key = f"{os.path.abspath(image)}\n{os.path.abspath(mask)}"
         try:
             if self.kept[key][0] == stamp:
@@ -207,7 +236,9 @@ def _count_values(values):
 def _refuse_nonsense(counts, names, settings):
     """Masks in which 255, which stands for no class, is meant as one; and masks without any class."""
     every = set().union(*(c.values for c in counts.values()))
-    meant = IGNORED in every and settings.ignore == IGNORED and IGNORED not in settings.label_map
+    meant = (
+        IGNORED in every and settings.colours is None and settings.ignore == IGNORED and IGNORED not in settings.label_map
+    )
     pixels = sum(c.classes for c in counts.values())
     if meant and len(names) == 2 and pixels[1] == 0:
         raise UserError(
@@ -216,12 +247,23 @@ def _refuse_nonsense(counts, names, settings):
             "--data.label_map '{255: 255}'"
         )
     for name, c in counts.items():  # labelled first
+        if c.classes.sum() == 0 and settings.colours is not None:
+            raise UserError(f"not one pixel of the {name} masks has the colour of a class: change data.colours")
         if c.classes.sum() == 0:
             values = ", ".join(map(str, sorted(c.values)[:10]))
             raise UserError(
                 f"not one pixel of the {name} masks has a class: they hold {values} only; map values to classes with "
                 f"data.label_map, or {'label' if name == 'labelled' else 'give'} other images"
             )
+
+
+def _far_colours(counts, settings):
+    far = sum(c.far for c in counts.values())
+    share = far / max(1, sum(c.classes.sum() + c.ignored for c in counts.values()))
+    return [
+        f"{100 * share:.3g}% of the pixels of the masks have a colour farther than data.colour_tolerance "
+        f"{settings.colour_tolerance:g} from every one of data.colours, and are ignored"
+    ] * (far > 0)
 
 
 def _absent_classes(counts, names):

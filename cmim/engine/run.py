@@ -1,4 +1,5 @@
-"""The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/."""
+"""The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/; and val.txt
+where val images are drawn from the training images."""
 
 import errno
 import json
@@ -38,6 +39,7 @@ class Run:
         self.folder = Path(folder)
         self.config = self.folder / "config.yaml"
         self.labelled = self.folder / "labelled.txt"
+        self.val = self.folder / "val.txt"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
         self.last = self.folder / "checkpoints" / "last.pt"
@@ -139,14 +141,21 @@ def _take_lock(run):
         file.close()
 
 
-def start_run(run: Run, config: Config, labelled: Iterable[str]) -> None:
-    """Write the settings and the names of the labelled images, which must be the same when the run is resumed."""
-    names = "".join(f"{name}\n" for name in labelled)
-    if run.labelled.exists() and run.has_results() and _read(run.labelled) != names:
-        raise UserError(f"the labelled images are not those of {run.labelled}; restore the data, or give another --output")
+def start_run(run: Run, config: Config, labelled: Iterable[str], val: Iterable[str] | None = None) -> None:
+    """Write the settings, the names of the labelled images and, if they are drawn, of the val images. These must be the same
+    when the run is resumed."""
+    lists = {run.labelled: "".join(f"{name}\n" for name in labelled)}
+    if val is not None:
+        lists[run.val] = "".join(f"{name}\n" for name in val)
+    for path, names in lists.items():
+        if path.exists() and run.has_results() and _read(path) != names:
+            raise UserError(f"the {path.stem} images are not those of {path}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.config, dump_config(absolute(config)))  # first, because this file marks the folder as a run
-    write_text(run.labelled, names)
+    for path, names in lists.items():
+        write_text(path, names)
+    if val is None:  # of a run that stopped before its first checkpoint and is started anew
+        run.val.unlink(missing_ok=True)
 
 
 def take_over(config: Config, old: Config) -> Config:
@@ -164,7 +173,7 @@ def absolute(config: Config) -> Config:
         paths["labelled"] = Path(os.path.abspath(data.labelled))
     for key in ("val", "test"):  # a folder of the data set takes precedence
         name = getattr(data, key)
-        if name is not None and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
+        if isinstance(name, str) and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
             paths[key] = os.path.abspath(name)
     weights = {}
     if model.init_from is not None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
-from cmim.data.files import FileSet, image_size, open_image, open_mask
+from cmim.data.file_set import FileSet
+from cmim.data.files import image_size, open_image, open_mask
 from cmim.data.labels import Encoding, class_ids, colour_map, label_table, table_of
 from cmim.errors import UserError
 
