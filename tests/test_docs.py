@@ -1,6 +1,8 @@
 """What the pages say: programs in them run, and links lead somewhere."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,14 @@ def test_the_version_stands_once():
     assert f"\nversion: {cmim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         cmim.nothing  # noqa: B018
+
+
+def test_make_reads_every_target():
+    """It runs nothing: `make -n` only prints the commands."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    targets = re.search(r"^\.PHONY: (.*)$", text, flags=re.M).group(1).split()
+    assert set(re.findall(r"^([a-z][a-z-]*):", text, flags=re.M)) == set(targets)
+    result = subprocess.run(["make", "-n", *targets], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
