@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -26,6 +28,23 @@ FLAGS = (
 def implemented(source):
     """Names of the ops that a library.cpp implements."""
     return re.findall(r"CMIM_IMPLEMENT\((\w+)\);", source.read_text())
+
+
+def check_installation(folder, library, code, said, **variables):
+    """Check that `setup.py build` in a copy of the sources ends with `code` and says `said`, given environment variables. If it
+    succeeds, it must remove an older file `library` and keep the reason beside it."""
+    shutil.copy(ROOT / "setup.py", folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    stale = folder / "lib" / "cmim_kernels" / library
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+    )  # fmt: skip
+    assert result.returncode == code and said in result.stderr, result.stderr
+    if code == 0:
+        assert said.removeprefix("CPU kernels ") in stale.with_suffix(".txt").read_text() and not stale.exists()
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """What nvcc makes of csrc/, that it loads without a GPU, and how an installation decides about it."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import torch
 
 from cmim_kernels.libraries import cuda
 
-from .emulation import ROOT, csrc, implemented
+from .emulation import ROOT, check_installation, csrc, implemented
 
 OPS = implemented(csrc.CSRC / "library.cpp")
 
@@ -163,39 +162,10 @@ def test_only_what_changed_is_compiled_again(tmp_path, monkeypatch):
 )
 def test_an_installation_without_the_kernels_says_why(nvcc, wanted, code, said, tmp_path):
     pytest.importorskip("setuptools")
-    for name in ("setup.py", "csrc"):
-        (shutil.copytree if name == "csrc" else shutil.copy)(ROOT / name, tmp_path / name)
     (tmp_path / "home/bin").mkdir(parents=True)
     if nvcc is not None:
         (tmp_path / "home/bin/nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
         (tmp_path / "home/bin/nvcc").chmod(0o755)
-    stale = tmp_path / "lib" / "cmim_kernels" / cuda.file.name
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    result = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"CMIM_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "home"), "CMIM_BUILD_CPU": "0"},
-    )  # fmt: skip
-    assert result.returncode == code and said in result.stderr, result.stderr
-    if code == 0:
-        assert said in stale.with_suffix(".txt").read_text() and not stale.exists()
-
-
-@pytest.mark.parametrize(
-    ("compiler", "wanted", "code", "said"),
-    [
-        ("/nowhere/c++", "auto", 0, "CPU kernels not built: CXX is /nowhere/c++, which is not there"),
-        ("/nowhere/c++", "1", 1, "CMIM_BUILD_CPU is 1, but CXX is /nowhere/c++, which is not there"),
-        ("false", "1", 1, "CMIM_BUILD_CPU is 1, but "),
-        ("c++", "0", 0, "CPU kernels not built: CMIM_BUILD_CPU is 0"),
-    ],
-)
-def test_an_installation_without_the_kernels_for_the_cpu_says_why(compiler, wanted, code, said, tmp_path):
-    pytest.importorskip("setuptools")
-    for name in ("setup.py", "csrc"):
-        (shutil.copytree if name == "csrc" else shutil.copy)(ROOT / name, tmp_path / name)
-    result = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"CMIM_BUILD_CPU": wanted, "CXX": compiler, "CMIM_BUILD_CUDA": "0"},
-    )  # fmt: skip
-    assert result.returncode == code and said in result.stderr, result.stderr
+    check_installation(
+        tmp_path, cuda.file.name, code, said, CMIM_BUILD_CUDA=wanted, CUDA_HOME=tmp_path / "home", CMIM_BUILD_CPU=0
+    )
