@@ -31,8 +31,8 @@ def implemented(source):
 
 
 def check_installation(folder, library, code, said, **variables):
-    """Check that `setup.py build` in a copy of the sources ends with `code` and says `said`, given environment variables. If it
-    succeeds, it must remove an older file `library` and keep the reason beside it."""
+    """Check that `setup.py build` in a copy of the sources, with these environment variables, ends with `code` and says
+    `said`. If it succeeds, it must remove an older file `library` and keep the reason beside it."""
     shutil.copy(ROOT / "setup.py", folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     stale = folder / "lib" / "cmim_kernels" / library
