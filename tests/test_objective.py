@@ -92,7 +92,10 @@ def test_equals_the_plain_rendering(monkeypatch, preset, options):
 @pytest.mark.parametrize("preset", ["semantic", "cmim"])
 def test_masked_terms_stand_on_any_base(monkeypatch, base, preset):
     views = {"mim__views": ["labelled"]} if base == "supervised" else {}
-    test_equals_the_plain_rendering(monkeypatch, preset, {"method__base": base, **views})
+    options = {"method__base": base, **views}
+    test_equals_the_plain_rendering(monkeypatch, preset, options)
+    config = make_config(preset, **options)
+    assert set(make_objective(monkeypatch, config)(make_batch(config), ramp()).terms) & BASE_TERMS == set(BASES[base])
 
 
 def test_a_base_counts_under_masked_terms_alone():
