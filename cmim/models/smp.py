@@ -24,11 +24,12 @@ from cmim.models.weights import (
     fetch,
     load_timm_file,
     load_weights,
+    package_weights,
     read_weights,
     timm_names,
     timm_normalisation,
 )
-from cmim.settings import ModelSettings
+from cmim.settings import NAMED_WEIGHTS, ModelSettings
 
 
 class EncoderMap(NamedTuple):
@@ -102,7 +103,10 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
         model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
     else:
         model = _create(settings.arch, None, **options)
-    if settings.weights not in ("timm", "none"):
+    if settings.weights == "package":
+        found = package_weights(encoder.removeprefix("tu-"))
+        load_weights(model.encoder.model, *found)
+    elif settings.weights not in NAMED_WEIGHTS:
         path = Path(settings.weights)
         if encoder.startswith("tu-"):
             load_timm_file(model.encoder.model, encoder.removeprefix("tu-"), path)
