@@ -287,6 +287,12 @@ class MethodSettings(Section):
     """The preset without masked terms to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
     tau: Fraction = 0.95
     """Minimum confidence of a pseudo-label that is used for the strong and the feature-perturbed views."""
+    class_thresholds: bool = False
+    """Lower thresholds for classes that are predicted less confidently: `tau` and `mim.tau` times the mean confidence of the
+    class, relative to that of the most confident class."""
+    align: bool = False
+    """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
+    the labelled images."""
     w_unlabelled: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
     """Factor of the terms of the strong and the feature-perturbed views."""
     start: Fraction = 0.0

@@ -48,6 +48,7 @@ from cmim.checkpoint import warm_start
 from cmim.data.datasets import IGNORED
 from cmim.distributed import all_gather, all_reduce
 from cmim.method import masking
+from cmim.method.class_statistics import ClassStatistics
 from cmim.method.diagnostics import coverage, gradient_norms, mean_colour_error, separation
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
 from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
@@ -140,6 +141,8 @@ class Objective(nn.Module):
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
         if config.has_teacher:
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
+        if self.preset.uses_unlabelled and (config.method.align or config.method.class_thresholds):
+            self.classes = ClassStatistics(num_classes)
         if self.preset.masked:
             self.fill = masking.Fill(config.mask.fill, self.mean, self.std)
         if "pix" in self.preset.masked:
@@ -218,7 +221,7 @@ class Objective(nn.Module):
                 logits = self.teacher(net.normalise(u_w))
         else:
             logits = logits_w[0]
-        weak = pseudo_labels(logits, batch["valid"], net.align_corners)
+        weak = self.pseudo_labels(logits, batch)
 
         # Every strong view has its own CutMix box, which is applied to image and pseudo-label.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
@@ -239,6 +242,14 @@ class Objective(nn.Module):
             terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak))
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
+
+    def pseudo_labels(self, logits: Tensor, batch: dict[str, Tensor]) -> PseudoLabels:
+        """Those of the weak views, from their logits."""
+        method, valid, logits = self.config.method, batch["valid"], logits.detach()
+        if method.align:
+            logits = self.classes.align(logits, valid, batch["label"], self.ranks)
+        labels = pseudo_labels(logits, valid, self.net.align_corners)
+        return self.classes.relative(labels, logits, self.ranks) if method.class_thresholds else labels
 
     def supervised(self, logits: Tensor, y: Tensor) -> Ratio:
         """L_sup. With OHEM only pixels count whose true class has a probability of at most the threshold, or of at most that

@@ -203,7 +203,9 @@ def _adapt_channels(weight, shape):
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file."""
     if not path.is_file():
-        raise UserError(f"model.weights: there is no file {path}; give timm, package, none, or a .pt, .pth or .safetensors file")
+        raise UserError(
+            f"model.weights: there is no file {path}; give timm, package, none, or a .pt, .pth or .safetensors file"
+        )
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and unzipping garbage raises exceptions of many types
