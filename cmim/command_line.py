@@ -78,6 +78,10 @@ def parser_of(command: str, doc: str) -> CommandLine:
             metavar="PRESET",
             help=f"presets to train, of {', '.join(PRESETS)}; by default all",
         )
+        add("--variants", type=Path, metavar="FILE", help="YAML file of variants to train, instead of presets")
+        add("--base", metavar="NAME", help="variant that the others are compared with; by default the first")
+        add("--draw-splits", action="store_true", help="the seed also draws the labelled images (data.split_seed)")
+        add("--results", type=Path, metavar="DIR", help="folder of the results to keep; by default OUTPUT/results")
         add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds; by default 0 1 2")
         add("--jobs", type=int, default=1, help="number of runs at a time; by default 1")
         add("--gpus", type=int, default=1, help="number of processes (and GPUs) of each run; by default 1")

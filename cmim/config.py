@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, an unknown key, an invalid value, or contradictory settings.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if not overrides:
         return config_from(values, path)
     _validate(values, path)  # separately, so that an error names either the file or the command line
@@ -72,7 +72,12 @@ def default_config_path() -> Path:
     return inside if inside.exists() else Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
-def _read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file, without empty values.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         values = _load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

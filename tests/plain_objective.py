@@ -182,8 +182,7 @@ def base_terms(objective, batch):
     judge = logits_w
     if taught:
         judge = objective.teacher.eval()(normalise(u_w))
-    confidence, label = upsample(judge.detach()).softmax(1).max(1)
-    weak = (label, confidence, batch["valid"])
+    weak = pseudo_labels(judge.detach(), y, batch["valid"], config.method)
 
     strong = []
     for images, boxes in zip(batch["strong_image"], batch["box"], strict=True):
@@ -203,6 +202,24 @@ def base_terms(objective, batch):
     if "fp" in BASES[base]:
         terms["fp"] = consistency(logits_fp, weak, tau)
     return terms, weak, strong[0]
+
+
+def pseudo_labels(logits, y, valid, method):
+    """Label, confidence and validity of each pixel in the first step, before there are statistics of earlier ones."""
+    nearest = torch.arange(logits.shape[-1]) * CROP // logits.shape[-1]
+    y, at_logits = (x[:, nearest][:, :, nearest] for x in (y, valid))
+    if method.align:
+        known = torch.tensor([(y == k).sum() + 1.0 for k in range(CLASSES)])
+        guessed = torch.stack([logits.softmax(1)[:, k][at_logits].sum() + 1 for k in range(CLASSES)])
+        logits = logits + (known / known.sum() / (guessed / guessed.sum())).log().view(1, -1, 1, 1)
+    confidence, label = upsample(logits).softmax(1).max(1)
+    if method.class_thresholds:
+        highest, own = logits.softmax(1).max(1)
+        means = [highest[at_logits & (own == k)] for k in range(CLASSES)]
+        means = torch.stack([values.mean() if len(values) else torch.tensor(torch.nan) for values in means])
+        relative = (means / means.nan_to_num().max()).nan_to_num(1.0)
+        confidence = confidence / relative[label]
+    return label, confidence, valid
 
 
 def masked_terms(objective, batch, weak, strong):

@@ -13,6 +13,7 @@ from tests.ranks import run_on_ranks
 CASES = [
     ("supervised", {"method__ohem": OHEM | {"min_kept": 1200}}),
     ("fixmatch", {}),
+    ("fixmatch", {"method__align": True, "method__class_thresholds": True, "method__tau": 0.7}),
     ("unimatch", {}),
     ("unimatch_v2", {"teacher__kind": "ema", "method__tau": 0.4}),
     ("mim", {"centroids__distance": "l2"}),

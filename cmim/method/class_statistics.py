@@ -23,8 +23,8 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def align(self, logits: Tensor, valid: Tensor, labels: Tensor, ranks: int) -> Tensor:
-        """Distribution alignment (Berthelot et al. 2020, ReMixMatch, section 3.1): the probabilities of a class are multiplied
-        by the ratio of its share of the labelled pixels to its share of the predictions.
+        """Distribution alignment (Berthelot et al. 2020, ReMixMatch, section 3.1): the probabilities of a class are
+        multiplied by the ratio of its share of the labelled pixels to its share of the predictions.
 
         Args:
             logits: (B, K, h, w) of unlabelled images.
