@@ -350,8 +350,10 @@ class MaskSettings(Section):
 
 
 class ReconstructionSettings(Section):
-    tokens: Literal["decoder", "encoder"] = "decoder"
-    """Feature map for reconstruction and centroids: the output of the segmenter's decoder or of its encoder."""
+    tokens: Literal["decoder", "encoder", "pixel"] = "decoder"
+    """Feature map for reconstruction and, by default, centroids: the output of the segmenter's decoder or of its encoder; or
+    `pixel`: a map of its own, fused from the encoder's map at stride 4 and its deepest one (of a transformer from the latter
+    alone), of `width` channels."""
     decoder: Literal["conv", "attention"] = "conv"
     """`conv`: ConvNeXt blocks whose convolutions mix tokens of the same class only; `attention`: transformer blocks with
     attention within each class."""
@@ -382,6 +384,9 @@ class ReconstructionSettings(Section):
 
 
 class CentroidSettings(Section):
+    features: Literal["decoder", "encoder", "pixel"] | None = None
+    """Feature map whose centroids are compared, as of reconstruction.tokens, which is the default; `decoder` if that is
+    pixel."""
     distance: Literal["cosine", "l2"] = "cosine"
     """Distance between centroids: 1 - cosine similarity, or the mean of squared differences."""
     detach: Literal["visible", "masked", "none"] = "visible"
@@ -496,6 +501,12 @@ class Config(Section):
         if row.masked and self.method.base is not None:
             row = standing_on(self.method.base, *row.masked, class_wise=row.class_wise)
         return row._replace(masked=tuple(term for term in row.masked if getattr(self.mim, f"w_{term}") > 0))
+
+    @property
+    def centroid_features(self) -> Literal["decoder", "encoder", "pixel"]:
+        """The feature map whose centroids are compared."""
+        tokens = self.reconstruction.tokens
+        return self.centroids.features or ("decoder" if tokens == "pixel" else tokens)
 
     @property
     def has_teacher(self) -> bool:

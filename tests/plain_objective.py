@@ -61,7 +61,8 @@ def tiny_segmenter(settings, num_classes, mean, std):
     torch.manual_seed(0)
     net = Segmenter(
         TinyEncoder(), TinyDecoder(), num_classes, mean=mean, std=std,
-        geometry=Geometry(4, 8, 1), feature_channels=8, encoder_channels=10,
+        geometry=Geometry(4, 8, 1, 4), feature_channels=8, encoder_channels=10,
+        fine_map=0, fine_channels=6,
     )  # fmt: skip
     net.head.weight.data *= 4  # confidences of many sizes
     return net
@@ -265,7 +266,19 @@ def masked_terms(objective, batch, weak, strong):
         if config.mim.batch_norm == "batch":
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
 
-    tokens = maps[-1] if settings.tokens == "encoder" else feature
+    fused = None
+    if "pixel" in (settings.tokens, config.centroids.features):
+        parts = objective.pixel_tokens
+        deepest = F.interpolate(
+            F.conv2d(maps[-1], parts.deep.weight[:, :, None, None]), size=maps[0].shape[-2:], mode="bilinear"
+        )
+        fused = F.conv2d(maps[0], parts.fine.weight[:, :, None, None], parts.fine.bias) + deepest
+        mean, variance = fused.mean(1, keepdim=True), fused.var(1, correction=0, keepdim=True)
+        scale, shift = (p.view(1, -1, 1, 1) for p in (parts.norm.weight, parts.norm.bias))
+        fused = F.gelu((fused - mean) / (variance + 1e-5).sqrt() * scale + shift)
+    named = {"decoder": feature, "encoder": maps[-1], "pixel": fused}
+    compared = config.centroids.features or ("decoder" if settings.tokens == "pixel" else settings.tokens)
+    tokens, features = named[settings.tokens], named[compared]
     terms, wanted = {}, masked_of(config)
     groups = token_classes if config.method.preset in CLASS_WISE else token_classes.clamp(max=0)
     if "pix" in wanted:
@@ -273,7 +286,15 @@ def masked_terms(objective, batch, weak, strong):
         pixels = pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings)
         terms["pix"] = config.mim.w_pix * pixels
     if "feat" in wanted:
-        terms["feat"] = config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids)
+        side = {"decoder": 4, "encoder": 8, "pixel": 4}[compared]
+        labels, hidden = vote(classes, side, settings.min_share), masked
+        if side < stride:
+            hidden = masked.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        elif side > stride:
+            quarters = masked.float().view(len(masked), CROP // 8, 2, CROP // 8, 2).mean((2, 4))
+            labels, hidden = torch.where((quarters > 0) & (quarters < 1), -1, labels), quarters == 1
+        labels = labels if config.method.preset in CLASS_WISE else labels.clamp(max=0)
+        terms["feat"] = config.mim.w_feat * feature_term(features, hidden, labels, config.centroids)
     first = 0
     for name in config.mim.views if "sem" in wanted else ():
         part = slice(first, first + len(views[name][0]))

@@ -17,6 +17,7 @@ CASES = [
     ("unimatch", {}),
     ("unimatch_v2", {"teacher__kind": "ema", "method__tau": 0.4}),
     ("mim", {"centroids__distance": "l2"}),
+    ("cmim", {"reconstruction__tokens": "pixel", "centroids__features": "encoder"}),
     ("cmim", {"reconstruction__balance": "class", "mask__per_class": True}),
     ("cmim", {"reconstruction__decoder": "attention", "mim__isolate": "input", "mim__batch_norm": "running"}),
 ]

@@ -44,6 +44,16 @@ class Layout(NamedTuple):
     feature_channels: int
     unused: frozenset[str]  # parameters that no gradient reaches
 
+    @property
+    def learned(self) -> list[EncoderMap]:
+        """The maps that `SmpSegmenter.encode` returns."""
+        return [m for m in self.maps if m.learned]
+
+    @property
+    def fine_map(self) -> int:
+        """The index of the shallowest of them from stride 4 on."""
+        return _fine_map(self.learned)
+
 
 class SmpSegmenter(Segmenter):
     """A `Segmenter` around the encoder, the decoder and the head's convolution of a network of smp.
@@ -66,6 +76,8 @@ class SmpSegmenter(Segmenter):
             geometry=layout.geometry,
             feature_channels=layout.feature_channels,
             encoder_channels=layout.maps[-1].channels,
+            fine_map=layout.fine_map,
+            fine_channels=layout.learned[layout.fine_map].channels,
         )
         self.maps = layout.maps
         self.align_corners = getattr(
@@ -188,8 +200,13 @@ def _measure(arch: str, device: str) -> Layout:
         feature = model.decoder(features)
         model.segmentation_head[0](feature).sum().backward()
     unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
-    strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple)
+    learned = [m for m in maps if m.learned]
+    strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple, learned[_fine_map(learned)].stride)
     return Layout(strides, tuple(maps), feature.shape[1], unused)
+
+
+def _fine_map(learned: Sequence[EncoderMap]) -> int:
+    return next((i for i, m in enumerate(learned) if m.stride >= 4), len(learned) - 1)
 
 
 @torch.no_grad()
