@@ -33,10 +33,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import yaml
-
 from cmim.command_line import parser_of
-from cmim.config import load_config, read_yaml
+from cmim.config import load_config, read_yaml, words_of
 from cmim.distributed import available_cores
 from cmim.engine.logging import clock, console
 from cmim.engine.run import Run, changed_setting, write_text
@@ -104,19 +102,10 @@ def variants_of(given: Namespace) -> dict[str, list[str]]:
             raise UserError(f"{given.variants}: {name!r} names a folder, so letters, digits and _ . + - only")
         if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
             raise UserError(f"{given.variants}: {name} is {settings!r:.60}, expected overrides {{section.key: value}}")
-        variants[str(name)] = [f"--{key}={as_word(value)}" for key, value in settings.items()]
+        variants[str(name)] = words_of(settings)
     if not variants:
         raise UserError(f"{given.variants} names no variant; expected lines NAME: {{section.key: value}}")
     return variants
-
-
-def as_word(value: object) -> str:
-    """A value of YAML as on a command line."""
-    return (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0].strip()
-    )
 
 
 def keys_of(words: Sequence[str]) -> list[str]:

@@ -7,10 +7,10 @@ one. `cmim.settings` defines the settings.
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -64,6 +64,27 @@ def _validate(values, source):
 def dump_config(config: Config) -> str:
     """The resolved settings as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Overrides {"section.key": value} as on a command line."""
+    return [f"--{key}={_as_word(value)}" for key, value in settings.items()]
+
+
+def _as_word(value):
+    """Text as it is, everything else as YAML in one line."""
+    if isinstance(value, str | Path):
+        return str(value)
+    return yaml.safe_dump(plain(value), default_flow_style=True, width=10**6).partition("\n...")[0].strip()
+
+
+def plain(value: object) -> Any:
+    """A value with mappings, sequences and paths of any type as what YAML can write: dict, list, text."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def default_config_path() -> Path:

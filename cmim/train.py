@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -345,7 +346,8 @@ def digest(image_set: ImageSet) -> tuple[int, str]:
     return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> Path:
+    """Train; returns the run folder."""
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
@@ -382,6 +384,7 @@ def main(arguments: Sequence[str]) -> None:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
                 start_run(run, config, names_of(splits.labelled), drawn)
             trainer.train()
+    return run.folder
 
 
 if __name__ == "__main__":
