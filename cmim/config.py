@@ -206,6 +206,7 @@ HINTS = {
     "data.size": "give [height, width]",
     "data.scale": "give [lowest, highest]",
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
+    "evaluation.table": "give a list, such as [iou, dice]",
     "mim.views": "give a list, such as [labelled, weak]",
     "model.atrous_rates": "give a list, such as [6, 12, 18]",
     "data.colour_tolerance": "it is a distance in RGB, 0 to 442",

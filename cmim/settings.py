@@ -457,10 +457,18 @@ class EvaluationSettings(Section):
     """Average with the prediction for the horizontally flipped image."""
     scales: tuple[Annotated[float, Field(gt=0, strict=True)], ...] = (1.0,)
     """Average the predictions for the image resized by these factors."""
+    table: list[Literal["iou", "dice", "precision", "recall", "image_miou"]] = ["iou"]
+    """Scores in the printed table: columns iou, dice (F1), precision and recall for each class, and the line image_miou (the
+    mean over images of the mean IoU of an image). result.json always has all of them."""
 
     def check(self) -> None:
         if not self.scales:
             raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+        if not set(self.table) - {"image_miou"} or len(set(self.table)) < len(self.table):
+            raise UserError(
+                f"evaluation.table is [{', '.join(self.table)}]: name at least one of iou, dice, precision and recall, each "
+                "once"
+            )
 
 
 class Config(Section):

@@ -42,7 +42,7 @@ from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
 from cmim.engine.device import autocast, choose_device, choose_precision, eager_if, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import RunLog, by_class, console, print_table
+from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
@@ -244,19 +244,18 @@ class Trainer:
             log.evaluation(self.step, result, split, self.splits.class_names)
         else:  # the last step was evaluated, unless this process only resumed a finished run
             split, result = "val", self.val_result or self.measure(self.splits.val, "val")
+        names = self.splits.class_names
         summary = {
-            "miou": result.scores.miou,
+            **named(result.scores, names),
             "best_miou": self.best_miou,
-            "iou": by_class(result.scores, self.splits.class_names),
             "split": split,
             "step": self.step,
             "epochs": self.config.train.epochs,
-            "pixel_accuracy": result.scores.pixel_accuracy,
-            "mean_accuracy": result.scores.mean_accuracy,
         }
         if self.rank == 0:
             write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
-        print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
+        title = f"{self.config.method.preset}, step {self.step}, {split}"
+        print_table(result.scores, names, title, self.config.evaluation.table)
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
 

@@ -26,7 +26,10 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None
 
 # Settings that may change when a run is resumed: they affect how long or where it runs, not what it computes.
-FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
+FREE_ON_RESUME = (
+    ("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"),
+    ("evaluation", "table"),
+)  # fmt: skip
 
 SETTLED = ("exif", "mean", "std", "labelled")
 """Settings of `data` that a new run decides if they are not given, and that a resumed run takes over."""
