@@ -312,3 +312,12 @@ def check_background(config: Config, classes: int) -> None:
         raise UserError(
             f"data.background is {background}, but the classes are 0 to {classes - 1}; give one of them, or null"
         )
+
+
+def check_class_weights(config: Config, classes: int) -> None:
+    """Raise a UserError if `method.class_weights` lists another number of weights than there are classes."""
+    weights = config.method.class_weights
+    if isinstance(weights, list) and len(weights) != classes:
+        raise UserError(
+            f"method.class_weights has {len(weights)} numbers, but there are {classes} classes; give one for each"
+        )

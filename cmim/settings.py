@@ -297,6 +297,20 @@ class MethodSettings(Section):
     strong views."""
     ohem: OhemSettings | None = None
     """Online hard example mining in the supervised term; none: off."""
+    class_weights: (
+        Literal["none", "inverse", "median"] | list[Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]]
+    ) = "none"
+    """Weights of the classes in the supervised cross-entropy: `none`; `inverse`, to the number of labelled pixels of each
+    class; `median`, median-frequency balancing; or a list with a number for each class. Weights from the data are printed
+    and kept in class_weights.txt of the run."""
+    dice: NonNegative = 0.0
+    """Weight of the Dice loss of the labelled images, relative to their cross-entropy."""
+
+    def check(self) -> None:
+        if isinstance(self.class_weights, list) and not any(self.class_weights):
+            raise UserError(
+                "method.class_weights has no number above 0, so that no class would count; give one for each class"
+            )
 
 
 class MimSettings(Section):

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
 from cmim.command_line import parser_of
-from cmim.config import check_background, check_counts, default_config_path, load_config
+from cmim.config import check_background, check_class_weights, check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
@@ -47,7 +47,7 @@ from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
-from cmim.engine.start import build_objective, describe, open_files, settle
+from cmim.engine.start import build_objective, describe, open_files, settle, settle_class_weights
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
 from cmim.errors import Stopped, UserError, run_command
 from cmim.method.objective import Objective
@@ -361,6 +361,7 @@ def main(arguments: Sequence[str]) -> None:
     lists = [path if continues and path.exists() else None for path in ((earlier.labelled, earlier.val) if earlier else ())]
     splits = load_splits(config.data, *lists)
     check_background(config, len(splits.class_names))
+    check_class_weights(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     folder = given.output or default_folder(config_path)
@@ -371,15 +372,20 @@ def main(arguments: Sequence[str]) -> None:
         if not continues:
             config, splits, notes = settle(config, splits)
         describe(config, splits, run, notes)
+        weights = None
         if distributed.world().rank == 0:  # the other processes wait for this one, or end with it
             open_files(config, splits)
+            weights = settle_class_weights(config, splits, run if continues else None)
         objective = build_objective(config, len(splits.class_names), run)
         with distributed.process_group(device):  # after all checks, so that no process waits for one that failed them
             run = Run(distributed.from_rank0(str(run.folder)))
             trainer = Trainer(config, splits, run, objective, device)
+            weights = distributed.from_rank0(weights)
+            if weights is not None:
+                objective.set_class_weights(list(weights.values()))
             if distributed.rank() == 0:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
-                start_run(run, config, names_of(splits.labelled), drawn)
+                start_run(run, config, names_of(splits.labelled), drawn, weights)
             trainer.train()
 
 
