@@ -204,6 +204,7 @@ HINTS = {
     "data.mean": "values are from 0 to 1: divide by 255",
     "data.std": "values are from 0 to 1: divide by 255",
     "data.size": "give [height, width]",
+    "data.flips": "give a list, such as [horizontal, vertical]",
     "data.scale": "give [lowest, highest]",
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
     "evaluation.table": "give a list, such as [iou, dice]",

@@ -123,6 +123,11 @@ class DataSettings(Section):
     """Side of the training crop in pixels."""
     scale: tuple[Annotated[float, Field(gt=0, strict=True)], Annotated[float, Field(gt=0, strict=True)]] = (0.5, 2.0)
     """Random resize of the weak augmentation."""
+    flips: list[Literal["horizontal", "vertical"]] = ["horizontal"]
+    """Random flips of the weak augmentation, each with probability 1/2: any of horizontal and vertical, [] for none."""
+    rotate90: bool = False
+    """Turn crops by 0, 90, 180 or 270 degrees at random, for images without an up and down, such as aerial ones and those of
+    a microscope."""
     workers: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
@@ -183,6 +188,8 @@ class DataSettings(Section):
                 raise UserError(
                     f"data.{key} has {len(values)} numbers, but data.channels is {self.channels}; give one for each"
                 )
+        if len(set(self.flips)) < len(self.flips):
+            raise UserError(f"data.flips names a flip twice: {', '.join(self.flips)}")
         if self.scale[0] > self.scale[1]:
             raise UserError(f"data.scale: the lower bound {self.scale[0]} is above the upper bound {self.scale[1]}")
 
