@@ -450,6 +450,9 @@ class TrainSettings(Section):
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 1000
     """Steps between evaluations on data.val."""
+    patience: Positive | None = None
+    """Stop early after so many evaluations on data.val in a row without a better mIoU; none: train all steps. The schedules
+    remain those of all steps."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     picture_every: Positive = 1000

@@ -96,11 +96,12 @@ class Trainer:
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
             raise UserError(f"not every process sees {run.last}; put the run folder where all machines can read it")
         kept = cut_metrics(run.metrics, self.step) if self.rank == 0 else []
-        evaluations = {line["step"]: line["miou"] for line in kept if line.get("split") == "val"}
-        self.best_miou = max([self.best_miou, *evaluations.values()])
+        evaluations = distributed.from_rank0({line["step"]: line["miou"] for line in kept if line.get("split") == "val"})
+        self.val_mious = list(evaluations.values())
+        self.best_miou = max([self.best_miou, *self.val_mious])
         # The checkpoint of a step is written before its evaluation, which may have been interrupted.
         due = self.step > 0 and (self.step % config.train.evaluate_every == 0 or self.step == self.steps)
-        self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
+        self.evaluation_is_due = due and self.step not in evaluations
 
     def train(self) -> None:
         train = self.config.train
@@ -122,7 +123,7 @@ class Trainer:
         loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
         if self.evaluation_is_due:
             self.evaluate(log)
-        while self.step < self.steps:
+        while self.step < self.steps and not self.is_out_of_patience():
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Report before each checkpoint: a loss term that is not finite stops the run, with its name.
             report = self.due("log_every") or picture or save or evaluate
@@ -162,8 +163,21 @@ class Trainer:
                     self.save()
                 if evaluate:
                     self.evaluate(log)
-                if picture and self.rank == 0:
+                stops = evaluate and self.is_out_of_patience()
+                if stops and self.rank == 0 and self.saved != self.step:
+                    self.save()
+                if (picture or stops) and self.rank == 0:
                     self.picture()
+        if self.step < self.steps:
+            console.print(
+                f"stopped early after step {self.step} of {self.steps}: the val mIoU was not better in the last "
+                f"{config.train.patience} evaluations (train.patience)"
+            )
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last `train.patience` evaluations did not find a better mIoU."""
+        patience, mious = self.config.train.patience, self.val_mious
+        return patience is not None and len(mious) > patience and max(mious[-patience:]) <= max(mious[:-patience])
 
     def leave(self, log: RunLog) -> NoReturn:
         """Stop: write a checkpoint if the step is complete, and print the command that continues the run."""
@@ -225,6 +239,7 @@ class Trainer:
         """Evaluate on data.val and keep the best weights. The line in metrics.jsonl comes last, as a sign that all is
         done."""
         self.val_result = result = self.measure(self.splits.val, "val")
+        self.val_mious.append(result.scores.miou)
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
             self.best_miou = result.scores.miou
@@ -251,6 +266,8 @@ class Trainer:
             "split": split,
             "step": self.step,
             "epochs": self.config.train.epochs,
+            "stopped_early": self.step < self.steps,
+            "patience": self.config.train.patience,
         }
         if self.rank == 0:
             write_text(self.run.result, json.dumps(summary, indent=2) + "\n")

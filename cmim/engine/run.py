@@ -29,7 +29,7 @@ except ModuleNotFoundError:  # on Windows
 # Settings that may change when a run is resumed: they affect how long or where it runs, not what it computes.
 FREE_ON_RESUME = (
     ("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"),
-    ("evaluation", "table"),
+    ("train", "patience"), ("evaluation", "table"),
 )  # fmt: skip
 
 SETTLED = ("exif", "mean", "std", "labelled")
