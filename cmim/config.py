@@ -66,6 +66,21 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def changed_settings(config: Config) -> dict[str, object]:
+    """The settings that are not the defaults, by their keys, as plain values."""
+
+    def leaves(values, section, prefix=""):
+        for name, value in values.items():
+            inner = getattr(section, name)
+            if isinstance(inner, Section):
+                yield from leaves(value, inner, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    defaults = dict(leaves(Config().model_dump(mode="json"), Config()))
+    return {key: v for key, v in leaves(config.model_dump(mode="json"), config) if key not in defaults or v != defaults[key]}
+
+
 def default_config_path() -> Path:
     """configs/shapes.yaml: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "configs" / "shapes.yaml"

@@ -4,6 +4,7 @@
     python -m cmim.train configs/camvid.yaml --data.root CamVid       # a config file and overrides
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
+    python -m cmim.train configs/camvid.yaml --data.root CamVid --dry-run    # what it would do, how long, in how much memory
 
     torchrun --nproc-per-node 8 -m cmim.train CONFIG ...              # the GPUs of one machine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m cmim.train CONFIG ...
@@ -27,7 +28,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -41,6 +42,7 @@ from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
 from cmim.engine.device import autocast, choose_device, choose_precision, eager_if, to_device
+from cmim.engine.dry_run import dry_run, scratch, untrained
 from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
@@ -117,39 +119,15 @@ class Trainer:
 
     def train_steps(self, log: RunLog) -> None:
         """The training loop."""
-        config, settings = self.config, self.config.train
-        batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
-        workers = distributed.loader_workers(config.data.workers)
-        loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
+        config = self.config
+        loader = self.loader(self.step, self.steps)
         if self.evaluation_is_due:
             self.evaluate(log)
         while self.step < self.steps and not self.is_out_of_patience():
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Report before each checkpoint: a loss term that is not finite stops the run, with its name.
             report = self.due("log_every") or picture or save or evaluate
-            ramps = self.ramp(config.mim), self.ramp(config.method)
-            factor = poly(self.step, self.steps, config.optimizer.poly_power)
-            set_learning_rate(self.optimizer, factor)
-
-            self.objective.train()
-            torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
-            for i in range(micro):
-                self.between_steps = i == 0
-                batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
-                torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-                with self.no_sync_if(i + 1 < micro), eager_if(picture):
-                    with autocast(self.device, self.dtype), explain_single_values():
-                        output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
-                    self.scaler.scale(output.loss / micro).backward()
-                log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            if config.has_teacher:
-                self.objective.update_teacher(self.step)
-            self.step += 1
-
+            factor = self.train_step(lambda: self.wait(loader, log), log.add, report, picture)
             if report:
                 self.warn_of_coverage(log.write(self.step, self.lr * factor), log)
             with log.paused():
@@ -170,9 +148,68 @@ class Trainer:
                     self.picture()
         if self.step < self.steps:
             console.print(
-                f"stopped early after step {self.step} of {self.steps}: the val mIoU was not better in the last "
-                f"{config.train.patience} evaluations (train.patience)"
+                f"stopped early after step {self.step} of {self.steps}: no better val mIoU within train.patience "
+                f"{config.train.patience}"
             )
+
+    def loader(self, first: int, last: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches of the steps `first` to `last` - 1."""
+        micro, workers = self.config.train.accumulate, distributed.loader_workers(self.config.data.workers)
+        batches = TrainBatches(self.splits, self.config, self.rank, self.ranks)
+        return iter(train_loader(batches, first * micro, last * micro, workers))
+
+    def train_step(
+        self,
+        next_batch: Callable[[], dict[str, torch.Tensor]],
+        add: Callable[[dict[str, torch.Tensor]], None],
+        report: bool = False,
+        picture: bool = False,
+    ) -> float:
+        """One optimiser step; `add` gets the figures of each micro-batch.
+
+        Returns:
+            The factor of the learning rate.
+        """
+        config, micro = self.config, self.config.train.accumulate
+        ramps = self.ramp(config.mim), self.ramp(config.method)
+        factor = poly(self.step, self.steps, config.optimizer.poly_power)
+        set_learning_rate(self.optimizer, factor)
+
+        self.objective.train()
+        torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
+        for i in range(micro):
+            self.between_steps = i == 0
+            batch = to_device(next_batch(), self.device, config.train.channels_last)
+            # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
+            torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
+            with self.no_sync_if(i + 1 < micro), eager_if(picture):
+                with autocast(self.device, self.dtype), explain_single_values():
+                    output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
+                self.scaler.scale(output.loss / micro).backward()
+            add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if config.has_teacher:
+            self.objective.update_teacher(self.step)
+        self.step += 1
+        return factor
+
+    def time_steps(self, first: int, count: int) -> list[float]:
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run."""
+        self.step, seconds = first, []
+        loader = self.loader(first, first + count)
+
+        def next_batch():
+            batch = next(loader)
+            batch.pop("replaced", None)
+            return batch
+
+        for _ in range(count):
+            start = time.perf_counter()
+            self.train_step(next_batch, lambda figures: figures["loss"].item())  # which waits for the device
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def is_out_of_patience(self) -> bool:
         """Whether the last `train.patience` evaluations did not find a better mIoU."""
@@ -365,6 +402,8 @@ def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
+    if given.resume and given.dry_run:
+        raise UserError("--dry-run tells about a new run; leave --resume out")
     console.quiet = distributed.world().rank > 0
     config_path = default_config_path() if given.config is None else given.config
     if given.resume and given.config is None and Run(given.output).config.exists():
@@ -383,6 +422,14 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(config.train.device)
     folder = given.output or default_folder(config_path)
     run = open_run(folder, config, given.resume)
+    if given.dry_run:
+        config, splits, notes = settle(config, splits)
+        describe(config, splits, run, notes)
+        with scratch(), distributed.process_group(device):
+            objective = build_objective(untrained(config), len(splits.class_names), run)
+            trainer = Trainer(config, splits, Run(os.devnull), objective, device)
+            dry_run(config, splits, run, objective, trainer.optimizer, trainer.time_steps, device)
+        return
     with locked(run) if distributed.world().rank == 0 else nullcontext():
         open_run(folder, config, given.resume)  # again, because another process may have used the folder until now
         notes = []

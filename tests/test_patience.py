@@ -57,7 +57,7 @@ def test_a_run_stops_after_so_many_evaluations_without_a_better_one(patience, la
     assert [path.name for path in run.pictures.iterdir()] == [f"step_{last:06d}.png"]
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == pytest.approx([0.003 * (1 - step / 16) ** 0.9 for step in range(last)])  # the schedule of all steps
-    said = f"stopped early after step {last} of 16: the val mIoU was not better in the last {patience} evaluations"
+    said = f"stopped early after step {last} of 16: no better val mIoU within train.patience {patience}\n"
     assert (said in capsys.readouterr().out) == (last < 16)
 
 
