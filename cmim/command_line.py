@@ -68,6 +68,11 @@ def parser_of(command: str, doc: str) -> CommandLine:
         add("config", nargs="?", help="a YAML file; without it, the built-in `shapes` set")
         add("--output", metavar="RUN", help="run folder; by default runs/<config>-<time>")
         add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
+        add(
+            "--dry-run",
+            action="store_true",
+            help="print settings, data, network, memory and time, measured on a few steps, and write nothing",
+        )
     elif command == "compare":
         add("config", nargs="?", default=default_config_path(), help="a YAML file; without it, the built-in `shapes` set")
         add("--output", type=Path, required=True, help="folder of the runs and the table")

@@ -160,6 +160,8 @@ def finished(run: Run, config: Config) -> bool:
     if not run.result.exists() or changed_setting(load_config(run.config), config) is not None:
         return False
     result = read_result(run)
+    if result.get("stopped_early"):  # it would go on with more patience only
+        return config.train.patience is not None and config.train.patience <= result["patience"]
     if config.train.epochs is not None:
         return result.get("epochs") == config.train.epochs
     return is_complete(result["step"], config)

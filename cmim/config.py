@@ -87,6 +87,21 @@ def plain(value: object) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def changed_settings(config: Config) -> dict[str, object]:
+    """The settings that are not the defaults, by their keys, as plain values."""
+
+    def leaves(values, section, prefix=""):
+        for name, value in values.items():
+            inner = getattr(section, name)
+            if isinstance(inner, Section):
+                yield from leaves(value, inner, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    defaults = dict(leaves(Config().model_dump(mode="json"), Config()))
+    return {key: v for key, v in leaves(config.model_dump(mode="json"), config) if key not in defaults or v != defaults[key]}
+
+
 def default_config_path() -> Path:
     """configs/shapes.yaml: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "configs" / "shapes.yaml"
@@ -230,8 +245,10 @@ HINTS = {
     "data.mean": "values are from 0 to 1: divide by 255",
     "data.std": "values are from 0 to 1: divide by 255",
     "data.size": "give [height, width]",
+    "data.flips": "give a list, such as [horizontal, vertical]",
     "data.scale": "give [lowest, highest]",
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
+    "evaluation.table": "give a list, such as [iou, dice]",
     "mim.views": "give a list, such as [labelled, weak]",
     "model.atrous_rates": "give a list, such as [6, 12, 18]",
     "data.colour_tolerance": "it is a distance in RGB, 0 to 442",
@@ -336,4 +353,13 @@ def check_background(config: Config, classes: int) -> None:
     if background is not None and background >= classes:
         raise UserError(
             f"data.background is {background}, but the classes are 0 to {classes - 1}; give one of them, or null"
+        )
+
+
+def check_class_weights(config: Config, classes: int) -> None:
+    """Raise a UserError if `method.class_weights` lists another number of weights than there are classes."""
+    weights = config.method.class_weights
+    if isinstance(weights, list) and len(weights) != classes:
+        raise UserError(
+            f"method.class_weights has {len(weights)} numbers, but there are {classes} classes; give one for each"
         )

@@ -4,6 +4,7 @@
     python -m cmim.evaluate RUN --checkpoint best --split val
     python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # overrides settings: data.*, train.device, ...
     python -m cmim.evaluate RUN --evaluation.mode slide --evaluation.flip true --evaluation.scales "[0.75, 1, 1.25]"
+    python -m cmim.evaluate RUN --evaluation.table "[iou, dice, precision, recall, image_miou]"
     torchrun --nproc-per-node 8 -m cmim.evaluate RUN
 
 Prints the IoU of every class, the mean IoU, the mean accuracy and the pixel accuracy, at the original resolution.
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
     if all(iou is None for iou in result.scores.iou):
         raise UserError(f"not one pixel of the {split} masks has a class, so there is nothing to measure; give other masks")
-    print_table(result.scores, trained.class_names, f"{given.run}, {given.checkpoint}, step {trained.step}, {split}")
+    title = f"{given.run}, {given.checkpoint}, step {trained.step}, {split}"
+    print_table(result.scores, trained.class_names, title, config.evaluation.table)
 
 
 def drawn_val(folder: str, data: DataSettings) -> Path | None:

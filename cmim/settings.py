@@ -126,6 +126,11 @@ class DataSettings(Section):
     """Side of the training crop in pixels."""
     scale: tuple[Annotated[float, Field(gt=0, strict=True)], Annotated[float, Field(gt=0, strict=True)]] = (0.5, 2.0)
     """Random resize of the weak augmentation."""
+    flips: list[Literal["horizontal", "vertical"]] = ["horizontal"]
+    """Random flips of the weak augmentation, each with probability 1/2: any of horizontal and vertical, [] for none."""
+    rotate90: bool = False
+    """Turn crops by 0, 90, 180 or 270 degrees at random, for images without an up and down, such as aerial ones and those of
+    a microscope."""
     workers: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Loaders of each process; by default the cores, divided by the processes of the machine, but one, at most 8."""
     shapes: ShapesSettings = ShapesSettings()
@@ -186,6 +191,8 @@ class DataSettings(Section):
                 raise UserError(
                     f"data.{key} has {len(values)} numbers, but data.channels is {self.channels}; give one for each"
                 )
+        if len(set(self.flips)) < len(self.flips):
+            raise UserError(f"data.flips names a flip twice: {', '.join(self.flips)}")
         if self.scale[0] > self.scale[1]:
             raise UserError(f"data.scale: the lower bound {self.scale[0]} is above the upper bound {self.scale[1]}")
 
@@ -308,6 +315,20 @@ class MethodSettings(Section):
     strong views."""
     ohem: OhemSettings | None = None
     """Online hard example mining in the supervised term; none: off."""
+    class_weights: (
+        Literal["none", "inverse", "median"] | list[Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]]
+    ) = "none"
+    """Weights of the classes in the supervised cross-entropy: `none`; `inverse`, to the number of labelled pixels of each
+    class; `median`, median-frequency balancing; or a list with a number for each class. Weights from the data are printed
+    and kept in class_weights.txt of the run."""
+    dice: NonNegative = 0.0
+    """Weight of the Dice loss of the labelled images, relative to their cross-entropy."""
+
+    def check(self) -> None:
+        if isinstance(self.class_weights, list) and not any(self.class_weights):
+            raise UserError(
+                "method.class_weights has no number above 0, so that no class would count; give one for each class"
+            )
 
 
 class MimSettings(Section):
@@ -445,6 +466,9 @@ class TrainSettings(Section):
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Positive = 1000
     """Steps between evaluations on data.val."""
+    patience: Positive | None = None
+    """Stop early after so many evaluations on data.val in a row without a better mIoU; none: train all steps. The schedules
+    remain those of all steps."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     picture_every: Positive = 1000
@@ -473,10 +497,18 @@ class EvaluationSettings(Section):
     """Average with the prediction for the horizontally flipped image."""
     scales: tuple[Annotated[float, Field(gt=0, strict=True)], ...] = (1.0,)
     """Average the predictions for the image resized by these factors."""
+    table: list[Literal["iou", "dice", "precision", "recall", "image_miou"]] = ["iou"]
+    """Scores in the printed table: columns iou, dice (F1), precision and recall for each class, and the line image_miou (the
+    mean over images of the mean IoU of an image). result.json always has all of them."""
 
     def check(self) -> None:
         if not self.scales:
             raise UserError("evaluation.scales is empty: name at least one scale, 1.0 is the image as it is")
+        if not set(self.table) - {"image_miou"} or len(set(self.table)) < len(self.table):
+            raise UserError(
+                f"evaluation.table is [{', '.join(self.table)}]: name at least one of iou, dice, precision and recall, each "
+                "once"
+            )
 
 
 class Config(Section):

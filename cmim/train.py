@@ -4,6 +4,7 @@
     python -m cmim.train configs/camvid.yaml --data.root CamVid       # a config file and overrides
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
+    python -m cmim.train configs/camvid.yaml --data.root CamVid --dry-run    # what it would do, how long, in how much memory
 
     torchrun --nproc-per-node 8 -m cmim.train CONFIG ...              # the GPUs of one machine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m cmim.train CONFIG ...
@@ -27,7 +28,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,18 +38,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
 from cmim.command_line import parser_of
-from cmim.config import check_background, check_counts, default_config_path, load_config
+from cmim.config import check_background, check_class_weights, check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
 from cmim.engine.device import autocast, choose_device, choose_precision, eager_if, to_device
+from cmim.engine.dry_run import dry_run, scratch, untrained
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.logging import RunLog, by_class, console, print_table
+from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, default_folder, locked, open_run, start_run, take_over, write_text
 from cmim.engine.schedule import poly, ramp, total_steps
-from cmim.engine.start import build_objective, describe, open_files, settle
+from cmim.engine.start import build_objective, describe, open_files, settle, settle_class_weights
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
 from cmim.errors import Stopped, UserError, run_command
 from cmim.method.objective import Objective
@@ -97,11 +99,12 @@ class Trainer:
         if distributed.sum_over_ranks(torch.tensor(self.step, device=device)) != self.step * self.ranks:
             raise UserError(f"not every process sees {run.last}; put the run folder where all machines can read it")
         kept = cut_metrics(run.metrics, self.step) if self.rank == 0 else []
-        evaluations = {line["step"]: line["miou"] for line in kept if line.get("split") == "val"}
-        self.best_miou = max([self.best_miou, *evaluations.values()])
+        evaluations = distributed.from_rank0({line["step"]: line["miou"] for line in kept if line.get("split") == "val"})
+        self.val_mious = list(evaluations.values())
+        self.best_miou = max([self.best_miou, *self.val_mious])
         # The checkpoint of a step is written before its evaluation, which may have been interrupted.
         due = self.step > 0 and (self.step % config.train.evaluate_every == 0 or self.step == self.steps)
-        self.evaluation_is_due = distributed.from_rank0(due and self.step not in evaluations)
+        self.evaluation_is_due = due and self.step not in evaluations
 
     def train(self) -> None:
         train = self.config.train
@@ -117,39 +120,15 @@ class Trainer:
 
     def train_steps(self, log: RunLog) -> None:
         """The training loop."""
-        config, settings = self.config, self.config.train
-        batches, micro = TrainBatches(self.splits, config, self.rank, self.ranks), settings.accumulate
-        workers = distributed.loader_workers(config.data.workers)
-        loader = iter(train_loader(batches, self.step * micro, self.steps * micro, workers))
+        config = self.config
+        loader = self.loader(self.step, self.steps)
         if self.evaluation_is_due:
             self.evaluate(log)
-        while self.step < self.steps:
+        while self.step < self.steps and not self.is_out_of_patience():
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Report before each checkpoint: a loss term that is not finite stops the run, with its name.
             report = self.due("log_every") or picture or save or evaluate
-            ramps = self.ramp(config.mim), self.ramp(config.method)
-            factor = poly(self.step, self.steps, config.optimizer.poly_power)
-            set_learning_rate(self.optimizer, factor)
-
-            self.objective.train()
-            torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
-            for i in range(micro):
-                self.between_steps = i == 0
-                batch = to_device(self.wait(loader, log), self.device, settings.channels_last)
-                # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
-                torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-                with self.no_sync_if(i + 1 < micro), eager_if(picture):
-                    with autocast(self.device, self.dtype), explain_single_values():
-                        output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
-                    self.scaler.scale(output.loss / micro).backward()
-                log.add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            if config.has_teacher:
-                self.objective.update_teacher(self.step)
-            self.step += 1
-
+            factor = self.train_step(lambda: self.wait(loader, log), log.add, report, picture)
             if report:
                 self.warn_of_coverage(log.write(self.step, self.lr * factor), log)
             with log.paused():
@@ -163,8 +142,80 @@ class Trainer:
                     self.save()
                 if evaluate:
                     self.evaluate(log)
-                if picture and self.rank == 0:
+                stops = evaluate and self.is_out_of_patience()
+                if stops and self.rank == 0 and self.saved != self.step:
+                    self.save()
+                if (picture or stops) and self.rank == 0:
                     self.picture()
+        if self.step < self.steps:
+            console.print(
+                f"stopped early after step {self.step} of {self.steps}: no better val mIoU within train.patience "
+                f"{config.train.patience}"
+            )
+
+    def loader(self, first: int, last: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches of the steps `first` to `last` - 1."""
+        micro, workers = self.config.train.accumulate, distributed.loader_workers(self.config.data.workers)
+        batches = TrainBatches(self.splits, self.config, self.rank, self.ranks)
+        return iter(train_loader(batches, first * micro, last * micro, workers))
+
+    def train_step(
+        self,
+        next_batch: Callable[[], dict[str, torch.Tensor]],
+        add: Callable[[dict[str, torch.Tensor]], None],
+        report: bool = False,
+        picture: bool = False,
+    ) -> float:
+        """One optimiser step; `add` gets the figures of each micro-batch.
+
+        Returns:
+            The factor of the learning rate.
+        """
+        config, micro = self.config, self.config.train.accumulate
+        ramps = self.ramp(config.mim), self.ramp(config.method)
+        factor = poly(self.step, self.steps, config.optimizer.poly_power)
+        set_learning_rate(self.optimizer, factor)
+
+        self.objective.train()
+        torch.backends.cudnn.benchmark = True  # all crops have one size; evaluation turns this off
+        for i in range(micro):
+            self.between_steps = i == 0
+            batch = to_device(next_batch(), self.device, config.train.channels_last)
+            # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
+            torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
+            with self.no_sync_if(i + 1 < micro), eager_if(picture):
+                with autocast(self.device, self.dtype), explain_single_values():
+                    output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
+                self.scaler.scale(output.loss / micro).backward()
+            add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if config.has_teacher:
+            self.objective.update_teacher(self.step)
+        self.step += 1
+        return factor
+
+    def time_steps(self, first: int, count: int) -> list[float]:
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run."""
+        self.step, seconds = first, []
+        loader = self.loader(first, first + count)
+
+        def next_batch():
+            batch = next(loader)
+            batch.pop("replaced", None)
+            return batch
+
+        for _ in range(count):
+            start = time.perf_counter()
+            self.train_step(next_batch, lambda figures: figures["loss"].item())  # which waits for the device
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last `train.patience` evaluations did not find a better mIoU."""
+        patience, mious = self.config.train.patience, self.val_mious
+        return patience is not None and len(mious) > patience and max(mious[-patience:]) <= max(mious[:-patience])
 
     def leave(self, log: RunLog) -> NoReturn:
         """Stop: write a checkpoint if the step is complete, and print the command that continues the run."""
@@ -226,6 +277,7 @@ class Trainer:
         """Evaluate on data.val and keep the best weights. The line in metrics.jsonl comes last, as a sign that all is
         done."""
         self.val_result = result = self.measure(self.splits.val, "val")
+        self.val_mious.append(result.scores.miou)
         console.print(f"step {self.step}  val mIoU {100 * result.scores.miou:.2f}")
         if result.scores.miou >= self.best_miou:
             self.best_miou = result.scores.miou
@@ -245,19 +297,20 @@ class Trainer:
             log.evaluation(self.step, result, split, self.splits.class_names)
         else:  # the last step was evaluated, unless this process only resumed a finished run
             split, result = "val", self.val_result or self.measure(self.splits.val, "val")
+        names = self.splits.class_names
         summary = {
-            "miou": result.scores.miou,
+            **named(result.scores, names),
             "best_miou": self.best_miou,
-            "iou": by_class(result.scores, self.splits.class_names),
             "split": split,
             "step": self.step,
             "epochs": self.config.train.epochs,
-            "pixel_accuracy": result.scores.pixel_accuracy,
-            "mean_accuracy": result.scores.mean_accuracy,
+            "stopped_early": self.step < self.steps,
+            "patience": self.config.train.patience,
         }
         if self.rank == 0:
             write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
-        print_table(result.scores, self.splits.class_names, f"{self.config.method.preset}, step {self.step}, {split}")
+        title = f"{self.config.method.preset}, step {self.step}, {split}"
+        print_table(result.scores, names, title, self.config.evaluation.table)
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
         console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
 
@@ -351,6 +404,8 @@ def main(arguments: Sequence[str]) -> Path:
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
+    if given.resume and given.dry_run:
+        raise UserError("--dry-run tells about a new run; leave --resume out")
     console.quiet = distributed.world().rank > 0
     config_path = default_config_path() if given.config is None else given.config
     if given.resume and given.config is None and Run(given.output).config.exists():
@@ -364,25 +419,39 @@ def main(arguments: Sequence[str]) -> Path:
     lists = [path if continues and path.exists() else None for path in ((earlier.labelled, earlier.val) if earlier else ())]
     splits = load_splits(config.data, *lists)
     check_background(config, len(splits.class_names))
+    check_class_weights(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
     folder = given.output or default_folder(config_path)
     run = open_run(folder, config, given.resume)
+    if given.dry_run:
+        config, splits, notes = settle(config, splits)
+        describe(config, splits, run, notes)
+        with scratch(), distributed.process_group(device):
+            objective = build_objective(untrained(config), len(splits.class_names), run)
+            trainer = Trainer(config, splits, Run(os.devnull), objective, device)
+            dry_run(config, splits, run, objective, trainer.optimizer, trainer.time_steps, device)
+        return
     with locked(run) if distributed.world().rank == 0 else nullcontext():
         open_run(folder, config, given.resume)  # again, because another process may have used the folder until now
         notes = []
         if not continues:
             config, splits, notes = settle(config, splits)
         describe(config, splits, run, notes)
+        weights = None
         if distributed.world().rank == 0:  # the other processes wait for this one, or end with it
             open_files(config, splits)
+            weights = settle_class_weights(config, splits, run if continues else None)
         objective = build_objective(config, len(splits.class_names), run)
         with distributed.process_group(device):  # after all checks, so that no process waits for one that failed them
             run = Run(distributed.from_rank0(str(run.folder)))
             trainer = Trainer(config, splits, run, objective, device)
+            weights = distributed.from_rank0(weights)
+            if weights is not None:
+                objective.set_class_weights(list(weights.values()))
             if distributed.rank() == 0:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
-                start_run(run, config, names_of(splits.labelled), drawn)
+                start_run(run, config, names_of(splits.labelled), drawn, weights)
             trainer.train()
     return run.folder
 

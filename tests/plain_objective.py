@@ -156,8 +156,11 @@ def plain_terms(objective, batch, ramp):
     """{name: weighted term} of an `Objective`'s network, reconstruction decoder, fill colour and teacher."""
     config = objective.config
     terms, weak, strong = base_terms(objective, batch)
-    terms = {name: weight * terms[name] for name, weight in BASES[base_of(config)].items()}
-    terms = {name: term * (1 if name == "sup" else config.method.w_unlabelled) for name, term in terms.items()}
+    weights = BASES[base_of(config)]
+    if config.method.dice > 0:
+        weights = weights | {"dice": config.method.dice * weights["sup"]}
+    terms = {name: weight * terms[name] for name, weight in weights.items()}
+    terms = {name: term * (1 if name in ("sup", "dice") else config.method.w_unlabelled) for name, term in terms.items()}
     if not masked_of(config) or ramp is None:
         return terms
     return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong).items()}
@@ -169,7 +172,7 @@ def base_terms(objective, batch):
     base, tau = base_of(config), config.method.tau
     x, y = batch["labelled_image"], batch["label"]
     if base == "supervised":
-        return {"sup": supervised(net(normalise(x)), y, config.method.ohem)}, None, None
+        return labelled_terms(net(normalise(x)), y, objective), None, None
 
     u_w = batch["weak_image"]
     taught = config.teacher.kind == "ema"
@@ -197,7 +200,7 @@ def base_terms(objective, batch):
         maps = drop_complementary(maps, batch["channel_key"])
     logits_s = net.classify(net.decode(maps)).split(len(u_w))
 
-    terms = {"sup": supervised(logits_x, y, config.method.ohem)}
+    terms = labelled_terms(logits_x, y, objective)
     for i, (z, view) in enumerate(zip(logits_s, strong, strict=True)):
         terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z, view[1:], tau)
     if "fp" in BASES[base]:
@@ -358,7 +361,12 @@ def vote(classes, p, min_share):
     return result
 
 
-def supervised(logits, y, ohem):
+def labelled_terms(logits, y, objective):
+    method = objective.config.method
+    return {"sup": supervised(logits, y, method.ohem, objective.class_weights), "dice": dice(logits, y)}
+
+
+def supervised(logits, y, ohem, class_weights):
     y = y.long()
     known = y != 255
     if ohem is not None:
@@ -366,7 +374,25 @@ def supervised(logits, y, ohem):
         ranked = sorted(probability[known].tolist())
         limit = ranked[ohem.min_kept - 1] if len(ranked) >= ohem.min_kept else 1.0
         known = known & (probability <= max(limit, ohem.threshold))
-    return cross_entropy(logits, torch.where(known, y, 255)) / max(1, int(known.sum()))
+    target = torch.where(known, y, 255)
+    if class_weights is not None:  # PyTorch divides by the weights of the pixels
+        return F.cross_entropy(upsample(logits), target, class_weights, ignore_index=255)
+    return cross_entropy(logits, target) / max(1, int(known.sum()))
+
+
+def dice(logits, y):
+    return soft_dice(upsample(logits).softmax(1), y)
+
+
+def soft_dice(probability, y):
+    """As nnU-Net defines it, one class after another."""
+    losses = []
+    for k in range(CLASSES):
+        p = probability[:, k][y != 255]
+        truth = (y == k)[y != 255].to(p.dtype)
+        if truth.any():
+            losses.append(1 - 2 * (p @ truth) / (p.sum() + truth.sum()))
+    return torch.stack(losses).mean() if losses else probability.sum() * 0
 
 
 def consistency(logits, labels, tau):

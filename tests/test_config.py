@@ -145,7 +145,7 @@ def test_an_ill_typed_value_is_named_with_its_key(key, value, said):
 def test_every_setting_of_several_types_says_what_they_stand_for():
     """The description is the error message."""
     choices = {key: field for key, field in _fields(Config).items() if _is_choice(field.annotation)}
-    assert set(choices) == {"data.labelled", "data.classes", "data.colours", "data.val"}
+    assert set(choices) == {"data.labelled", "data.classes", "data.colours", "data.val", "method.class_weights"}
     assert all(field.description for field in choices.values())
 
 

@@ -17,7 +17,7 @@ from cmim.data.batches import TrainBatches
 from cmim.engine import logging
 from cmim.engine.device import choose_device, to_device
 from cmim.engine.evaluation import evaluate
-from cmim.engine.metrics import Confusion, scores
+from cmim.engine.metrics import Scores, confusion_matrix, mean_iou, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.run import cut_metrics
 from cmim.engine.schedule import poly, ramp
@@ -29,32 +29,62 @@ def tiny_config(**settings):
     return load_config(default_config_path(), tiny("unused", **settings)[2:])
 
 
-def plain_scores(prediction, truth, size):
-    """mIoU, IoU, pixel accuracy and mean accuracy of two flat lists, one pixel after another."""
-    pixels = [(p, t) for p, t in zip(prediction, truth, strict=True) if 0 <= t < size]
-    iou, accuracy = [], []
-    for k in range(size):
-        union = sum(p == k or t == k for p, t in pixels)
-        hit = sum(p == k and t == k for p, t in pixels)
-        iou.append(hit / union if union else None)
-        if any(t == k for _, t in pixels):
-            accuracy.append(hit / sum(t == k for _, t in pixels))
-    present = [v for v in iou if v is not None]
-    mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
-    return mean(present), iou, mean([p == t for p, t in pixels]), mean(accuracy)
+def plain_scores(images, size):
+    """The `Scores` of (predictions, truths) of each image, flat lists, one pixel after another."""
+    images = [[(p, t) for p, t in zip(*image, strict=True) if 0 <= t < size] for image in images]
+    pixels = [pixel for image in images for pixel in image]
+    ratio = lambda a, b: a / b if b else None  # noqa: E731
+    every = [k for k in range(size)]
+
+    def of_classes(score, pixels=pixels):
+        found = []
+        for k in every:
+            in_truth, predicted = sum(t == k for _, t in pixels), sum(p == k for p, _ in pixels)
+            found.append(score(sum(p == k and t == k for p, t in pixels), in_truth, predicted))
+        return found
+
+    def mean(values):
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    iou = lambda hit, truth, predicted: ratio(hit, truth + predicted - hit)  # noqa: E731
+    dice = of_classes(lambda hit, truth, predicted: ratio(2 * hit, truth + predicted))
+    precision = of_classes(lambda hit, truth, predicted: ratio(hit, predicted))
+    recall = of_classes(lambda hit, truth, predicted: ratio(hit, truth))
+    return Scores(
+        miou=mean(of_classes(iou)), iou=of_classes(iou), dice=dice, precision=precision, recall=recall,
+        mean_dice=mean(dice), mean_precision=mean(precision), mean_accuracy=mean(recall),
+        pixel_accuracy=mean([p == t for p, t in pixels]),
+        image_miou=mean([mean(of_classes(iou, image)) for image in images if image]),
+    )  # fmt: skip
 
 
-@given(st.integers(2, 5), st.lists(st.tuples(st.integers(0, 4), st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 255])), max_size=40))
-def test_scores_equal_a_plain_count(size, pixels):
-    prediction, truth = [p % size for p, _ in pixels], [t for _, t in pixels]
-    confusion = Confusion(size, "cpu")
-    half = len(pixels) // 2
-    for part in (slice(half), slice(half, None)):
-        confusion.add(torch.tensor(prediction[part], dtype=torch.int64), torch.tensor(truth[part], dtype=torch.int64))
-    miou, iou, pixel_accuracy, mean_accuracy = plain_scores(prediction, truth, size)
-    result = scores(confusion.matrix)
-    assert result.iou == pytest.approx(iou)
-    assert result[0::2][:2] + result[3:] == pytest.approx((miou, pixel_accuracy, mean_accuracy))
+def assert_scores(found, expected):
+    for name, value, wanted in zip(Scores._fields, found, expected, strict=True):
+        assert value == pytest.approx(wanted), name
+
+
+PIXELS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 255])), max_size=40)
+
+
+@given(st.integers(2, 5), st.lists(PIXELS, max_size=4))
+def test_scores_equal_a_plain_count(size, images):
+    images = [([p % size for p, _ in pixels], [t for _, t in pixels]) for pixels in images]
+    matrices = [confusion_matrix(*(torch.tensor(v, dtype=torch.int64) for v in image), size) for image in images]
+    total = sum(matrices, torch.zeros(size, size, dtype=torch.int64))
+    found = scores(total, torch.tensor([float(mean_iou(m)) for m in matrices], dtype=torch.float64))
+    assert_scores(found, plain_scores(images, size))
+
+
+def test_dice_is_the_harmonic_mean_of_precision_and_recall():
+    """By hand: class 0 is found half and never claimed wrongly, class 1 is never predicted, class 2 does not occur."""
+    found = scores(
+        torch.tensor([[4, 0, 4, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]), torch.tensor([0.25, torch.nan, 0.75])
+    )
+    assert found.precision == [4 / 6, None, 0, None] and found.recall == [1 / 2, 0, None, None]
+    assert found.dice == pytest.approx([2 / (6 / 4 + 2), 0, 0, None]) and found.iou == [4 / 10, 0, 0, None]
+    assert (found.mean_precision, found.mean_accuracy) == (pytest.approx(1 / 3), 0.25)
+    assert found.mean_dice == pytest.approx(found.dice[0] / 3) and found.image_miou == 0.5
 
 
 def test_schedules():
@@ -145,18 +175,16 @@ def test_evaluation_compares_at_the_original_resolution(tmp_path, size, backgrou
     )  # fmt: skip
     image_set = load_splits(config.data).val
     result = evaluate(ColourNet(), image_set, config, 3, torch.device("cpu"), None, "val")
-    predictions, truths, sure = [], [], []
+    images, sure = [], []
     for path in sorted((root / "val" / "images").iterdir()):
         image, truth = Image.open(path), np.asarray(Image.open(root / "val" / "masks" / path.name))
         shown = image if size is None else image.resize((size[1], size[0]), Image.BILINEAR)
         logits = ColourNet()(torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None] / 64 - 2)
         full = nn.functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=True)[0]
-        predictions += full.argmax(0).flatten().tolist()
+        images.append((full.argmax(0).flatten().tolist(), truth.flatten().tolist()))
         sure += (full.softmax(0).amax(0) >= 0.6).flatten().tolist()
-        truths += truth.flatten().tolist()
-    miou, iou, pixel_accuracy, mean_accuracy = plain_scores(predictions, truths, 3)
-    assert result.scores.iou == pytest.approx(iou) and result.scores.miou == pytest.approx(miou)
-    assert (result.scores.pixel_accuracy, result.scores.mean_accuracy) == pytest.approx((pixel_accuracy, mean_accuracy))
+    assert_scores(result.scores, plain_scores(images, 3))
+    predictions, truths = ([v for part in parts for v in part] for parts in zip(*images, strict=True))
     figures = {}
     for name, skipped in [("", 255)] + [("_foreground", 1)] * (background is not None):
         area = [(p, t, s) for p, t, s in zip(predictions, truths, sure, strict=True) if t not in (255, skipped)]

@@ -259,6 +259,18 @@ def test_evaluation_obeys_its_settings():
     assert found.iou == pytest.approx((matrix.diag() / union).tolist())
 
 
+def test_an_image_without_a_class_does_not_count_in_the_mean_over_images():
+    image_set, net = Images(4), Net()
+    image_set.labels[1][:] = 255
+    each = []
+    for i in (0, 2, 3):
+        one = Images(4)
+        one.images, one.labels = one.images[i : i + 1], image_set.labels[i : i + 1]
+        each.append(evaluate(net, one, full_config(), 3, CPU, None, "val").scores.miou)
+    found = evaluate(net, image_set, full_config(batch=1), 3, CPU, None, "val").scores
+    assert found.image_miou == pytest.approx(sum(each) / 3) and found.image_miou != pytest.approx(found.miou)
+
+
 def test_evaluation_turns_cudnn_benchmark_off(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     evaluate(Net(), Images(1), full_config(), 3, CPU, None, "val")

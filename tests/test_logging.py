@@ -11,7 +11,7 @@ import torch
 
 from cmim import distributed
 from cmim.engine import logging
-from cmim.engine.metrics import Scores, scores
+from cmim.engine.metrics import scores
 from cmim.engine.run import Run
 from cmim.errors import UserError
 from tests.tiny_runs import read_metrics
@@ -24,9 +24,35 @@ def log_of(folder, monkeypatch, device="cpu", micro=1):
     return logging.RunLog(Run(folder), 0, 8, 6, torch.device(device), micro), now
 
 
+def a_score():
+    """Of two classes, of which the second occurs in the truth alone; one of two images has no class."""
+    return scores(torch.tensor([[3, 0], [1, 0]]), torch.tensor([0.375, torch.nan]))
+
+
+@pytest.mark.parametrize(
+    "columns, lines",
+    [
+        (["iou"], ["class IoU %", "a 75.00", "b 0.00", "mIoU 37.50", "mean accuracy 50.00", "pixel accuracy 75.00"]),
+        (
+            ["precision", "iou", "image_miou"],
+            ["class precision % IoU %", "a 75.00 75.00", "b - 0.00", "mean 75.00 37.50", "mIoU per image 37.50",
+             "mean accuracy 50.00", "pixel accuracy 75.00"],
+        ),
+        (
+            ["dice", "recall"],
+            ["class Dice % recall %", "a 85.71 100.00", "b 0.00 0.00", "mean 42.86 50.00", "pixel accuracy 75.00"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_table_has_the_columns_asked_for(columns, lines, capsys):
+    logging.print_table(a_score(), ["a", "b"], "title", columns)
+    said = [" ".join(re.findall(r"[\w.%-]+", line)) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in said if line] == ["title", *lines]
+
+
 def test_names_are_no_markup(capsys):
     logging.console.print("runs/exp[b] [/x]")
-    logging.print_table(Scores(0.5, [0.5, None], 0.5, 0.5), ["[void]", "c[red]x"], "runs/[/x]")
+    logging.print_table(a_score(), ["[void]", "c[red]x"], "runs/[/x]")
     said = capsys.readouterr().out
     assert "runs/exp[b] [/x]" in said and "[void]" in said and "c[red]x" in said and "runs/[/x]" in said
 
@@ -116,7 +142,7 @@ def test_the_first_process_logs_the_means_of_all(tmp_path, monkeypatch, capsys):
         log.close()
 
     (tmp_path / "0").mkdir()
-    evaluation = SimpleNamespace(scores=scores(torch.ones(1, 1)), pseudo_labels={})
+    evaluation = SimpleNamespace(scores=scores(torch.ones(1, 1), torch.ones(1)), pseudo_labels={})
     log_as(1, [5.0, 9.0], 1.5, lambda vector: vectors.append(vector.clone()) or vector)
     assert not (tmp_path / "1").exists() and capsys.readouterr().out == ""
     log_as(0, [1.0, 3.0], 0.5, lambda vector: vector.add_(vectors[0]))

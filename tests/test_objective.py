@@ -4,10 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cmim.method import masking, perturbations
 from cmim.method import objective as objective_module
 from cmim.method.diagnostics import gradient_norms
+from cmim.method.dice import dice_loss
 from cmim.method.objective import Objective
 from cmim.settings import PRESETS
 from tests.plain_objective import (
@@ -21,6 +23,7 @@ from tests.plain_objective import (
     make_objective,
     plain_terms,
     ramp,
+    soft_dice,
 )
 
 CASES = [
@@ -28,6 +31,9 @@ CASES = [
     ("supervised", {"method__ohem": OHEM}),
     ("supervised", {"method__ohem": {"threshold": 0.4, "min_kept": 10}}),
     ("supervised", {"method__ohem": {"threshold": 0.1, "min_kept": 5000}}),
+    ("supervised", {"method__class_weights": [0.1, 3, 7], "method__dice": 0.5}),
+    ("supervised", {"method__class_weights": [1e-5, 0, 1e-4], "method__ohem": OHEM}),
+    ("unimatch", {"method__class_weights": [0.1, 3, 7], "method__dice": 2.0, "method__w_unlabelled": 0.5}),
     ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
     ("fixmatch", {"method__align": True}),
     ("fixmatch", {"teacher__kind": "ema", "method__class_thresholds": True, "method__tau": 0.7}),
@@ -194,6 +200,7 @@ def test_every_draw_has_its_own_keys(monkeypatch):
         ("cmim", {}),
         ("cmim", {"mim__isolate": "input", "mask__per_class": True, "reconstruction__balance": "class"}),
         ("cmim", {"reconstruction__decoder": "attention", "reconstruction__normalize": True, "method__ohem": OHEM}),
+        ("cmim", {"method__class_weights": [0.1, 3, 7], "method__dice": 1.0, "method__ohem": OHEM}),
     ],
 )
 @pytest.mark.parametrize("empty", ["confidence", "labels", "padding", "everything"])
@@ -202,7 +209,7 @@ def test_empty_terms_are_connected_zeros(monkeypatch, preset, empty, options):
     config = make_config(preset, **options, **tau)
     objective, batch = make_objective(monkeypatch, config), make_batch(config)
     unlabelled = {"strong", "strong1", "strong2", "fp"} | UNLABELLED_SEM
-    zero = {"confidence": unlabelled, "labels": {"sup", "sem_labelled"}, "padding": unlabelled}.get(empty)
+    zero = {"confidence": unlabelled, "labels": {"sup", "dice", "sem_labelled"}, "padding": unlabelled}.get(empty)
     if empty in ("labels", "everything"):
         batch["label"] = torch.full_like(batch["label"], 255)
     if empty in ("padding", "everything"):
@@ -226,6 +233,58 @@ def test_supervised_without_a_label(monkeypatch):
     batch["label"] = torch.full_like(batch["label"], 255)
     output = make_objective(monkeypatch, config)(batch, None)
     assert output.loss == 0 and output.loss.requires_grad
+
+
+def test_only_the_ratio_of_class_weights_counts(monkeypatch):
+    """And a class of weight 0 is as if its pixels had no label, also where its loss is infinite."""
+    config = make_config("supervised", method__class_weights=[0.2, 1, 3])
+    objective, batch = make_objective(monkeypatch, config), make_batch(config)
+    objective.eval()
+    few = objective(batch, None).loss
+    objective.set_class_weights([20, 100, 300])
+    torch.testing.assert_close(objective(batch, None).loss, few)
+    objective.set_class_weights([1, 1, 1])
+    alike = make_objective(monkeypatch, make_config("supervised"))
+    alike.net.load_state_dict(objective.net.state_dict())
+    alike.eval()
+    torch.testing.assert_close(objective(batch, None).loss, alike(batch, None).loss)
+    objective.set_class_weights([1, 1, 0])
+    without = batch | {"label": torch.where(batch["label"] == 2, 255, batch["label"])}
+    torch.testing.assert_close(objective(batch, None).loss, alike(without, None).loss)
+
+
+def test_dice_of_half_precision_is_computed_in_float32():
+    """Sums over many pixels, which bfloat16 could not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, CLASSES, 40, 40, generator=generator).bfloat16()
+    y = torch.randint(0, CLASSES, (2, 160, 160), generator=generator).to(torch.uint8)
+    full = F.interpolate(logits.double(), size=(160, 160), mode="bilinear", align_corners=True)
+    expected = soft_dice(full.softmax(1), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, occurs = dice_loss(logits.requires_grad_(), y, True)
+    assert loss.dtype == torch.float32 and occurs.tolist() == [1] * CLASSES
+    torch.testing.assert_close(loss.mean(), expected.float(), rtol=1e-5, atol=0)
+    loss.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all() and logits.grad.any()
+
+
+def test_dice_by_hand():
+    """A perfect prediction loses nothing; absent classes and ignored pixels do not count."""
+    y = torch.tensor([[[0, 0], [1, 255]]], dtype=torch.uint8)
+    sure = 50 * F.one_hot(torch.tensor([[[0, 0], [1, 2]]]), 3).permute(0, 3, 1, 2).float()
+    loss, occurs = dice_loss(sure, y, True)
+    assert occurs.tolist() == [1, 1, 0] and loss.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    loss, _ = dice_loss(sure.flip(1), y, True)  # 2, 2, 1 and 0 instead of 0, 0, 1 and no class
+    assert loss.tolist() == pytest.approx([1, 0, 0], abs=1e-6)
+    loss, _ = dice_loss(torch.zeros(1, 3, 2, 2), y, True)  # each class has probability 1/3 at three pixels
+    assert loss.tolist() == pytest.approx([1 - 2 * (2 / 3) / 3, 1 - 2 * (1 / 3) / 2, 0])
+
+
+def test_without_dice_there_is_no_such_term(monkeypatch):
+    monkeypatch.setattr(objective_module, "dice_loss", lambda *_: pytest.fail("Dice"))
+    config = make_config("supervised", method__class_weights="none")
+    objective = make_objective(monkeypatch, config)
+    assert set(objective(make_batch(config), None).terms) == {"sup"} and objective.class_weights is None
 
 
 def test_without_ramp_there_is_no_masked_pass(monkeypatch):
@@ -351,7 +410,10 @@ def test_the_student_is_evaluated(monkeypatch, options):
 
 @pytest.mark.parametrize(
     ("masked", "options"),
-    [(False, {}), (True, {"mask__per_class": True, "mim__isolate": "input", "method__ohem": OHEM})],
+    [
+        (False, {"method__class_weights": [0.1, 3, 7], "method__dice": 1.0}),
+        (True, {"mask__per_class": True, "mim__isolate": "input", "method__ohem": OHEM}),
+    ],
 )
 def test_compiled_equals_eager(monkeypatch, masked, options):
     torch._dynamo.reset()

@@ -59,11 +59,12 @@ def assert_close_runs(one, other, rel=2e-3):
     [
         {"train__accumulate": 2, "mim__start": 0.5, "train__steps": 4, "teacher__kind": "student"},
         {"method__preset": "unimatch", "method__ohem": {"threshold": 0.2, "min_kept": 700}, "train__steps": 3},
+        {"method__preset": "supervised", "method__class_weights": "median", "method__dice": 1.0, "train__accumulate": 2},
     ],
 )
 def test_two_processes_train_like_one(options, tmp_path):
     settings = BATCH | {"train__picture_every": 2} | options
-    if settings.get("method__preset") == "unimatch":
+    if settings.get("method__preset") is not None:
         settings.pop("mim__views")
     one = run_tiny(tmp_path / "one", **settings)
     two = Run(tmp_path / "two")

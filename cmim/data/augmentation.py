@@ -4,6 +4,9 @@ Images may have any number of channels. Three channels are red, green and blue; 
 view that need colours (saturation, hue, grey) are left out.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
@@ -13,10 +16,16 @@ from cmim.data.datasets import IGNORED
 
 
 def weak(
-    image: np.ndarray, label: np.ndarray | None, rng: np.random.Generator, crop: int, scale: tuple[float, float]
+    image: np.ndarray,
+    label: np.ndarray | None,
+    rng: np.random.Generator,
+    crop: int,
+    scale: tuple[float, float],
+    flips: Sequence[Literal["horizontal", "vertical"]] = ("horizontal",),
+    rotate90: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random resize, crop and horizontal flip. If the resized image is smaller than the crop, it is padded on the right
-    and at the bottom (before the flip).
+    """Random resize, crop, flips and turns. If the resized image is smaller than the crop, it is padded on the right and at
+    the bottom (before the flips).
 
     Args:
         image: (H, W, C) uint8.
@@ -24,6 +33,8 @@ def weak(
         rng: `np.random.Generator`.
         crop: side S of the result in pixels.
         scale: range of the resize factor of the longer side; the aspect ratio is kept.
+        flips: directions of the flips, each with probability 1/2.
+        rotate90: whether the crop is then turned by 0, 90, 180 or 270 degrees, with equal probability.
 
     Returns:
         image (C, S, S) uint8, black where padded; label (S, S) uint8, IGNORED where padded (all IGNORED without a label);
@@ -35,7 +46,9 @@ def weak(
     width, height = (max(1, round(side * target / longest)) for side in sides)
     left, top = (int(rng.integers(max(side - crop, 0) + 1)) for side in (width, height))
     columns, rows = min(width, crop), min(height, crop)
-    flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+    mirrored = rng.random() < 0.5 and "horizontal" in flips
+    upside_down = "vertical" in flips and rng.random() < 0.5
+    turns = int(rng.integers(4)) if rotate90 else 0
 
     pixels = np.zeros((crop, crop, image.shape[2]), np.uint8)
     classes, valid = np.full((crop, crop), IGNORED, np.uint8), np.zeros((crop, crop), bool)
@@ -47,7 +60,9 @@ def weak(
     if label is not None:
         nearest = _nearest(top, rows, height, label.shape[0])[:, None], _nearest(left, columns, width, label.shape[1])
         classes[:rows, :columns] = label[nearest]
-    return _to_tensor(pixels[:, flip]), torch.from_numpy(classes[:, flip].copy()), torch.from_numpy(valid[:, flip].copy())
+    view = (slice(None, None, -1 if upside_down else 1), slice(None, None, -1 if mirrored else 1))
+    pixels, classes, valid = (np.rot90(array[view], turns) for array in (pixels, classes, valid))
+    return _to_tensor(pixels), torch.from_numpy(classes.copy()), torch.from_numpy(valid.copy())
 
 
 def strong(image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -120,7 +120,7 @@ class TrainBatches(Dataset):
     def _weak(self, image, label, position, purpose):
         data = self.config.data
         rng = numpy_generator(self.config.seed, position, purpose)
-        return weak(_shown(image, data.size), label, rng, data.crop, data.scale)
+        return weak(_shown(image, data.size), label, rng, data.crop, data.scale, data.flips, data.rotate90)
 
     def _masks(self, position, view):
         """The random values of a view of a sample for the masked pass: its mask, and keys for draws on the device."""

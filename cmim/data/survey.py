@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cmim.data.colours import NO_CLASS, colour_picture, count_colours
-from cmim.data.datasets import IGNORED, Splits
+from cmim.data.datasets import IGNORED, ImageSet, Splits
 from cmim.data.file_set import FileSet
 from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation
 from cmim.distributed import available_cores
@@ -35,13 +35,20 @@ class Counts:
 
     Attributes:
         classes: (K,) int64.
+        around: (K,) int64, pixels with any class in the masks in which class k occurs.
         ignored: pixels without a class.
         values: the mask values that occur.
         far: pixels, of those without a class, whose colour is beyond `data.colour_tolerance`.
     """
 
     def __init__(self, num_classes: int):
-        self.classes, self.ignored, self.values, self.far = np.zeros(num_classes, np.int64), 0, set(), 0
+        self.classes, self.around = np.zeros((2, num_classes), np.int64)
+        self.ignored, self.values, self.far = 0, set(), 0
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Count the pixels (K,) of each class in a mask."""
+        self.classes += pixels
+        self.around += np.where(pixels > 0, pixels.sum(), 0)
 
 
 def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] = lambda: None) -> list[str]:
@@ -155,17 +162,29 @@ def count(image_set: FileSet, num_classes: int, advance: Callable[[], None] = la
                 table = image_set.encoding(image_set.masks[i]).table
                 ids = {v: int(table[v]) if 0 <= v < len(table) else -1 for v in values}
                 image_set.refuse_value(i, min((v for v, k in ids.items() if k < 0), default=None))
+                own = np.zeros(num_classes, np.int64)
                 for value, pixels in values.items():
                     counts.values.add(value)
                     counts.far += pixels * (value == NO_CLASS and image_set.encoding(image_set.masks[i]).colours is not None)
                     if ids[value] == IGNORED:
                         counts.ignored += pixels
                     else:
-                        counts.classes[ids[value]] += pixels
+                        own[ids[value]] += pixels
+                counts.add(own)
                 advance()
         finally:
             pool.shutdown(cancel_futures=True)
             cache.write()
+    return counts
+
+
+def count_labels(image_set: ImageSet, num_classes: int) -> Counts:
+    """The `Counts` of the classes of any set with labels; drawn images are drawn once more."""
+    if isinstance(image_set, FileSet):
+        return count(image_set, num_classes)
+    counts = Counts(num_classes)
+    for i in range(len(image_set)):
+        counts.add(np.bincount(image_set.label(i).ravel(), minlength=IGNORED + 1)[:num_classes])
     return counts
 
 

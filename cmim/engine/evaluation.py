@@ -10,7 +10,7 @@ from cmim.data.datasets import ImageSet
 from cmim.engine.device import autocast
 from cmim.engine.inference import NOT_FINITE, probabilities
 from cmim.engine.logging import Progress
-from cmim.engine.metrics import Confusion, Scores, scores
+from cmim.engine.metrics import Scores, confusion_matrix, mean_iou, scores
 from cmim.errors import UserError
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
@@ -42,7 +42,9 @@ def evaluate(
     """
     net.eval()
     torch.backends.cudnn.benchmark = False  # it would search for the fastest algorithms again for every image size
-    confusion = Confusion(num_classes, device)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    # One entry for each image, so that the sum over processes, to which others add zeros, is exact.
+    image_miou = torch.zeros(len(image_set), dtype=torch.float64, device=device)
     background = config.data.background
     # rows: all pixels, foreground; columns: pixels with a class, confident pixels, confident and correct pixels
     counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
@@ -51,14 +53,16 @@ def evaluate(
     rank, ranks = distributed.rank(), distributed.size()
     loader = evaluation_loader(image_set, config.data, config.evaluation.batch, workers, rank=rank, world_size=ranks)
     with Progress(title, len(image_set), "images") as progress, autocast(device, dtype):
-        for images, labels, _ in loader:
+        for images, labels, indices in loader:
             sizes = [tuple(label.shape) for label in labels]
             predictions = probabilities(net, images.to(device, non_blocking=True), sizes, config)
-            for label, prediction in zip(labels, predictions, strict=True):
+            for i, label, prediction in zip(indices, labels, predictions, strict=True):
                 truth = label.to(device, non_blocking=True)
                 confidence, classes = prediction.max(0)
                 broken += confidence.isnan().sum()
-                confusion.add(classes, truth)
+                own = confusion_matrix(classes, truth, num_classes)
+                matrix += own
+                image_miou[i] = mean_iou(own)
                 known = truth < num_classes
                 sure = known & (confidence >= config.method.tau)
                 right = sure & (classes == truth)
@@ -66,7 +70,8 @@ def evaluate(
                 areas = [[(m & area).sum() for m in (known, sure, right)] for area in (known, foreground)]
                 counts += torch.stack([torch.stack(row) for row in areas])
             progress.advance(len(images) * ranks)
-    distributed.sum_over_ranks(confusion.matrix)
+    distributed.sum_over_ranks(matrix)
+    distributed.sum_over_ranks(image_miou)
     distributed.sum_over_ranks(counts)
     if distributed.sum_over_ranks(broken):
         raise UserError(NOT_FINITE)
@@ -75,4 +80,4 @@ def evaluate(
     for name, (total, sure, right) in zip(names, counts.tolist(), strict=False):
         figures[f"pseudo_label_coverage{name}"] = sure / max(1, total)
         figures[f"pseudo_label_accuracy{name}"] = right / max(1, sure)
-    return Evaluation(scores(confusion.matrix), figures)
+    return Evaluation(scores(matrix, image_miou), figures)

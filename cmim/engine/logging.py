@@ -219,10 +219,9 @@ class RunLog:
 
     def evaluation(self, step: int, evaluation: "Evaluation", split: str, class_names: Sequence[str]) -> None:
         """Store an evaluation."""
-        result = {"step": step, "split": split, "miou": evaluation.scores.miou}
-        result |= {"pixel_accuracy": evaluation.scores.pixel_accuracy, "mean_accuracy": evaluation.scores.mean_accuracy}
         if self.is_rank0:
-            self._store({**result, **evaluation.pseudo_labels, "iou": by_class(evaluation.scores, class_names)})
+            figures = named(evaluation.scores, class_names)
+            self._store({"step": step, "split": split, **figures, **evaluation.pseudo_labels})
 
     def _store(self, line):
         # JSON has no NaN and no infinity: write null instead.
@@ -255,9 +254,10 @@ def peak_memory(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def by_class(scores: Scores, class_names: Sequence[str]) -> dict[str, float | None]:
-    """The IoU of each class by its name."""
-    return dict(zip(class_names, scores.iou, strict=True))
+def named(scores: Scores, class_names: Sequence[str]) -> dict[str, float | dict[str, float | None]]:
+    """The scores as they are stored: {name: value}, with the scores of the classes by the name of the class."""
+    figures = scores._asdict()
+    return {k: dict(zip(class_names, v, strict=True)) if isinstance(v, list) else v for k, v in figures.items()}
 
 
 def clock(seconds: float) -> str:
@@ -266,15 +266,28 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def print_table(scores: Scores, class_names: Sequence[str], title: str) -> None:
-    """Print the IoU of every class, their mean, and the accuracies."""
+_COLUMNS = {"iou": ("IoU %", "miou"), "dice": ("Dice %", "mean_dice"), "precision": ("precision %", "mean_precision"),
+            "recall": ("recall %", "mean_accuracy")}  # fmt: skip
+"""Per-class scores -> the head of their column, and their mean over the classes."""
+
+
+def print_table(scores: Scores, class_names: Sequence[str], title: str, columns: Sequence[str] = ("iou",)) -> None:
+    """Print `columns` (of `evaluation.table`) of every class and their means, and the scores of all classes together."""
+    per_class = [name for name in columns if name in _COLUMNS]
+    rest = [""] * (len(per_class) - 1)
+    percent = lambda value: "-" if value is None else f"{100 * value:.2f}"  # noqa: E731
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("class")
-    table.add_column("IoU %", justify="right")
-    for name, iou in by_class(scores, class_names).items():
-        table.add_row(name, "-" if iou is None else f"{100 * iou:.2f}")
+    for name in per_class:
+        table.add_column(_COLUMNS[name][0], justify="right")
+    for name, *values in zip(class_names, *(getattr(scores, name) for name in per_class), strict=True):
+        table.add_row(name, *map(percent, values))
     table.add_section()
-    table.add_row("mIoU", f"{100 * scores.miou:.2f}")
-    table.add_row("mean accuracy", f"{100 * scores.mean_accuracy:.2f}")
-    table.add_row("pixel accuracy", f"{100 * scores.pixel_accuracy:.2f}")
+    label = "mIoU" if per_class == ["iou"] else "mean"
+    table.add_row(label, *(percent(getattr(scores, _COLUMNS[name][1])) for name in per_class))
+    if "image_miou" in columns:
+        table.add_row("mIoU per image", percent(scores.image_miou), *rest)
+    if "recall" not in columns:  # whose mean it is
+        table.add_row("mean accuracy", percent(scores.mean_accuracy), *rest)
+    table.add_row("pixel accuracy", percent(scores.pixel_accuracy), *rest)
     console.print(table)

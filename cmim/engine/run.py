@@ -1,11 +1,12 @@
 """The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/; and val.txt
-where val images are drawn from the training images."""
+where val images are drawn from the training images, class_weights.txt where the classes have weights from the data."""
 
 import errno
 import json
+import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,10 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None
 
 # Settings that may change when a run is resumed: they affect how long or where it runs, not what it computes.
-FREE_ON_RESUME = (("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"))
+FREE_ON_RESUME = (
+    ("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"),
+    ("train", "patience"), ("evaluation", "table"),
+)  # fmt: skip
 
 SETTLED = ("exif", "mean", "std", "labelled")
 """Settings of `data` that a new run decides if they are not given, and that a resumed run takes over."""
@@ -40,6 +44,7 @@ class Run:
         self.config = self.folder / "config.yaml"
         self.labelled = self.folder / "labelled.txt"
         self.val = self.folder / "val.txt"
+        self.class_weights = self.folder / "class_weights.txt"
         self.metrics = self.folder / "metrics.jsonl"
         self.result = self.folder / "result.json"
         self.last = self.folder / "checkpoints" / "last.pt"
@@ -141,9 +146,15 @@ def _take_lock(run):
         file.close()
 
 
-def start_run(run: Run, config: Config, labelled: Iterable[str], val: Iterable[str] | None = None) -> None:
-    """Write the settings, the names of the labelled images and, if they are drawn, of the val images. These must be the same
-    when the run is resumed."""
+def start_run(
+    run: Run,
+    config: Config,
+    labelled: Iterable[str],
+    val: Iterable[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> None:
+    """Write the settings, the names of the labelled images and, if they are drawn, of the val images, which must be the same
+    when the run is resumed; and `weights`, those of the classes by their names, if they are from the data."""
     lists = {run.labelled: "".join(f"{name}\n" for name in labelled)}
     if val is not None:
         lists[run.val] = "".join(f"{name}\n" for name in val)
@@ -154,8 +165,29 @@ def start_run(run: Run, config: Config, labelled: Iterable[str], val: Iterable[s
     write_text(run.config, dump_config(absolute(config)))  # first, because this file marks the folder as a run
     for path, names in lists.items():
         write_text(path, names)
-    if val is None:  # of a run that stopped before its first checkpoint and is started anew
-        run.val.unlink(missing_ok=True)
+    if weights is not None:
+        write_text(run.class_weights, "".join(f"{weight!r} {name}\n" for name, weight in weights.items()))
+    for path, content in ((run.val, val), (run.class_weights, weights)):
+        if content is None:  # of a run that stopped before its first checkpoint and is started anew
+            path.unlink(missing_ok=True)
+
+
+def read_class_weights(run: Run, class_names: Sequence[str]) -> dict[str, float] | None:
+    """The weights of the classes that `start_run` wrote; None if there are none.
+
+    Raises:
+        UserError: they are not those of the classes.
+    """
+    if not run.class_weights.exists():
+        return None
+    try:
+        lines = [line.split(" ", 1) for line in _read(run.class_weights).splitlines()]
+        weights = {name: float(weight) for weight, name in lines}
+    except ValueError:
+        weights = {}
+    if list(weights) != list(class_names) or not all(0 < w < math.inf for w in weights.values()):
+        raise UserError(f"{run.class_weights} has not one weight for each class; restore it, or give another --output")
+    return weights
 
 
 def take_over(config: Config, old: Config) -> Config:

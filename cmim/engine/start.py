@@ -7,12 +7,13 @@ import torch
 from cmim import distributed
 from cmim.config import load_config
 from cmim.data import load_splits
+from cmim.data.class_weights import class_weights
 from cmim.data.datasets import Splits
 from cmim.data.loading import transport_note
-from cmim.data.survey import decide_exif, survey, surveyed
+from cmim.data.survey import count_labels, decide_exif, survey, surveyed
 from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import scaled_lr
-from cmim.engine.run import Run, with_data
+from cmim.engine.run import Run, read_class_weights, with_data
 from cmim.engine.schedule import total_steps
 from cmim.method.objective import Objective
 from cmim.models.build import normalisation, token_stride
@@ -65,6 +66,21 @@ def open_files(config: Config, splits: Splits) -> None:
     with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
         for line in survey(splits, config.data, progress.advance):
             console.print(f"warning: {line}")
+
+
+def settle_class_weights(config: Config, splits: Splits, earlier: Run | None) -> dict[str, float] | None:
+    """Weights of the classes, by their names, from the pixels of the labelled images, or those that an `earlier` run of the
+    folder used; they are printed. None if `method.class_weights` does not ask for weights from the data."""
+    kind = config.method.class_weights
+    if kind not in ("inverse", "median"):
+        return None
+    weights = None if earlier is None else read_class_weights(earlier, splits.class_names)
+    if weights is None:
+        counts = count_labels(splits.labelled, len(splits.class_names))
+        weights = dict(zip(splits.class_names, class_weights(kind, counts).tolist(), strict=True))
+    shown = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+    console.print(f"class weights ({kind}): {shown}")
+    return weights
 
 
 def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:

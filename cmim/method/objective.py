@@ -7,7 +7,8 @@ the condition holds, else 0.
 Pseudo-labels p and confidences conf come from u_w (from the student's own pass or from an EMA teacher); `valid` is false on
 padding. CutMix applies the same box to u_s, p, conf and valid.
 
-    L_sup    = sum CE(f(x), y)                         / number of labelled pixels
+    L_sup    = sum w_y CE(f(x), y)                     / sum w_y over the labelled pixels
+    L_dice   = mean over classes k of 1 - 2 sum f(x)_k [y = k] / (sum f(x)_k + sum [y = k])
     L_strong = sum CE(f(u_s), p) [conf >= tau]         / number of valid pixels
     L_fp     = sum CE(f_dropout(u_w), p) [conf >= tau] / number of valid pixels
 
@@ -20,7 +21,9 @@ padding. CutMix applies the same box to u_s, p, conf and valid.
     mim, cmim    L = L of fixmatch_fp + r(t) (w_pix L_pix + w_feat L_feat + w_sem L_sem)
 
 Each preset is a row of `cmim.settings.PRESETS`, which holds these weights. L_strong and L_fp are also multiplied by
-`method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight.
+`method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight. The class
+weights w are 1 unless `method.class_weights` gives others. `method.dice` times L_dice is added to L_sup; f(x)_k is a
+probability, and the sums are over the labelled pixels of all processes, for the classes that they have.
 
 The masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once more
 with hidden pixels filled in. F and z are the features and logits of that pass, and c_t is the majority class of each token:
@@ -33,11 +36,12 @@ with hidden pixels filled in. F and z are the features and logits of that pass, 
              sum CE(z, c) / number of valid pixels of that view
 
 `mim` is `cmim` with all valid tokens in one class for G, for L_feat and for the balance of classes; L_pix counts the same
-tokens. Every term is S / max(1, n), where S and n are sums over the batches of all processes; a term with n = 0 is a zero
+tokens. Every term but L_dice is S / n, where S and n are sums over the batches of all processes; a term with n = 0 is a zero
 that is connected to the graph. With R processes, each one computes R S' / n from its own part S' of S, because
 DistributedDataParallel takes the mean of the gradients over the processes.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -51,6 +55,7 @@ from cmim.distributed import all_gather, all_reduce
 from cmim.method import masking
 from cmim.method.class_statistics import ClassStatistics
 from cmim.method.diagnostics import coverage, gradient_norms, mean_colour_error, separation
+from cmim.method.dice import dice_loss
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
 from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
 from cmim.models.batch_norm import batch_norm_mode
@@ -69,14 +74,15 @@ from cmim_kernels import (
 
 
 class Ratio(NamedTuple):
-    """The vectors S and n of a term, whose value is the mean of S / n over the entries with n > 0."""
+    """The vectors S and n of a term, whose value is the mean of S / n over the entries with n > 0; S is 0 where n is."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # integers, or sums of weights
 
     def value(self, counts: Tensor) -> Tensor:
         """The value of the term, where `counts` is n summed over all processes."""
-        return (self.total / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+        some = counts > 0
+        return (self.total / torch.where(some, counts, 1)).sum() / some.sum().clamp(min=1)
 
 
 Terms = dict[str, tuple[float | Tensor, Ratio]]
@@ -148,6 +154,10 @@ class Objective(nn.Module):
             model = model.model_copy(update={"weights": "none"})
         self.net = build_segmenter(model, num_classes, self.mean, self.std)
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
+        weights = config.method.class_weights
+        given = torch.tensor(weights).float() if isinstance(weights, list) else torch.ones(num_classes)
+        # (K,); those that the data give are set before the first step, with set_class_weights.
+        self.register_buffer("class_weights", None if weights == "none" else given, persistent=False)
         if config.has_teacher:
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
         if self.preset.uses_unlabelled and (config.method.align or config.method.class_thresholds):
@@ -185,6 +195,10 @@ class Objective(nn.Module):
             self.teacher.eval()
         return self
 
+    def set_class_weights(self, weights: Sequence[float]) -> None:
+        """Use other class weights, a number for each class."""
+        self.class_weights.copy_(torch.tensor(weights))
+
     @torch.no_grad()
     def update_teacher(self, step: int) -> None:
         """EMA of weights and buffers after optimiser step number `step` (from 0), decay min(1 - 1 / (step + 1), decay)."""
@@ -218,13 +232,13 @@ class Objective(nn.Module):
         return self.total_loss(terms, figures, features, gradients)
 
     def labelled_base(self, batch: dict[str, Tensor]) -> Base:
-        """L_sup alone."""
+        """L_sup and L_dice alone."""
         feature = self.net.decode(self.net.encode(self.net.normalise(batch["labelled_image"])))
-        term = self.supervised(self.net.classify(feature), batch["label"])
-        return Base({"sup": (self.preset.sup, term)}, {}, [feature], {})
+        terms = self.labelled_terms(self.net.classify(feature), batch["label"])
+        return Base(terms, {}, [feature], {})
 
     def base(self, batch: dict[str, Tensor], ramp: Tensor | float) -> Base:
-        """L_sup, L_strong of each strong view and L_fp; `ramp` is s(t)."""
+        """L_sup, L_dice, L_strong of each strong view and L_fp; `ramp` is s(t)."""
         config, net, preset = self.config, self.net, self.preset
         x, u_w, strong = batch["labelled_image"], batch["weak_image"], batch["strong_image"]
 
@@ -254,7 +268,7 @@ class Objective(nn.Module):
         feature_s = net.decode(maps)
         logits_s = net.classify(feature_s).split(len(u_w))
 
-        terms: Terms = {"sup": (preset.sup, self.supervised(logits_x, batch["label"]))}
+        terms = self.labelled_terms(logits_x, batch["label"])
         factor = ramp * config.method.w_unlabelled
         for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
             name = f"strong{i + 1}" if len(u_s) > 1 else "strong"
@@ -272,6 +286,14 @@ class Objective(nn.Module):
         labels = pseudo_labels(logits, valid, self.net.align_corners)
         return self.classes.relative(labels, logits, self.ranks) if method.class_thresholds else labels
 
+    def labelled_terms(self, logits: Tensor, y: Tensor) -> Terms:
+        """L_sup and, with a weight, L_dice."""
+        terms: Terms = {"sup": (self.preset.sup, self.supervised(logits, y))}
+        if self.config.method.dice > 0:
+            parts = dice_loss(logits, y, self.net.align_corners, self.ranks)
+            terms["dice"] = (self.preset.sup * self.config.method.dice, Ratio(*parts))
+        return terms
+
     def supervised(self, logits: Tensor, y: Tensor) -> Ratio:
         """L_sup. With OHEM only pixels count whose true class has a probability of at most the threshold, or of at most that
         of the min_kept-th hardest pixel of all processes if that is larger."""
@@ -283,7 +305,12 @@ class Objective(nn.Module):
             everywhere = probability if self.ranks == 1 else all_gather(probability, self.ranks)
             least = everywhere.kthvalue(min(settings.min_kept, everywhere.numel())).values
             counted = counted & (probability <= least.clamp(min=settings.threshold)).view_as(counted)
-        return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
+        if self.class_weights is None:
+            return Ratio(torch.where(counted, error, 0).sum()[None], counted.sum()[None])
+        weight = self.class_weights[torch.where(counted, y, 0).long()]
+        counted = counted & (weight > 0)
+        total = torch.where(counted, weight * error, 0).sum()
+        return Ratio(total[None], torch.where(counted, weight, 0).sum()[None])
 
     def consistency(self, logits: Tensor, labels: PseudoLabels) -> Ratio:
         """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels."""
@@ -437,7 +464,9 @@ class Objective(nn.Module):
         """The weighted sum of all terms S / n; `features`: those of each pass, for `gradient_norms`."""
         counts = [ratio.count for _, ratio in terms.values()]
         if self.ranks > 1:
-            counts = all_reduce(torch.cat([count.long() for count in counts])).split([len(count) for count in counts])
+            # float64, because sums of class weights are no integers; the counts of pixels are exact in it.
+            everywhere = all_reduce(torch.cat([count.double() for count in counts])).split([len(c) for c in counts])
+            counts = [total.to(count.dtype) for total, count in zip(everywhere, counts, strict=True)]
         weighted = {
             name: self.ranks * weight * ratio.value(count)
             for (name, (weight, ratio)), count in zip(terms.items(), counts, strict=True)

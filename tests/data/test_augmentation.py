@@ -91,6 +91,48 @@ def test_weak_draws_its_parameters():
     assert min(sides) in (20, 21) and max(sides) in (79, 80) and 45 < np.mean(sides) < 55
 
 
+ALL = (("horizontal", "vertical"), True)
+
+
+@pytest.mark.parametrize(
+    "flips, rotate90, number",
+    [(("horizontal",), False, 2), ((), False, 1), (("vertical",), False, 2), (("horizontal", "vertical"), False, 4),
+     ((), True, 4), (("horizontal",), True, 8), (*ALL, 8)],
+)  # fmt: skip
+def test_flips_and_turns_are_drawn_alike_and_with_the_mask(flips, rotate90, number):
+    square = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    rng, views = np.random.default_rng(0), {}
+    for _ in range(800):
+        image, label, _ = weak(np.stack([square] * 3, -1), square, rng, 16, (1, 1), flips, rotate90)
+        assert (image[0] == label).all() and (image[2] == label).all() and label.is_contiguous()
+        views[label.numpy().tobytes()] = views.get(label.numpy().tobytes(), 0) + 1
+    assert len(views) == number and all(0.6 < number * count / 800 < 1.4 for count in views.values())
+    expected = [square]
+    expected += [view[:, ::-1] for view in expected] if "horizontal" in flips else []
+    expected += [view[::-1] for view in expected] if "vertical" in flips else []
+    expected = [np.rot90(view, turns) for view in expected for turns in range(4 if rotate90 else 1)]
+    assert {view.tobytes() for view in expected} == set(views)
+
+
+def test_padding_is_flipped_and_turned_too():
+    image, label = photograph(40, 30)
+    for seed in range(20):
+        view, classes, valid = weak(image, label, np.random.default_rng(seed), 48, (1, 1), *ALL)
+        assert int(valid.sum()) == 40 * 30 and torch.equal(valid, classes != 255) and not view[:, ~valid].any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_other_draws_do_not_depend_on_flips_and_turns(seed):
+    """Nor are those of the default affected: without them a view is the default's, turned back."""
+    image, label = photograph(40, 30)
+    plain, _, _ = weak(image, label, np.random.default_rng(seed), 16, (0.5, 2), ())
+    default, _, _ = weak(image, label, np.random.default_rng(seed), 16, (0.5, 2))
+    every, _, _ = weak(image, label, np.random.default_rng(seed), 16, (0.5, 2), *ALL)
+    assert torch.equal(default, plain) or torch.equal(default, plain.flip(-1))
+    sides = (plain, plain.flip(-1))
+    assert any(torch.equal(every, side.rot90(turns, (1, 2))) for side in sides for turns in range(4))
+
+
 def test_weak_takes_a_label_of_another_resolution():
     label = np.kron(np.arange(12).reshape(3, 4), np.ones((40, 40))).astype(np.uint8)  # 120 x 160
     image = np.stack([label[20::40, 20::40].repeat(10, 0).repeat(10, 1) * 20] * 3, -1)

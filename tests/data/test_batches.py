@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmim.config import config_from
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, evaluation_loader, train_loader
 from cmim.data.datasets import Splits
@@ -264,3 +265,40 @@ def test_workers_that_are_not_given(monkeypatch):
         monkeypatch.setattr("cmim.distributed.available_cores", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert loader_workers() == workers and loader_workers(5) == 5
+
+
+def test_flips_and_turns_belong_to_the_sample():
+    """They differ between samples, and do not depend on the number of processes."""
+    image_set = Numbered([(32, 32)] * 8)
+    image_set.image = lambda i: np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+    splits = Splits(image_set, image_set, None, None, (), None)
+    options = dict(labelled=8, unlabelled=8, scale=(1, 1))
+    plain, turned = (TrainBatches(splits, settings(**options, **more))[0] for more in ({}, TURNS))
+    for name in ("labelled_image", "weak_image"):
+        orientations = [
+            next(k for k, view in enumerate(eight_views(a)) if torch.equal(view, b))
+            for a, b in zip(plain[name], turned[name], strict=True)
+        ]
+        assert len(set(orientations)) > 2
+    halves = [TrainBatches(splits, settings(**options, **TURNS), rank, 2)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat([half["weak_image"] for half in halves]), turned["weak_image"])
+
+
+TURNS = {"flips": ["horizontal", "vertical"], "rotate90": True}
+
+
+def eight_views(image):
+    return [side.rot90(turns, (1, 2)) for side in (image, image.flip(-1)) for turns in range(4)]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"flips": ["vertical", "vertical"]}, "data.flips names a flip twice: vertical, vertical"),
+        ({"flips": ["diagonal"]}, "data.flips.0"),
+    ],
+)
+def test_flips_that_are_refused(change, said):
+    with pytest.raises(UserError) as caught:
+        config_from({"data": {"format": "shapes"} | change}, "test")
+    assert said.removesuffix(".0") in str(caught.value)
