@@ -124,7 +124,7 @@ def result_of(given: Namespace, variant: str, seed: int, settings: Sequence[str]
     path = (given.results or given.output / "results") / f"{variant}-{seed}.json"
     run = Run(given.output / f"{variant}-{seed}")
     kept = load_result(path, config)
-    if kept is not None and is_complete(kept.val[-1][0] if kept.val else 0, config):
+    if kept is not None:  # a run is kept once it has ended
         return kept, False
     is_new = not finished(run, config)
     if is_new:

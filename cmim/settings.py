@@ -420,6 +420,9 @@ class TeacherSettings(Section):
     kind: Literal["student", "ema"] = "student"
     """Network that makes the pseudo-labels. `student`: the network itself, in the training pass; `ema`: an exponential
     moving average of its weights, in eval mode."""
+    run: Path | None = None
+    """A run whose last weights make the pseudo-labels instead, unchanged in training: a larger network of the same classes,
+    for example. `kind` then only says whose weights are evaluated."""
     decay: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.996
     """Decay of the moving average; in early steps it is smaller: min(1 - 1 / (step + 1), decay)."""
 

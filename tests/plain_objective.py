@@ -175,7 +175,7 @@ def base_terms(objective, batch):
         return labelled_terms(net(normalise(x)), y, objective), None, None
 
     u_w = batch["weak_image"]
-    taught = config.teacher.kind == "ema"
+    taught = config.teacher.kind == "ema" or objective.judge is not None
     clean = net.encode(normalise(x if taught and base == "unimatch_v2" else torch.cat([x, u_w])))
     both = clean
     if "fp" in BASES[base]:
@@ -185,7 +185,7 @@ def base_terms(objective, batch):
     logits_x, logits_w, logits_fp = logits[: len(x)], logits[len(x) : len(x) + len(u_w)], logits[len(x) + len(u_w) :]
     judge = logits_w
     if taught:
-        judge = objective.teacher.eval()(normalise(u_w))
+        judge = (objective.judge or objective.teacher).eval()(normalise(u_w))
     weak = pseudo_labels(judge.detach(), y, batch["valid"], config.method)
 
     strong = []

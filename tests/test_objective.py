@@ -17,6 +17,7 @@ from tests.plain_objective import (
     BASES,
     CLASSES,
     OHEM,
+    STD,
     UNLABELLED_SEM,
     make_batch,
     make_config,
@@ -24,6 +25,7 @@ from tests.plain_objective import (
     plain_terms,
     ramp,
     soft_dice,
+    tiny_segmenter,
 )
 
 CASES = [
@@ -373,6 +375,25 @@ def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     whole = torch.autograd.grad(full.loss, features)
     for a, b in zip(together, whole, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("preset, options", [("fixmatch", {}), ("unimatch_v2", {}), ("cmim", {"teacher__kind": "ema"})])
+def test_a_trained_network_makes_the_pseudo_labels(monkeypatch, preset, options):
+    config = make_config(preset, **options)
+    monkeypatch.setattr(objective_module, "build_segmenter", tiny_segmenter)
+    judge = tiny_segmenter(config.model, CLASSES, objective_module.Objective(config, CLASSES).mean, STD.flatten().tolist())
+    with torch.no_grad():
+        judge.head.weight.mul_(-6)  # a sure network that disagrees with the student
+    objective, batch = Objective(config, CLASSES, judge), make_batch(config)
+    plain, before = deepcopy(objective), {name: value.clone() for name, value in judge.state_dict().items()}
+    output = objective.train()(batch, ramp())
+    output.loss.backward()
+    for name, term in plain_terms(plain, batch, ramp()).items():
+        assert term > 0
+        torch.testing.assert_close(output.terms[name], term.detach(), rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(value, before[name]) for name, value in judge.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in judge.parameters())
+    assert objective.evaluated() is (objective.teacher if options else objective.net)
 
 
 def test_teacher(monkeypatch):

@@ -106,6 +106,7 @@ def test_no_option_is_left_untested():
         "mim__views",
         "reconstruction__tokens",
         "teacher__decay",
+        "teacher__run",
     }
     elsewhere = {"method__cutmix"}  # the box of the batch
     elsewhere |= {"method__start", "method__ramp", "mim__start", "mim__ramp"}  # the schedule

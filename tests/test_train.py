@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cmim import checkpoint
+from cmim import checkpoint, evaluate
 from cmim.config import load_config
 from cmim.engine.metrics import Scores
+from cmim.errors import UserError
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 CLASSES = ["ground", "square", "triangle", "ring", "cross"]
@@ -160,3 +161,24 @@ def test_the_default_output_names_config_and_time(tmp_path, monkeypatch):
     train.main(tiny("x", train__steps=1, method__preset="supervised")[2:])
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("shapes-20") and (folder / "result.json").exists()
+
+
+def test_pseudo_labels_of_another_run(tmp_path):
+    teacher = run_tiny(tmp_path / "teacher", method__preset="supervised", model__decoder_width=24)
+    settings = dict(method__preset="fixmatch", teacher__run=str(teacher.folder), train__steps=3)
+    run = run_tiny(tmp_path / "run", **settings)
+    theirs = checkpoint.load(teacher.last)["objective"]
+    ours = checkpoint.load(run.last)["objective"]
+    judged = {name.removeprefix("judge."): value for name, value in ours.items() if name.startswith("judge.")}
+    prefix = "teacher." if any(name.startswith("teacher.") for name in theirs) else "net."
+    assert judged and all(torch.equal(value, theirs[prefix + name]) for name, value in judged.items())
+    run_tiny(tmp_path / "run", "--resume", **settings | {"train__steps": 4})
+    assert checkpoint.load(run.last)["step"] == 4
+    evaluate.main([str(run.folder)])
+    with pytest.raises(UserError, match=r"nowhere is not a run folder"):
+        run_tiny(tmp_path / "other", **settings | {"teacher__run": str(tmp_path / "nowhere")})
+    two = run_tiny(tmp_path / "two", method__preset="supervised", data__shapes__test=2)
+    state = checkpoint.load(two.last)
+    checkpoint.save(state | {"class_names": state["class_names"][:2]}, two.last)
+    with pytest.raises(UserError):
+        run_tiny(tmp_path / "other", **settings | {"teacher__run": str(two.folder)})

@@ -208,6 +208,10 @@ def absolute(config: Config) -> Config:
         if isinstance(name, str) and Path(name).is_file() and not (data.root is not None and (data.root / name).is_dir()):
             paths[key] = os.path.abspath(name)
     weights = {}
+    teacher = config.teacher
+    if teacher.run is not None:
+        teacher = teacher.model_copy(update={"run": Path(os.path.abspath(teacher.run))})
+        config = config.model_copy(update={"teacher": teacher})
     if model.init_from is not None:
         weights["init_from"] = Path(os.path.abspath(model.init_from))
     if model.weights not in NAMED_WEIGHTS:

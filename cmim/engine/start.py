@@ -13,11 +13,13 @@ from cmim.data.loading import transport_note
 from cmim.data.survey import count_labels, decide_exif, survey, surveyed
 from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import scaled_lr
-from cmim.engine.run import Run, read_class_weights, with_data
+from cmim.engine.run import Run, load_trained, read_class_weights, with_data
 from cmim.engine.schedule import total_steps
+from cmim.errors import UserError
 from cmim.method.objective import Objective
 from cmim.models.build import normalisation, token_stride
 from cmim.models.reconstruction import receptive_warning
+from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
 
@@ -124,7 +126,34 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
         where = {"timm": "fetched, or from the cache", "package": "from its package"}
         where = where.get(config.model.weights, config.model.weights)
         console.print(f"loading the pretrained weights of {name} ({where})")
-    objective = Objective(config, num_classes)
+    objective = Objective(config, num_classes, load_judge(config, num_classes))
     if objective.note:
         console.print(f"note: {objective.note}")
     return objective
+
+
+def load_judge(config: Config, num_classes: int) -> Segmenter | None:
+    """The network of `teacher.run`; None if the preset uses no unlabelled images, or there is none.
+
+    Raises:
+        UserError: there is no such run, or it has other classes, channels or sizes.
+    """
+    if config.teacher.run is None or not config.preset.uses_unlabelled:
+        return None
+    trained = load_trained(config.teacher.run, "last")
+    if len(trained.class_names) != num_classes:
+        raise UserError(
+            f"teacher.run: {config.teacher.run} has {len(trained.class_names)} classes, the data have {num_classes}; give a "
+            "run of the same data"
+        )
+    if trained.config.data.channels != config.data.channels:
+        raise UserError(
+            f"teacher.run: {config.teacher.run} has images of {trained.config.data.channels} channels, the data "
+            f"{config.data.channels}; give a run of the same data"
+        )
+    if config.data.crop % trained.net.size_multiple:
+        raise UserError(
+            f"teacher.run: its network takes multiples of {trained.net.size_multiple} pixels, but data.crop is "
+            f"{config.data.crop}; change it"
+        )
+    return trained.net

@@ -4,8 +4,8 @@ There are B images of H x W pixels, K classes, and tokens on a grid h x w. x are
 are weak and strong views of unlabelled images; f is the segmenter, G the reconstruction decoder, M a mask; [.] is 1 where
 the condition holds, else 0.
 
-Pseudo-labels p and confidences conf come from u_w (from the student's own pass or from an EMA teacher); `valid` is false on
-padding. CutMix applies the same box to u_s, p, conf and valid.
+Pseudo-labels p and confidences conf come from u_w (from the student's own pass, from an EMA teacher or from a trained
+network); `valid` is false on padding. CutMix applies the same box to u_s, p, conf and valid.
 
     L_sup    = sum w_y CE(f(x), y)                     / sum w_y over the labelled pixels
     L_dice   = mean over classes k of 1 - 2 sum f(x)_k [y = k] / (sum f(x)_k + sum [y = k])
@@ -88,10 +88,10 @@ class Objective(MaskedTerms):
     gradients: also compute the norm of the gradient of each term at the features; needs eager mode and one backward pass for
         each term.
 
-    `ranks` is the number of processes; each of them has an equal part of the batch.
+    `ranks` is the number of processes; each of them has an equal part of the batch. `judge` is the network of `teacher.run`.
     """
 
-    def __init__(self, config: Config, num_classes: int):
+    def __init__(self, config: Config, num_classes: int, judge: Segmenter | None = None):
         super().__init__()
         self.ranks = 1
         self.config, self.preset, self.num_classes = config, config.preset, num_classes
@@ -110,6 +110,7 @@ class Objective(MaskedTerms):
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
         if self.preset.uses_unlabelled and (config.method.align or config.method.class_thresholds):
             self.classes = ClassStatistics(num_classes)
+        self.judge = None if judge is None else judge.eval().requires_grad_(False)
         self.add_masked_parts()
 
     def evaluated(self) -> Segmenter:
@@ -120,6 +121,8 @@ class Objective(MaskedTerms):
         super().train(mode)
         if self.config.has_teacher:
             self.teacher.eval()
+        if self.judge is not None:
+            self.judge.eval()
         return self
 
     def set_class_weights(self, weights: Sequence[float]) -> None:
@@ -170,7 +173,8 @@ class Objective(MaskedTerms):
         x, u_w, strong = batch["labelled_image"], batch["weak_image"], batch["strong_image"]
 
         # x and u_w share a pass; in the decoder, the clean and the perturbed features of u_w share it too.
-        shared = [x, u_w] if preset.weak_pass or preset.fp or not config.has_teacher else [x]
+        judge = self.judge or (self.teacher if config.has_teacher else None)
+        shared = [x, u_w] if preset.weak_pass or preset.fp or judge is None else [x]
         maps = net.encode(net.normalise(torch.cat(shared)))
         if preset.fp:
             dropped = drop_channels([m[len(x) :] for m in maps], batch["channel_key"], config.method.dropout)
@@ -178,12 +182,12 @@ class Objective(MaskedTerms):
         feature = net.decode(maps)
         parts = shared + ([u_w] if preset.fp else [])
         logits_x, *logits_w = net.classify(feature).split([len(part) for part in parts])
-        if config.has_teacher:
+        if judge is not None:
             with torch.no_grad():
-                logits = self.teacher(net.normalise(u_w))
+                logits = judge(judge.normalise(u_w))
         else:
             logits = logits_w[0]
-        weak = self.pseudo_labels(logits, batch)
+        weak = self.pseudo_labels(logits, batch, (judge or net).align_corners)
 
         # Every strong view has its own CutMix box, which is applied to image and pseudo-label.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
@@ -205,12 +209,12 @@ class Objective(MaskedTerms):
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
 
-    def pseudo_labels(self, logits: Tensor, batch: dict[str, Tensor]) -> PseudoLabels:
+    def pseudo_labels(self, logits: Tensor, batch: dict[str, Tensor], align_corners: bool) -> PseudoLabels:
         """Those of the weak views, from their logits."""
         method, valid, logits = self.config.method, batch["valid"], logits.detach()
         if method.align:
             logits = self.classes.align(logits, valid, batch["label"], self.ranks)
-        labels = pseudo_labels(logits, valid, self.net.align_corners)
+        labels = pseudo_labels(logits, valid, align_corners)
         return self.classes.relative(labels, logits, self.ranks) if method.class_thresholds else labels
 
     def labelled_terms(self, logits: Tensor, y: Tensor) -> Terms:
