@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmim.method.diagnostics import coverage, gradient_norms, mean_colour_error, separation
+from cmim.method.diagnostics import agreement, coverage, gradient_norms, hidden_accuracy, mean_colour_error, separation
 from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import class_centroids
 
@@ -91,3 +91,24 @@ def test_gradient_norms_of_known_gradients():
         "gradient_none": 0.0,
     }
     sum(terms.values()).backward()  # the graph is still there
+
+
+def test_agreement_is_the_cosine_of_the_gradients():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    frozen = torch.ones(2)
+    terms = {"strong": 5 * a[0] + b.sum(), "sup": a[0] * 2, "apart": b[0] * 1, "against": -a[0], "none": torch.zeros(())}
+    found = agreement(terms, [a, b, frozen])
+    assert {name: round(value.item(), 4) for name, value in found.items()} == {
+        "agreement_strong": round(5 / 28**0.5, 4), "agreement_apart": 0, "agreement_against": -1,
+    }  # fmt: skip
+
+
+def test_accuracy_at_hidden_pixels():
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[0, 0], logits[0, 1, :, 1] = 4.5, 9  # class 1 in the right half
+    classes = torch.tensor([[[0, 0, 1, 1]] * 2 + [[1, 1, 255, 0]] * 2])
+    hidden = torch.ones(1, 4, 4, dtype=torch.bool)
+    hidden[0, 0] = False
+    # Hidden and known: 4 of the second row, all right, and 3 in each of the last two, all wrong.
+    assert hidden_accuracy(logits, classes, hidden, align_corners=False) == 0.4
+    assert hidden_accuracy(logits, classes, hidden & False, align_corners=False) == 0

@@ -358,7 +358,11 @@ def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     torch.testing.assert_close(short.loss, full.loss, rtol=0, atol=0)
     assert not any(t.requires_grad for output in (short, full) for t in output.terms.values())
     more = {"pix_vs_mean_colour", "separation"} if preset == "cmim" else set()
+    more |= {"hidden_accuracy"} if PRESETS[preset].masked else set()
     assert set(some.figures) - set(short.figures) == more
+    agreements = {name: full.figures.pop(name) for name in list(full.figures) if name.startswith("agreement_")}
+    assert set(agreements) == {f"agreement_{name}" for name in full.terms if name != "sup"}
+    assert all(-1 <= figure <= 1 and not figure.requires_grad for figure in agreements.values())
     norms = {name: full.figures.pop(name) for name in set(full.figures) - set(some.figures)}
     assert set(norms) == {f"gradient_{name}" for name in full.terms}
     assert not any(figure.requires_grad or figure.dim() for figure in full.figures.values())

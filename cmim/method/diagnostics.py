@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmim.data.datasets import IGNORED
 from cmim.distributed import sum_over_ranks
 from cmim.method.pseudo_labels import PseudoLabels
-from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss
+from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss, upsample_pseudo_labels
 
 
 @torch.no_grad()
@@ -81,3 +82,38 @@ def gradient_norms(terms: dict[str, Tensor], features: Sequence[Tensor], ranks: 
         square = sum((g.float().square().sum() for g in gradients if g is not None), torch.zeros_like(term.detach()))
         norms[f"gradient_{name}"] = sum_over_ranks(square).sqrt() / ranks
     return norms
+
+
+def agreement(terms: dict[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Cosine between the gradient of each term and that of L_sup, over the parameters: above 0, a small step that lowers the
+    term lowers L_sup too.
+
+    Args:
+        terms: {name: scalar}, `sup` among them; a term is the mean of these scalars over the processes.
+        parameters: those of the segmenter.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    figures, of_sup = {}, None
+    for name in ["sup", *(name for name in terms if name != "sup")]:
+        if not terms[name].requires_grad:
+            continue
+        parts = torch.autograd.grad(terms[name], parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        gradient = sum_over_ranks(torch.cat([part.float().flatten() for part in parts]))
+        of_sup = gradient if name == "sup" else of_sup
+        if name != "sup" and of_sup is not None:
+            figures[f"agreement_{name}"] = F.cosine_similarity(gradient, of_sup, dim=0)
+    return figures
+
+
+@torch.no_grad()
+def hidden_accuracy(logits: Tensor, classes: Tensor, hidden: Tensor, align_corners: bool) -> Tensor:
+    """Share of the hidden pixels with a class whose class is predicted from the masked image.
+
+    Args:
+        logits: (V, K, h, w) of masked images.
+        classes: (V, H, W), IGNORED where there is none.
+        hidden: (V, H, W) bool.
+    """
+    label, _ = upsample_pseudo_labels(logits.detach(), tuple(classes.shape[-2:]), align_corners=align_corners)
+    counted = hidden & (classes != IGNORED)
+    return ((label == classes) & counted).sum() / counted.sum().clamp(min=1)

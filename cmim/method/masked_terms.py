@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cmim.data.datasets import IGNORED
 from cmim.method import masking
-from cmim.method.diagnostics import mean_colour_error, separation
+from cmim.method.diagnostics import hidden_accuracy, mean_colour_error, separation
 from cmim.method.pseudo_labels import PseudoLabels
 from cmim.method.terms import Ratio, Terms
 from cmim.models.batch_norm import batch_norm_mode
@@ -94,6 +94,9 @@ class MaskedTerms(nn.Module):
         maps = self.masked_pass(self.apply_mask(masked.image, masked.classes, masked.mask))
         terms, figures = {}, {"valid_tokens": (masked.token_classes >= 0).float().mean()}
         wanted, visible = self.preset.masked, None
+        if diagnostics:
+            hidden = masking.expand(masked.mask, self.stride)
+            figures["hidden_accuracy"] = hidden_accuracy(maps.logits, masked.classes, hidden, self.net.align_corners)
         if "feat" in wanted:
             term, more, count = self.feature_term(masked, maps.features, diagnostics)
             terms["feat"], figures = (self.config.mim.w_feat, term), figures | more

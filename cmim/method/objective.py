@@ -51,7 +51,7 @@ from torch import Tensor
 from cmim.checkpoint import warm_start
 from cmim.distributed import all_gather, all_reduce
 from cmim.method.class_statistics import ClassStatistics
-from cmim.method.diagnostics import coverage, gradient_norms
+from cmim.method.diagnostics import agreement, coverage, gradient_norms
 from cmim.method.dice import dice_loss
 from cmim.method.masked_terms import MaskedTerms
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
@@ -85,8 +85,8 @@ class Objective(MaskedTerms):
     ramp: r(t), a scalar tensor; None before mim.start, when there is no masked pass.
     base_ramp: s(t), likewise; None before method.start, when L_sup is the only term.
     diagnostics: also compute the figures that take time.
-    gradients: also compute the norm of the gradient of each term at the features; needs eager mode and one backward pass for
-        each term.
+    gradients: also compute the norm of the gradient of each term at the features, and whether it agrees with that of L_sup;
+        needs eager mode and two backward passes for each term.
 
     `ranks` is the number of processes; each of them has an equal part of the batch. `judge` is the network of `teacher.run`.
     """
@@ -263,4 +263,5 @@ class Objective(MaskedTerms):
         loss = torch.stack(list(weighted.values())).sum()
         if gradients:
             figures = figures | gradient_norms(weighted, features, self.ranks)
+            figures = figures | agreement(weighted, list(self.net.parameters()))
         return Output(loss, {name: value.detach() for name, value in weighted.items()}, figures)
