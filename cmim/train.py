@@ -77,7 +77,9 @@ class Trainer:
             synchronise_batch_norm(objective.net)
         if config.train.channels_last:
             objective.to(memory_format=torch.channels_last)
-        compiles = device.type == "cuda" if config.train.compile is None else config.train.compile
+        compiles = config.train.compile
+        if compiles is None:
+            compiles = device.type == "cuda" and not config.model.checkpointing
         self.compute = torch.compile(objective, fullgraph=True) if compiles else objective
         if self.ranks > 1:
             self.compute = DistributedDataParallel(
