@@ -305,6 +305,8 @@ def _check(config: Config) -> None:
             f"train.unlabelled_batch is {config.train.unlabelled_batch}: CutMix pairs images, so it must be even "
             "(or set method.cutmix to 0)"
         )
+    if config.model.checkpointing and config.train.compile:
+        raise UserError("model.checkpointing does not work with train.compile; leave one of them away")
     if not preset.masked:
         return
     if not preset.uses_unlabelled and config.mim.views != ["labelled"]:

@@ -219,6 +219,9 @@ class ModelSettings(Section):
     random initialisation."""
     freeze_encoder: bool = False
     """Do not train the encoder, and do not update the statistics of its BatchNorm layers."""
+    checkpointing: bool = False
+    """Activation checkpointing: keep only the inputs of the encoder's stages and compute the rest again in the backward
+    pass, which takes less memory and more time; not with train.compile."""
     output_stride: Literal[8, 16] = 16
     """Output stride of the encoder; only for deeplabv3plus, like the next two settings."""
     atrous_rates: tuple[Positive, ...] = (6, 12, 18)
@@ -228,6 +231,13 @@ class ModelSettings(Section):
     decoder_width: Positive | None = None
     """Channels of the decoder. By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384 depending on the width of the
     encoder, as in UniMatch V2."""
+
+    def check(self) -> None:
+        if self.checkpointing and self.freeze_encoder:
+            raise UserError(
+                "model.checkpointing is for the backward pass of the encoder, which model.freeze_encoder leaves out; leave "
+                "one of them away"
+            )
 
 
 class OhemSettings(Section):
@@ -462,7 +472,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     compile: bool | None = None
-    """Whether to use torch.compile; by default on CUDA only."""
+    """Whether to use torch.compile; by default on CUDA only, and not with model.checkpointing."""
     channels_last: bool = True
     """Whether images and features use the channels-last memory layout."""
     log_every: Positive = 20

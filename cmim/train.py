@@ -78,7 +78,9 @@ class Trainer:
             synchronise_batch_norm(objective.net)
         if config.train.channels_last:
             objective.to(memory_format=torch.channels_last)
-        compiles = device.type == "cuda" if config.train.compile is None else config.train.compile
+        compiles = config.train.compile
+        if compiles is None:
+            compiles = device.type == "cuda" and not config.model.checkpointing
         self.compute = torch.compile(objective, fullgraph=True) if compiles else objective
         if self.ranks > 1:
             self.compute = DistributedDataParallel(
@@ -197,7 +199,8 @@ class Trainer:
         return factor
 
     def time_steps(self, first: int, count: int) -> list[float]:
-        """Seconds of each of `count` real training steps from step number `first`, for a dry run."""
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first one also computes
+        what the log and a picture need, which takes the most memory."""
         self.step, seconds = first, []
         loader = self.loader(first, first + count)
 
@@ -206,11 +209,14 @@ class Trainer:
             batch.pop("replaced", None)
             return batch
 
-        for _ in range(count):
+        for i in range(count):
             start = time.perf_counter()
-            self.train_step(next_batch, lambda figures: figures["loss"].item())  # which waits for the device
+            self.train_step(next_batch, self.wait_for_device, report=i == 0, picture=i == 0)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def wait_for_device(self, figures: dict[str, torch.Tensor]) -> None:
+        figures["loss"].item()
 
     def is_out_of_patience(self) -> bool:
         """Whether the last `train.patience` evaluations did not find a better mIoU."""

@@ -1,11 +1,17 @@
 """--help: answered before PyTorch is imported, and complete."""
 
+import ast
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+import cmim
+from cmim import __main__ as overview
 from cmim.command_line import _sections, parser_of, section_help, sections
 from cmim.early import NEEDED
 from cmim.settings import Config
@@ -78,3 +84,33 @@ def test_a_reader_that_stops_reading_is_no_error():
     command = f"{sys.executable} -m cmim.train --help | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert result.stdout.startswith("usage: ") and result.stderr == ""
+
+
+def test_the_overview_lists_every_command_with_one_line():
+    result = run("cmim", before=NO_TORCH)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout == run("cmim", "--help").stdout
+    folder = Path(cmim.__file__).parent
+    commands = {path.stem: path.read_text() for path in folder.glob("*.py") if "early.begin(" in path.read_text()}
+    assert set(commands) == set(overview.COMMANDS), "COMMANDS of cmim/__main__.py lists them"
+    for name, source in commands.items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {name} "))
+        assert line.split(maxsplit=1)[1] == ast.get_docstring(ast.parse(source)).splitlines()[0] and len(line) <= 100
+
+
+def test_commands_and_the_version_through_the_overview():
+    assert run("cmim", "train", "--help", "mask", before=NO_TORCH).stdout.startswith("mask\n  ratio: 0.6\n")
+    result = run("cmim", "--version", before=NO_TORCH)
+    assert (result.stdout, result.stderr) == (f"cmim {cmim.__version__}\n", "")
+    result = run("cmim", "evalute", "RUN", before=NO_TORCH)
+    assert (result.returncode, result.stderr) == (2, "error: there is no command evalute; did you mean evaluate?\n")
+    result = run("cmim", "train", "--output", "", before="")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: the argument output is empty; give a value; see python -m cmim.train --help\n",
+    )
+
+
+def test_the_installed_command_is_the_overview():
+    scripts = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
+    module, name = scripts["cmim"].split(":")
+    assert getattr(import_module(module), name) is overview.main

@@ -13,6 +13,7 @@ from importlib import import_module
 from types import ModuleType
 
 from cmim.errors import UserError
+from cmim.models.checkpointing import checkpoint_encoder
 from cmim.models.geometry import Geometry
 from cmim.models.segmenter import Segmenter
 from cmim.models.weights import check_name, timm_normalisation
@@ -46,6 +47,8 @@ def build_segmenter(settings: ModelSettings, num_classes: int, mean: Sequence[fl
     net = _module(settings.arch).build(settings, num_classes, mean, std)
     if settings.freeze_encoder:
         net.freeze_encoder()
+    if settings.checkpointing:
+        checkpoint_encoder(net.encoder, settings.arch if settings.arch.startswith("smp:") else settings.encoder)
     return net
 
 
