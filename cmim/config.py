@@ -205,6 +205,7 @@ HINTS = {
     "data.std": "values are from 0 to 1: divide by 255",
     "data.size": "give [height, width]",
     "data.scale": "give [lowest, highest]",
+    "data.range": "give [the value that becomes 0, the value that becomes 255]",
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
     "mim.views": "give a list, such as [labelled, weak]",
     "model.atrous_rates": "give a list, such as [6, 12, 18]",

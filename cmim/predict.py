@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         for path in paths:
             progress.advance()
             try:
-                image = open_image(path, config.data.channels, turn)
+                image = open_image(path, config.data.channels, turn, config.data.range)
             except UserError as error:
                 unreadable.append(error)
                 continue

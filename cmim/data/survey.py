@@ -183,21 +183,31 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             self.kept = {}
 
-    def values(self, i: int) -> dict[int, int]:
+    def _mark(self, i):
+        """By which an image and its mask are found again, and what tells whether they changed."""
         image, mask = self.image_set.images[i], self.image_set.masks[i]
         stamp = [self.image_set.channels, self.image_set.turn, *_stamp(image), *_stamp(mask)]
+        stamp += [] if self.image_set.limits is None else list(self.image_set.limits)
         colours = self.image_set.encoding(mask).colours
         stamp += [] if colours is None else [repr(colours)]
-        key = f"{os.path.abspath(image)}\n{os.path.abspath(mask)}"
+        return f"{os.path.abspath(image)}\n{os.path.abspath(mask)}", stamp
+
+    def values(self, i: int) -> dict[int, int]:
+        key, stamp = self._mark(i)
         try:
             if self.kept[key][0] == stamp:
                 return {int(value): int(pixels) for value, pixels in self.kept[key][1].items()}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             pass  # new, or somebody else wrote the file
         self.image_set.image(i)
-        found = _count_values(self.image_set.values(i))
+        found = count_values(self.image_set.values(i))
         self.kept[key], self.new = [stamp, found], True
         return found
+
+    def remember(self, i: int, values: dict[int, int]) -> None:
+        """Keep what was found in the mask of image i elsewhere, by reading the image and the mask as this set does."""
+        key, stamp = self._mark(i)
+        self.kept[key], self.new = [stamp, values], True
 
     def write(self) -> None:
         if not self.new:
@@ -225,7 +235,8 @@ def _stamp(path):
     return [status.st_size, status.st_mtime_ns]
 
 
-def _count_values(values):
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """{value: pixels} of the integers of a mask."""
     if values.dtype == np.uint8:
         pixels = np.bincount(values.ravel(), minlength=256)
         return {int(v): int(pixels[v]) for v in np.flatnonzero(pixels)}
