@@ -134,7 +134,7 @@ def colour_picture(path: object, found: Counter[str]) -> str:
     """What to say of a mask in colours where `data.colours` is not given; `found` are the colours of this mask, or of
     several."""
     total, blurred = sum(found.values()), len(found) > MANY
-    most = _grouped(found) if blurred else found.most_common(SHOWN)
+    most = group_colours(found) if blurred else found.most_common(SHOWN)
     value = ", ".join(f'name{i}: "{colour}"' for i, (colour, _) in enumerate(most))
     more = f", and {len(found) - SHOWN} more colours" if SHOWN < len(found) <= MANY else ""
     tolerance = f", with --data.colour_tolerance {JPEG_TOLERANCE} for its blurred edges" if blurred else ""
@@ -145,7 +145,7 @@ def colour_picture(path: object, found: Counter[str]) -> str:
     )
 
 
-def _grouped(found):
+def group_colours(found: Counter[str]) -> list[tuple[str, int]]:
     """The most frequent colours, each with those near it that are rarer: JPEG and blurred edges scatter a colour."""
     names, counts = zip(*found.most_common(1 << 14), strict=True)
     colours, counts, groups = np.array([_rgb(name) for name in names], np.int32), np.array(counts), []

@@ -47,10 +47,10 @@ class Folder:
         self._places = settings.image_folder, settings.mask_folder
         defaults = tuple(DataSettings.model_fields[key].default for key in ("image_folder", "mask_folder"))
         flat = self._places == defaults and not (self.root / settings.train).is_dir() and (self.root / "images").is_dir()
-        self._train = (self.root / "images", self.root / "masks") if flat else self.places(settings.train)
+        self.train_places = (self.root / "images", self.root / "masks") if flat else self.places(settings.train)
         self._splits = "{split}" in settings.image_folder
         held_out = [name for name in (settings.val, settings.test) if isinstance(name, str)]
-        self._used = {*self._train, *(place for name in held_out if self._splits for place in self.places(name))}
+        self._used = {*self.train_places, *(place for name in held_out if self._splits for place in self.places(name))}
         self._mask_name, self._mask_suffixes = mask_names(settings)
         self.class_names = self._name_classes(settings)
         colours = class_colours(settings, self.class_names)
@@ -62,7 +62,7 @@ class Folder:
         try:
             return class_names(settings, self.root)
         except UserError:
-            masks = self._train[1]
+            masks = self.train_places[1]
             unknown = settings.classes is None and settings.colours is None and not (self.root / "classes.txt").is_file()
             suffixes = (*MASK_SUFFIXES, *LOSSY_MASK_SUFFIXES)
             found = [path for path in walk(masks) if _suffix(path) in suffixes] if unknown and masks.is_dir() else []
@@ -77,7 +77,7 @@ class Folder:
         return images, masks
 
     def training(self) -> list[tuple[Path, Path | None]]:
-        return self.pairs(*self._train)
+        return self.pairs(*self.train_places)
 
     def unlabelled(self) -> list[Path]:
         found, folders = [], {path for path in self.root.iterdir() if path.name.lower() in UNLABELLED and path.is_dir()}
@@ -159,7 +159,7 @@ class Folder:
         self._note(alone, f"masks of {mask_folder} are not used: no image has their name")
         pairs = [(path, masks.get(names[key])) for key, path in images.items()]
         without = [image for image, mask in pairs if mask is None]
-        if folder == self._train[0] and len(without) < len(pairs):
+        if folder == self.train_places[0] and len(without) < len(pairs):
             self._note(without, f"of {len(pairs)} images of {folder} have no mask and are unlabelled")
         return pairs
 

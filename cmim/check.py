@@ -1,0 +1,331 @@
+"""Look at your images and masks before you train: what is there, how it would be read, what is wrong, and a config.
+
+    python -m cmim.check PATH                                   # PATH is a folder of images and masks, or a config file
+    python -m cmim.check PATH --output my.yaml                  # by default NAME.yaml, NAME being that of the folder
+    python -m cmim.check PATH --convert OUT                     # polygons of COCO, LabelMe or CVAT to masks in OUT first
+
+Every file is opened once. Folders may be called otherwise than images/ and masks/, be nested, or hold images and masks side
+by side; no file has to be moved. Beside the config, NAME.png shows images with their masks drawn over them: look at it. The
+config says why each value was chosen and is for `python -m cmim.train NAME.yaml`; `python -m cmim.train PATH` does both. For
+a config file, only the data are checked, as it reads them.
+
+The exit code is 1 if something is wrong that ends a training or spoils its result; every such line says what to do.
+"""
+
+from cmim import early
+
+if __name__ == "__main__":
+    early.begin("check", __doc__)
+
+import hashlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from cmim.command_line import parser_of
+from cmim.config import check_counts, load_config
+from cmim.data.examination import Examination, encoding_at, examine, numbers_of_images
+from cmim.data.file_set import FileSet
+from cmim.distributed import world
+from cmim.engine.logging import Progress, console
+from cmim.engine.run import write_text
+from cmim.engine.sheet import choose, sheet
+from cmim.errors import UserError, run_command
+from cmim.models.build import check_sizes
+from cmim.settings import DataSettings
+from cmim.suggest import Choice, DataFacts, as_yaml, config_of, suggest
+
+MARK = "# Written by cmim.check; digest "
+"""Begins the first line of a config, with a digest of what follows, so that what a user changed is not overwritten."""
+AUTHOR = "cmim.check"
+PICTURES = 6
+"""Of each split on the sheet."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    given, overrides = parser_of("check", __doc__).parse(arguments)
+    path = given.path
+    if given.convert is not None:
+        from cmim.data.polygons import convert
+
+        with Progress("converting", 0, "images") as progress:
+            for line in convert(path, given.convert, progress):
+                console.print(line)
+        path = given.convert
+    of_config = path.is_file()
+    if overrides and not of_config:
+        raise UserError(f"{overrides[0]} is a setting, which goes with a config file; {path} is none")
+    config = load_config(path, overrides) if of_config else None
+    if config is not None and config.data.format == "shapes":
+        raise UserError(f"{path} has data.format shapes, whose images are drawn: there is nothing to check")
+    output = given.output or (None if of_config else Path(f"{path.resolve().name or 'data'}.yaml"))
+    picture = (output or Path(path.name)).with_suffix(".png")
+    for target in filter(None, (output, picture)):
+        refuse_foreign(target)
+    found = look_at(config.data.root if of_config else path, config.data if of_config else None)
+    text = None if of_config else suggestion(found)
+    for line in report(found):
+        console.print(line)
+    written = []
+    if text is not None and output is not None:
+        write_config(output, text)
+        written.append(str(output))
+    if write_sheet(found, picture):
+        written.append(str(picture))
+    if written:
+        console.print(f"\nwritten: {', '.join(written)}")
+    if found.problems:
+        console.print(f"\n{len(found.problems)} problem{'s' * (len(found.problems) > 1)}: training would fail or mislead; see above")
+        return 1
+    if text is not None:
+        console.print(f"no problem found. Look at {picture}, then: python -m cmim.train {output}")
+    return 0
+
+
+def look_at(root: Path, settings: DataSettings | None = None) -> Examination:
+    """`examine` with the progress on the screen."""
+    bars = []
+
+    def begin(total):
+        bars.append(Progress("opening images and masks", total, "images"))
+        return bars[0].advance
+
+    try:
+        return examine(root, begin, settings)
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def for_training(folder: Path) -> tuple[str, Examination]:
+    """The text of a config for a folder, for `python -m cmim.train FOLDER`; what was found is said in a few lines.
+
+    Raises:
+        UserError: something would spoil the training.
+    """
+    found = look_at(folder)
+    if not found.problems:
+        text = suggestion(found)  # may find more
+    if found.problems:
+        more = f"; and {len(found.problems) - 1} more problems" if len(found.problems) > 1 else ""
+        raise UserError(f"{found.problems[0]}{more}; python -m cmim.check {folder} lists all that was found")
+    lines = report(found)
+    console.print("\n".join(lines[:3]))
+    if found.notes:
+        console.print(f"{len(found.notes)} notes: python -m cmim.check {folder} lists them")
+    return text, found
+
+
+def report(found: Examination) -> list[str]:
+    """What was found, for the screen."""
+    lines = [f"images   {_images(found)}", f"masks    {_masks(found)}"]
+    settings = found.settings
+    if settings is not None:
+        lines.append(f"reading  {_reading(settings)}")
+    if found.counts:
+        lines += ["", *class_table(found)]
+    if found.notes:
+        lines += ["", "worth knowing:", *(f"  - {note}" for note in found.notes)]
+    if found.problems:
+        lines += ["", "to repair:", *(f"  {i}. {problem}" for i, problem in enumerate(found.problems, 1))]
+    return lines
+
+
+def _images(found):
+    counts = ", ".join(f"{len(pairs)} {split}" for split, pairs in found.sets.items() if pairs) or "none that can be used"
+    facts = [f for f in found.images.values() if not f.error]
+    if not facts:
+        return counts
+    sizes = Counter(f.size for f in facts)
+    areas = sorted(sizes, key=lambda size: size[0] * size[1])
+    shown = lambda size: f"{size[1]} x {size[0]}"  # noqa: E731
+    size = f"all {shown(areas[0])}" if len(sizes) == 1 else f"{len(sizes)} sizes from {shown(areas[0])} to {shown(areas[-1])}"
+    modes = Counter(f.kind + (" with more than 8 bits" if f.deep and f.kind in ("I", "F") else "") for f in facts)
+    kinds = ", ".join(f"{mode}{f' ({n})' if len(modes) > 1 else ''}" for mode, n in modes.most_common(4))
+    turned = sum(f.orientation != 1 for f in facts)
+    return f"{counts}; {size}; {kinds}" + (f"; {turned} with an EXIF orientation" if turned else "")
+
+
+def _masks(found):
+    count = sum(len(found.labelled(split)) for split in found.sets)
+    return f"{count}; {found.reading.kind or 'not looked at'}"
+
+
+def _reading(settings):
+    data = settings.model_dump(mode="json", exclude_defaults=True, exclude={"classes", "root", "colours", "labelled"})
+    data |= {"label_map": settings.label_map} if settings.label_map else {}
+    shown = [f"data.{key} {value if not isinstance(value, str) else repr(value)}" for key, value in data.items()]
+    shown += [f"data.colours of {len(settings.colours)} names"] if settings.colours else []
+    return ", ".join(shown) or "with the default names of folders"
+
+
+def class_table(found: Examination) -> list[str]:
+    """Pixels of each class, and images that have it, by split."""
+    width = max(10, *(len(name) for name in found.names))
+    splits = list(found.counts)
+    lines = [f"{'class':<{width + 4}}" + "".join(f"{split + ' pixels':>14}{'images':>8}" for split in splits)]
+    total = {split: max(1, int(c.pixels.sum())) for split, c in found.counts.items()}
+    for k, name in enumerate(found.names):
+        cells = ((c.pixels[k] / total[split], c.images[k]) for split, c in found.counts.items())
+        lines.append(f"{k:>3} {name:<{width}}" + "".join(f"{share:>14.2%}{images:>8}" for share, images in cells))
+    every = {split: max(1, total[split] + c.ignored + c.unknown) for split, c in found.counts.items()}
+    for title, key in (("no class (ignored)", "ignored"), ("unknown values", "unknown")):
+        if key == "ignored" or any(c.unknown for c in found.counts.values()):
+            cells = (getattr(c, key) / every[split] for split, c in found.counts.items())
+            lines.append(f"{title:<{width + 4}}" + "".join(f"{share:>14.2%}{'':>8}" for share in cells))
+    return lines
+
+
+def suggestion(found: Examination) -> str | None:
+    """The text of a config; None where it cannot be said how the masks are read."""
+    if found.settings is None or not found.names:
+        return None
+    labelled, unlabelled = numbers_of_images(found)
+    used = [found.images[image] for pairs in found.sets.values() for image, _ in pairs if not found.images[image].error]
+    if not used:
+        return None
+    sizes = np.array([facts.size for facts in used])
+    classes, channels = len(found.names), found.settings.channels
+    facts = DataFacts(sizes, labelled, unlabelled, classes, channels, _data_choices(found))
+    try:
+        choices = suggest(facts, torch.cuda.is_available())
+        config = config_of(choices)
+        check_sizes(config)
+        if not found.problems:
+            check_counts(config, labelled, unlabelled or labelled, world().size)
+    except UserError as error:
+        found.problems.append(str(error))
+        return None
+    head = [f"For {config.data.root}, suggested by python -m cmim.check. Every setting: python -m cmim.train --help."]
+    head.append("Change what you like: the command does not overwrite a file that was changed.")
+    if found.problems:
+        head.append(f"It was found that {len(found.problems)} things are to be repaired first: run cmim.check again.")
+    return as_yaml(choices, head, _about_classes(found))
+
+
+def _data_choices(found):
+    """The settings that say how the files are read."""
+    settings, reading = found.settings, found.reading
+    why = {
+        "image_folder": "where the images are, below root",
+        "mask_folder": "where their masks are",
+        "masks": "how a mask is called; {stem} is the name of its image",
+        "train": "the folder that stands for {split} in training",
+        "val": "where the val images are",
+        "classes": "rename them as you like" if reading.unnamed else "",
+        "label_map": "values of the masks to class ids (the place in the list of classes)",
+        "colours": (
+            f"{reading.kind}. Write the names of your classes here and above; `ignore` is the name of pixels without a class"
+            if reading.unnamed
+            else reading.kind
+        ),
+        "colour_tolerance": "a pixel takes the nearest colour within this distance, because edges are blurred",
+        "channels": "of the images",
+        "range": "the images have more than 8 bits: these values, 99% of the pixels lie between, become black and white",
+        "exif": "the masks fit the images so",
+        "test": "its images have no masks",
+    }
+    root = os.path.abspath(settings.root)
+    choices = [Choice("data", "format", settings.format), Choice("data", "root", root)]
+    data = settings.model_dump(mode="json", exclude_defaults=True)
+    data |= {"label_map": settings.label_map} if settings.label_map else {}
+    for key in ("image_folder", "mask_folder", "masks", "train", "val", "test", "classes", "label_map", "colours", "colour_tolerance",
+                "channels", "range", "exif"):  # fmt: skip
+        if key in data:
+            reason = why[key]
+            if key == "val" and not isinstance(settings.val, str):
+                reason = "there is no val set: so many of the training images are held out, drawn at random; where neighbouring "
+                reason += "frames or tiles are nearly the same, make a folder of others"
+            choices.append(Choice("data", key, data[key], reason))
+    labelled, _ = numbers_of_images(found)
+    if settings.format != "folder":
+        choices.append(Choice("data", "labelled", 1.0, "all masks; a smaller share makes the others unlabelled images"))
+    else:
+        choices.append(Choice("data", "labelled", 1.0, f"all masks, which are {labelled}; a smaller share uses fewer"))
+    return choices
+
+
+def _about_classes(found):
+    """A comment on each class: how frequent it is."""
+    if not found.counts:
+        return {}
+    pixels = sum(c.pixels for c in found.counts.values())
+    said = {}
+    for k, name in enumerate(found.names):
+        images = ", ".join(f"{c.images[k]} {split}" for split, c in found.counts.items())
+        said[name] = f"{k}: {pixels[k] / max(1, pixels.sum()):.2%} of the pixels; in {images} images"
+    return {"classes": said, "colours": {}}
+
+
+def write_config(path: Path, text: str) -> None:
+    write_text(path, f"{MARK}{_digest(text)}\n{text}")
+
+
+def _digest(text):
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise a UserError if a file is there that cmim.check did not write, or that was changed since."""
+    if not path.exists():
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--output {path}: there is no folder {path.absolute().parent}; make it, or give another")
+        return
+    if path.suffix.lower() == ".png":
+        try:
+            with Image.open(path) as image:
+                own = image.info.get("Software") == AUTHOR
+        except (OSError, ValueError, SyntaxError):
+            own = False
+        if not own:
+            raise UserError(f"{path} is there, and not written by cmim.check: give another --output")
+        return
+    try:
+        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        first, rest = "", ""
+    if not re.fullmatch(re.escape(MARK) + "[0-9a-f]{16}", first) or first.removeprefix(MARK) != _digest(rest):
+        raise UserError(f"{path} was changed, or is not written by cmim.check: give another --output, or remove it")
+
+
+def write_sheet(found: Examination, path: Path) -> bool:
+    """Write the sheet of pictures; False where no mask can be read."""
+    encode = encoding_at(found) if found.counts else None
+    if encode is None:
+        return False
+    settings, parts, pixels = found.settings, {}, sum(c.pixels for c in found.counts.values())
+    how = {"turn": settings.exif == "apply", "limits": settings.range}
+    for split, counts in found.counts.items():
+        pairs = [pair for pair in found.labelled(split) if pair[1] in counts.present]
+        image_set = FileSet(*zip(*pairs, strict=True), encode, settings.channels, **how)
+        shown = []
+        for i in choose([counts.present[mask] for _, mask in pairs], PICTURES):
+            with suppress(UserError):  # it is among the problems
+                shown.append((image_set.name(i), image_set.image(i), image_set.label(i)))
+        if shown:
+            parts[f"{split}: {len(shown)} of {len(pairs)} images, chosen so that many classes are seen"] = shown
+    if not parts:
+        return False
+    made = sheet(parts, found.names, found.colours, (pixels / max(1, pixels.sum())).tolist())
+    about = PngInfo()
+    about.add_text("Software", AUTHOR)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        made.save(partial, format="PNG", pnginfo=about)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+if __name__ == "__main__":
+    run_command(lambda: sys.exit(main(sys.argv[1:])))
