@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from cmim.command_line import parser_of
 from cmim.config import check_counts, load_config
 from cmim.data.examination import Examination, encoding_at, examine, numbers_of_images
 from cmim.data.file_set import FileSet
+from cmim.data.files import SIDEWAYS
 from cmim.distributed import world
 from cmim.engine.logging import Progress, console
 from cmim.engine.run import write_text
@@ -67,27 +69,33 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(path, overrides) if of_config else None
     if config is not None and config.data.format == "shapes":
         raise UserError(f"{path} has data.format shapes, whose images are drawn: there is nothing to check")
-    output = given.output or (None if of_config else Path(f"{path.resolve().name or 'data'}.yaml"))
-    picture = (output or Path(path.name)).with_suffix(".png")
-    for target in filter(None, (output, picture)):
+    if of_config and given.output is not None:
+        raise UserError(f"{path} is a config already, so that none is written: leave --output away")
+    output = given.output or Path(f"{path.resolve().name or 'data'}.yaml")
+    picture = Path(path.name if of_config else output).with_suffix(".png")
+    for target in (picture,) if of_config else (output, picture):
         refuse_foreign(target)
     found = look_at(config.data.root if of_config else path, config.data if of_config else None)
-    text = None if of_config else suggestion(found)
+    made = None if of_config else suggestion(found)
     for line in report(found):
         console.print(line)
     written = []
-    if text is not None and output is not None:
-        write_config(output, text)
+    if made is not None:
+        write_config(output, made.text)
         written.append(str(output))
     if write_sheet(found, picture):
         written.append(str(picture))
     if written:
         console.print(f"\nwritten: {', '.join(written)}")
     if found.problems:
-        console.print(f"\n{len(found.problems)} problem{'s' * (len(found.problems) > 1)}: training would fail or mislead; see above")
+        console.print(
+            f"\n{len(found.problems)} problem{'s' * (len(found.problems) > 1)}: training would fail or mislead; see above"
+        )
         return 1
-    if text is not None:
+    if made is not None:
         console.print(f"no problem found. Look at {picture}, then: python -m cmim.train {output}")
+    elif of_config:
+        console.print("no problem found")
     return 0
 
 
@@ -106,23 +114,40 @@ def look_at(root: Path, settings: DataSettings | None = None) -> Examination:
             bar.close()
 
 
-def for_training(folder: Path) -> tuple[str, Examination]:
-    """The text of a config for a folder, for `python -m cmim.train FOLDER`; what was found is said in a few lines.
+@dataclass(frozen=True)
+class Suggestion:
+    """A config that is ready to train with."""
+
+    found: Examination
+    choices: Sequence[Choice]
+    text: str
+    """YAML with the reasons."""
+
+    def write(self, folder: Path) -> None:
+        """suggested.yaml and images.png, into the folder of a run."""
+        write_text(folder / "suggested.yaml", self.text)
+        write_sheet(self.found, folder / "images.png")
+
+
+def for_training(folder: Path) -> Suggestion:
+    """The config of `python -m cmim.train FOLDER`; what was found is said in a few lines.
 
     Raises:
         UserError: something would spoil the training.
     """
     found = look_at(folder)
-    if not found.problems:
-        text = suggestion(found)  # may find more
-    if found.problems:
-        more = f"; and {len(found.problems) - 1} more problems" if len(found.problems) > 1 else ""
-        raise UserError(f"{found.problems[0]}{more}; python -m cmim.check {folder} lists all that was found")
-    lines = report(found)
-    console.print("\n".join(lines[:3]))
+    made = None if found.problems else suggestion(found)
+    if made is None:
+        more = f"; and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise UserError(f"{found.problems[0]}{more}; all that was found: python -m cmim.check {folder}")
+    for line in report(found)[:3]:
+        console.print(line)
     if found.notes:
-        console.print(f"{len(found.notes)} notes: python -m cmim.check {folder} lists them")
-    return text, found
+        console.print(
+            f"{found.notes[0]}"
+            + f"; python -m cmim.check {folder} lists {len(found.notes) - 1} more" * (len(found.notes) > 1)
+        )
+    return made
 
 
 def report(found: Examination) -> list[str]:
@@ -148,7 +173,9 @@ def _images(found):
     sizes = Counter(f.size for f in facts)
     areas = sorted(sizes, key=lambda size: size[0] * size[1])
     shown = lambda size: f"{size[1]} x {size[0]}"  # noqa: E731
-    size = f"all {shown(areas[0])}" if len(sizes) == 1 else f"{len(sizes)} sizes from {shown(areas[0])} to {shown(areas[-1])}"
+    size = (
+        f"all {shown(areas[0])}" if len(sizes) == 1 else f"{len(sizes)} sizes from {shown(areas[0])} to {shown(areas[-1])}"
+    )
     modes = Counter(f.kind + (" with more than 8 bits" if f.deep and f.kind in ("I", "F") else "") for f in facts)
     kinds = ", ".join(f"{mode}{f' ({n})' if len(modes) > 1 else ''}" for mode, n in modes.most_common(4))
     turned = sum(f.orientation != 1 for f in facts)
@@ -185,15 +212,16 @@ def class_table(found: Examination) -> list[str]:
     return lines
 
 
-def suggestion(found: Examination) -> str | None:
-    """The text of a config; None where it cannot be said how the masks are read."""
+def suggestion(found: Examination) -> Suggestion | None:
+    """A config; None where it cannot be said how the masks are read."""
     if found.settings is None or not found.names:
         return None
     labelled, unlabelled = numbers_of_images(found)
-    used = [found.images[image] for pairs in found.sets.values() for image, _ in pairs if not found.images[image].error]
+    used = [facts for facts in found.images.values() if not facts.error]
     if not used:
         return None
-    sizes = np.array([facts.size for facts in used])
+    turn = found.settings.exif == "apply"
+    sizes = np.array([facts.size[::-1] if turn and facts.orientation in SIDEWAYS else facts.size for facts in used])
     classes, channels = len(found.names), found.settings.channels
     facts = DataFacts(sizes, labelled, unlabelled, classes, channels, _data_choices(found))
     try:
@@ -209,7 +237,7 @@ def suggestion(found: Examination) -> str | None:
     head.append("Change what you like: the command does not overwrite a file that was changed.")
     if found.problems:
         head.append(f"It was found that {len(found.problems)} things are to be repaired first: run cmim.check again.")
-    return as_yaml(choices, head, _about_classes(found))
+    return Suggestion(found, choices, as_yaml(choices, head, _about_classes(found)))
 
 
 def _data_choices(found):
@@ -243,7 +271,9 @@ def _data_choices(found):
         if key in data:
             reason = why[key]
             if key == "val" and not isinstance(settings.val, str):
-                reason = "there is no val set: so many of the training images are held out, drawn at random; where neighbouring "
+                reason = (
+                    "there is no val set: so many of the training images are held out, drawn at random; where neighbouring "
+                )
                 reason += "frames or tiles are nearly the same, make a folder of others"
             choices.append(Choice("data", key, data[key], reason))
     labelled, _ = numbers_of_images(found)

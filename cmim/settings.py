@@ -174,7 +174,9 @@ class DataSettings(Section):
         for key in ("image_folder", "mask_folder"):
             place = getattr(self, key)
             if not place or place.count("{split}") > 1 or any(c in place.replace("{split}", "") for c in "{}\\"):
-                raise UserError(f"data.{key} is {place!r}, expected a folder below data.root, {{split}} in it once or not at all")
+                raise UserError(
+                    f"data.{key} is {place!r}, expected a folder below data.root, {{split}} in it once or not at all"
+                )
             if place.startswith("/") or ".." in place.split("/"):
                 raise UserError(f"data.{key} is {place!r}, expected a folder below data.root: give another data.root")
         if "{split}" in self.mask_folder and "{split}" not in self.image_folder:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from cmim.config import config_from
-from cmim.distributed import available_cores, world
+from cmim.distributed import world
+from cmim.engine.device import choose_device
 from cmim.models.build import build_segmenter, geometry
 from cmim.settings import Config, ModelSettings
 
@@ -25,6 +26,8 @@ MINUTES = 30
 """Of training on a CPU at most."""
 PASSES = 40
 """Over the labelled images, at least."""
+FEWEST = 8
+"""Unlabelled images from which on there is something to learn from them."""
 
 
 class Choice(NamedTuple):
@@ -54,21 +57,17 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     settings = ModelSettings(**{c.key: c.value for c in model})
     crop, block, sizes = _sizes(facts, settings, cuda)
     batches = _batches(facts, cuda)
-    semi = facts.unlabelled > 0
+    semi = facts.unlabelled >= FEWEST
     pretrained = settings.weights != "none"
-    method = [
-        Choice("method", "preset", "fixmatch", "learns from images without masks too; compare with cmim and supervised")
-        if semi
-        else Choice(
-            "method", "preset", "supervised",
-            "every image has a mask, so that nothing is left to learn from without; put more images into unlabeled/ and take "
-            "fixmatch or cmim",
-        )
-    ]  # fmt: skip
+    learns = "learns from the images without masks too; compare it with cmim and supervised"
+    lacks = f"{facts.unlabelled or 'no'} images have no mask, too few to learn from; with more, take fixmatch or cmim"
+    method = [Choice("method", "preset", "fixmatch" if semi else "supervised", learns if semi else lacks)]
     if semi:
         method.append(Choice("method", "tau", 0.9, "a short training is rarely surer of a pixel than 0.9"))
     masked = [
-        Choice("mim", "views", ["strong"], "counts with --method.preset cmim, as does the rest of mim, mask, reconstruction"),
+        Choice(
+            "mim", "views", ["strong"], "counts with --method.preset cmim, as does the rest of mim, mask, reconstruction"
+        ),
         Choice("mim", "tau", 0.9),
         Choice("mim", "start", 0.1, "before that, few pseudo-labels are right"),
         Choice("mim", "ramp", 0.1),
@@ -110,7 +109,9 @@ def _model(facts, cuda):
             Choice("model", "weights", "none", f"{lost}; or, where the machine may download, write timm here"),
         ]
     return [
-        Choice("model", "encoder", "test_resnet", f"{place}0.5 M parameters; a larger one does not learn from scratch in time"),
+        Choice(
+            "model", "encoder", "test_resnet", f"{place}0.5 M parameters; a larger one does not learn from scratch in time"
+        ),
         Choice("model", "weights", "none", lost),
         Choice("model", "decoder_width", 48),
         Choice("model", "low_level_width", 16),
@@ -129,7 +130,9 @@ def _sizes(facts, model, cuda):
         factor = wanted / short
         if aspects.max() <= 1.03 * aspects.min():
             height, width = (round(float(side) * factor) for side in np.median(facts.sizes, axis=0))
-            why = f"the images are {_size(facts.sizes)}, which is slow on {where}; evaluation still compares at their own size"
+            why = (
+                f"the images are {_size(facts.sizes)}, which is slow on {where}; evaluation still compares at their own size"
+            )
             choices.append(Choice("data", "size", [height, width], why))
             sizes, factor = np.array([[height, width]]), 1.0
         else:
@@ -145,7 +148,11 @@ def _sizes(facts, model, cuda):
             break
     small = crop == 0 or crop > smallest
     crop = max(crop, math.lcm(block, multiple))
-    why = f"at most {target} on {where}" if crop == target // step * step else f"the images have {smallest:.0f} pixels at least"
+    why = (
+        f"at most {target} on {where}"
+        if crop == target // step * step
+        else f"the images have {smallest:.0f} pixels at least"
+    )
     why += f"; a multiple of {step} for the network (strides) and the mask blocks"
     choices.append(Choice("data", "crop", crop, why + "; smaller images are padded" * small))
     if factor == 1:
@@ -154,7 +161,9 @@ def _sizes(facts, model, cuda):
         scale = [float(f"{0.75 * factor:.3g}"), float(f"{1.5 * factor:.3g}")]
         why = f"the images are {_size(facts.sizes)}, of several shapes: they are made smaller by this random resizing"
         choices.append(Choice("data", "scale", scale, why))
-        choices.append(Choice("evaluation", "scales", [factor], "the middle of data.scale, so that objects have the same size"))
+        choices.append(
+            Choice("evaluation", "scales", [factor], "the middle of data.scale, so that objects have the same size")
+        )
     if (sizes.prod(1) > (2048**2 if cuda else 1024**2)).any():
         choices.append(Choice("evaluation", "batch", 1, "the images are large"))
     return crop, block, choices
@@ -179,17 +188,17 @@ def _batches(facts, cuda):
 
 
 def _length(facts, choices, batch, cuda):
-    wanted = PASSES * facts.labelled / batch
-    steps = int(np.clip(math.ceil(wanted / 100) * 100, 2000, 20_000) if cuda else np.clip(math.ceil(wanted / 100) * 100, 400, 3000))
-    why = f"{steps * batch / max(1, facts.labelled):.0f} passes over the {facts.labelled} labelled images"
-    if not cuda:
+    least, most = (2000, 20_000) if cuda else (400, 3000)
+    steps = int(np.clip(math.ceil(PASSES * facts.labelled / batch / 100) * 100, least, most))
+    slow = ""
+    if not cuda and world().size == 1:  # several processes would measure several lengths
         each = seconds_per_step(config_of(choices), facts.classes)
-        steps = max(200, min(steps, int(MINUTES * 60 / each) // 50 * 50))
-        why = f"{steps * batch / max(1, facts.labelled):.0f} passes over the {facts.labelled} labelled images"
-        why += f"; about {max(1, round(steps * each / 60))} minutes here ({each:.2g} s a step with {available_cores()} cores)"
+        steps = max(200, min(steps, int(MINUTES * 60 / each) // 100 * 100))
+        slow = f"; roughly {max(1, round(steps * each / 60))} minutes on this machine, by a step that was timed"
+    why = f"{steps * batch / max(1, facts.labelled):.0f} passes over the {facts.labelled} labelled images{slow}"
     quarter = max(50, steps // 4)
     return [
-        Choice("train", "steps", steps, why + "; more steps give better results"),
+        Choice("train", "steps", steps, f"{why}; more steps give better results"),
         Choice("train", "evaluate_every", quarter),
         Choice("train", "checkpoint_every", min(quarter, 200)),
         Choice("train", "picture_every", quarter),
@@ -198,18 +207,27 @@ def _length(facts, choices, batch, cuda):
 
 def seconds_per_step(config: Config, classes: int) -> float:
     """About the seconds of a training step on the CPU: one forward and backward pass of the network, timed, for each view."""
+    choose_device("cpu")  # as many threads as training uses
     with torch.random.fork_rng(devices=[]):
         net = build_segmenter(config.model.model_copy(update={"weights": "none"}), classes, *config.data.normalisation())
-        side, batch = config.data.crop, config.train.labelled_batch
-        image = torch.zeros(max(2, batch), config.data.channels, side, side, dtype=torch.uint8)
+        side, batch = config.data.crop, max(2, config.train.labelled_batch)
+        image = torch.zeros(batch, config.data.channels, side, side, dtype=torch.uint8)
         image = image.to(memory_format=torch.channels_last)
         spent = []
-        for _ in range(2):
+        for _ in range(3):  # the first one is slow
             start = time.perf_counter()
-            net(net.normalise(image)).float().square().mean().backward()
+            net(net.normalise(image)).square().mean().backward()
             spent.append(time.perf_counter() - start)
-    views = 1 + 2 * config.preset.uses_unlabelled * config.train.unlabelled_batch / max(2, batch)
-    return spent[-1] * views * 1.2  # the optimiser, augmentation and losses
+    views = 1 + 2 * config.preset.uses_unlabelled * config.train.unlabelled_batch / batch
+    return min(spent) * views * 1.2  # the optimiser, augmentation and losses
+
+
+def values_of(choices: Sequence[Choice]) -> dict[str, dict[str, object]]:
+    """The sections of a config."""
+    values = {}
+    for choice in choices:
+        values.setdefault(choice.section, {})[choice.key] = choice.value
+    return values
 
 
 def config_of(choices: Sequence[Choice]) -> Config:
@@ -218,10 +236,7 @@ def config_of(choices: Sequence[Choice]) -> Config:
     Raises:
         UserError: they contradict each other.
     """
-    values = {}
-    for choice in choices:
-        values.setdefault(choice.section, {})[choice.key] = choice.value
-    return config_from(values, "the suggested settings")
+    return config_from(values_of(choices), "the suggested settings")
 
 
 def as_yaml(choices: Sequence[Choice], head: Sequence[str], about: Mapping[str, Mapping[object, str]]) -> str:
@@ -238,7 +253,11 @@ def as_yaml(choices: Sequence[Choice], head: Sequence[str], about: Mapping[str, 
             if isinstance(value, list | dict) and key in about:
                 lines += [*_above(why), f"  {key}:"]
                 for entry in value:
-                    text = f"    - {_plain(entry)}" if isinstance(value, list) else f"    {_plain(entry)}: {_plain(value[entry])}"
+                    text = (
+                        f"    - {_plain(entry)}"
+                        if isinstance(value, list)
+                        else f"    {_plain(entry)}: {_plain(value[entry])}"
+                    )
                     lines += _with_comment(text, about[key].get(entry, ""))
             else:
                 lines += _with_comment(f"  {key}: {_plain(value)}", why)
@@ -261,4 +280,8 @@ def _plain(value):
     """A value as YAML on one line: that of JSON, but for the keys of a mapping, which may be numbers."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False) if not hasattr(value, "__fspath__") else json.dumps(str(value), ensure_ascii=False)
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if not hasattr(value, "__fspath__")
+        else json.dumps(str(value), ensure_ascii=False)
+    )

@@ -1,6 +1,7 @@
 """Train a segmentation network from a few labelled and many unlabelled images.
 
     python -m cmim.train                                              # the built-in `shapes` set
+    python -m cmim.train FOLDER                                       # your images, as `python -m cmim.check FOLDER` finds
     python -m cmim.train configs/camvid.yaml --data.root CamVid       # a config file and overrides
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
@@ -29,14 +30,16 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
+from cmim.check import for_training
 from cmim.command_line import parser_of
-from cmim.config import check_background, check_counts, default_config_path, load_config
+from cmim.config import check_background, check_counts, default_config_path, load_config, override
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
@@ -55,6 +58,7 @@ from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
 from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config, MethodSettings, MimSettings
+from cmim.suggest import values_of
 
 LEAST_COVERAGE = 0.05
 """Share of confident pixels below which a run says that unlabelled images hardly count."""
@@ -351,9 +355,17 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--resume needs --output RUN")
     console.quiet = distributed.world().rank > 0
     config_path = default_config_path() if given.config is None else given.config
-    if given.resume and given.config is None and Run(given.output).config.exists():
+    if given.resume and (given.config is None or Path(given.config).is_dir()) and Run(given.output).config.exists():
         config_path = Run(given.output).config
-    config = load_config(config_path, overrides)
+    suggested = None
+    if Path(config_path).is_dir():
+        suggested = for_training(Path(config_path))
+        config, config_path = (
+            override(values_of(suggested.choices), config_path, overrides),
+            Path(config_path).resolve().name,
+        )
+    else:
+        config = load_config(config_path, overrides)
     earlier = Run(given.output) if given.resume else None
     continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
@@ -381,6 +393,8 @@ def main(arguments: Sequence[str]) -> None:
             if distributed.rank() == 0:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
                 start_run(run, config, names_of(splits.labelled), drawn)
+                if suggested is not None:
+                    suggested.write(run.folder)
             trainer.train()
 
 

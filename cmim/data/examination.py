@@ -12,8 +12,8 @@ from cmim.data import load_splits
 from cmim.data.class_files import read_class_file
 from cmim.data.colours import class_colours
 from cmim.data.datasets import IGNORED, Splits
-from cmim.data.files import LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
 from cmim.data.file_set import FileSet
+from cmim.data.files import LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
 from cmim.data.folder import Folder, walk
 from cmim.data.inspection import ImageFacts, MaskFacts, Pair, look, same_pixels, wrong_sizes
 from cmim.data.labels import Encoding, colour_map, encoding_of
@@ -65,9 +65,7 @@ class ClassCounts:
     """The classes of each mask."""
 
 
-def examine(
-    root: Path, progress: Callable[[int], Callable[[], None]], settings: DataSettings | None = None
-) -> Examination:
+def examine(root: Path, progress: Callable[[int], Callable[[], None]], settings: DataSettings | None = None) -> Examination:
     """Open every file of a folder.
 
     Args:
@@ -131,12 +129,16 @@ def _pair_up(found):
         more = []
     train = found.sets.get("train", [])
     alone = [pair for pair in train if pair[1] is None]
-    found.sets = {"train": [pair for pair in train if pair[1] is not None]} | {k: v for k, v in found.sets.items() if k != "train"}
+    found.sets = {"train": [pair for pair in train if pair[1] is not None]} | {
+        k: v for k, v in found.sets.items() if k != "train"
+    }
     if alone or more:
         found.sets["unlabelled"] = alone + more
     found.notes += [note for note in source.notes if "no image has their name" not in note and "are unlabelled" not in note]
     if not found.sets["train"]:
-        found.problems.append(f"no training image has a mask: put masks with the names of the images into {places['train'][1]}")
+        found.problems.append(
+            f"no training image has a mask: put masks with the names of the images into {places['train'][1]}"
+        )
 
 
 def _left_over(found, split, images, mask_folder):
@@ -154,7 +156,9 @@ def _left_over(found, split, images, mask_folder):
             found.notes.append(f"the mask {mask} belongs to no image: rename it, if it is that of {alone[near[0]].name}")
     unclear = [mask for mask in orphans if mask not in meant.values()]
     if unclear:
-        found.notes.append(f"{len(unclear)} masks of {mask_folder} belong to no image, such as {unclear[0].name}: they are not used")
+        found.notes.append(
+            f"{len(unclear)} masks of {mask_folder} belong to no image, such as {unclear[0].name}: they are not used"
+        )
     alone = list(alone.values())
     if not alone:
         return
@@ -203,7 +207,9 @@ def _file_problems(found):
         first, second = same[0]
         count = f"{len(same)} image{'s' * (len(same) > 1)}"
         if a == b:
-            found.notes.append(f"{count} of {a} {'are' if len(same) > 1 else 'is'} there twice, such as {first.name} and {second.name}")
+            found.notes.append(
+                f"{count} of {a} {'are' if len(same) > 1 else 'is'} there twice, such as {first.name} and {second.name}"
+            )
         elif {a, b} & set(HELD_OUT) and {a, b} & {"train"}:
             for first, second in same[:FEW]:
                 found.problems.append(
@@ -229,12 +235,16 @@ def _decide(found):
             found.notes.append("the images have an alpha channel, which is left aside (data.channels 3)")
             data["channels"] = 3
         if wide and len(kinds) > 1:
-            found.problems.append(f"images have {' or '.join(map(str, sorted(kinds)))} channels: save all with the same number")
+            found.problems.append(
+                f"images have {' or '.join(map(str, sorted(kinds)))} channels: save all with the same number"
+            )
     deep = [facts for facts in found.images.values() if facts.deep and not facts.error]
     if deep:
         shallow = next((path for path, facts in found.images.items() if not facts.deep and not facts.error), None)
         if shallow is not None:
-            found.problems.append(f"{shallow} has 8 bits where {len(deep)} images have more: save all with the same number of bits")
+            found.problems.append(
+                f"{shallow} has 8 bits where {len(deep)} images have more: save all with the same number of bits"
+            )
         data["range"] = spread(np.concatenate([facts.sample for facts in deep]))
     val = found.layout.data.get("val")
     count = len(found.sets.get("train", ()))
@@ -242,7 +252,7 @@ def _decide(found):
         data["val"] = max(1, round(count / 5)) if count < 50 else 0.1
         if count == 1:
             found.problems.append("one image has a mask, and two are needed: one to train on and one for val; label another")
-    if not (reading.problems or "classes" not in data):
+    if "classes" in data:
         found.settings = DataSettings(**data)
         found.names = tuple(data["classes"])
         colours = class_colours(found.settings, found.names)
@@ -317,7 +327,9 @@ def _note_absent(found):
                 f"{enumerate_names(absent)}"
             )
         elif absent:
-            found.notes.append(f"{len(absent)} of {len(found.names)} classes have no pixel in {split}: {enumerate_names(absent)}")
+            found.notes.append(
+                f"{len(absent)} of {len(found.names)} classes have no pixel in {split}: {enumerate_names(absent)}"
+            )
 
 
 def _try_to_load(found, given):
@@ -339,7 +351,7 @@ def _try_to_load(found, given):
             seen = "no labelled pixel", "no pixel in val"
             found.notes += [line for line in survey(found.splits, found.settings) if not any(word in line for word in seen)]
     except UserError as error:
-        if not any(str(error)[:60] in problem for problem in found.problems):
+        if not found.problems:  # else it is one of them, in the words of the trainer
             found.problems.append(str(error))
 
 
@@ -361,4 +373,3 @@ def numbers_of_images(found: Examination) -> tuple[int, int]:
         own = {image for image, _ in found.sets.get("unlabelled", ())}
         return len(found.splits.labelled), len(found.splits.unlabelled) if own else 0
     return len(found.labelled("train")), len(found.sets.get("unlabelled", ()))
-

@@ -35,9 +35,7 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
-def open_image(
-    path: str | Path, channels: int, turn: bool = False, limits: tuple[float, float] | None = None
-) -> np.ndarray:
+def open_image(path: str | Path, channels: int, turn: bool = False, limits: tuple[float, float] | None = None) -> np.ndarray:
     """An image file as (H, W, channels) uint8.
 
     With 3 channels the file is converted to RGB, with 1 to grey. With 4, the file must store four bands (RGBA, CMYK). A .npy
@@ -62,7 +60,9 @@ def open_image(
     if is_deep(image):
         return _open_deep(path, image, channels, turn, limits)
     if limits is not None:
-        raise UserError(f"{path} has 8 bits per channel, which data.range does not change: leave it away, or save all with more")
+        raise UserError(
+            f"{path} has 8 bits per channel, which data.range does not change: leave it away, or save all with more"
+        )
     if channels == 4 and len(image.getbands()) != 4:
         raise UserError(f"{path} has channels {' '.join(image.getbands())}, but data.channels is 4: store 4, or change it")
     mode = {1: "L", 3: "RGB", 4: image.mode}[channels]

@@ -111,7 +111,7 @@ class Folder:
     def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
         images, masks = self.places(name)
         # Of one folder of two that are missing, `pairs` says which; without {split} a folder holds training images alone.
-        if not self._splits or not (self.root / name).is_dir() and not images.is_dir():
+        if not self._splits or (not (self.root / name).is_dir() and not images.is_dir()):
             return None
         pairs = self.pairs(images, masks)
         for image, mask in pairs:
@@ -146,11 +146,13 @@ class Folder:
         images, others = _files(folder, IMAGE_SUFFIXES, without=inside, leave=together)
         if not images:
             raise UserError(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
-        self._note(others, f"files of {folder} are not used: no images that can be read")
+        if folder != self.root:  # beside images there, classes.txt and the like may lie
+            self._note(others, f"files of {folder} are not used: no images that can be read")
         inside = folder.relative_to(mask_folder).parts[:1] if folder.is_relative_to(mask_folder) else ()
         leave = (lambda path: not self._named_as_mask(path)) if together else None
         masks, others = _files(mask_folder, self._mask_suffixes, inside, leave) if mask_folder.is_dir() else ({}, [])
-        self._note(others, f"files of {mask_folder} are not used: masks are {', '.join(self._mask_suffixes)}")
+        if mask_folder != folder:
+            self._note(others, f"files of {mask_folder} are not used: masks are {', '.join(self._mask_suffixes)}")
         names = {key: self._mask_of(key) for key in images}
         expected = set(names.values())
         alone = [path for key, path in masks.items() if key not in expected]

@@ -31,7 +31,7 @@ from cmim.distributed import available_cores
 from cmim.errors import UserError
 
 MOST_COLOURS = 4096
-"""A mask of more colours is taken for a photograph or JPEG; its colours are then rounded."""
+"""Colours of a mask that are kept, the most frequent ones: a JPEG has tens of thousands."""
 SAMPLE = 2000
 """Values of an image with more than 8 bits that are kept."""
 
@@ -68,7 +68,7 @@ class MaskFacts:
     """The colours of the indices that occur in a palette mask."""
     lossy: bool = False
     rounded: bool = False
-    """Whether `colours` are not exact."""
+    """Whether the rarest of its colours are left out."""
     error: str | None = None
 
 
@@ -163,8 +163,9 @@ def look_at_mask(path: Path) -> MaskFacts:
 
 def _count_colours(facts, pixels):
     found = count_colours(pixels)
-    if len(found) > MOST_COLOURS:
-        found, facts.rounded = count_colours(pixels & 0xF0 | 0x08), True
+    facts.rounded = len(found) > MOST_COLOURS
+    if facts.rounded:
+        found = Counter(dict(found.most_common(MOST_COLOURS)))
     facts.colours = found
 
 

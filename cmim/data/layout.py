@@ -111,8 +111,9 @@ def find_layout(root: Path) -> Layout:
     files = sum(len(paths) for splits in groups.values() for paths in splits.values())
     if not files:
         found = Counter(path.suffix.lower() or path.name for path in walk(root))
-        said = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5)) or "nothing"
-        raise UserError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {said}")
+        said = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(5))
+        said = f"but files such as {said}" if said else "it is empty"
+        raise UserError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)}): {said}; give the folder of the images")
     return _choose(root, groups)
 
 

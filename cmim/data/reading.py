@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 from math import dist
 from pathlib import Path
 
@@ -19,10 +18,11 @@ FLAT = 64
 """Masks of more colours than this have blurred edges, or are JPEGs."""
 MOST = 254
 """Classes at most; masks of more values number objects."""
-LEAST_GROUP = 0.002
-"""Share of the pixels from which on blurred colours count as a class."""
-GREY_SPAN = 32
-"""Grey values of JPEG masks that lie closer than this are taken for class ids, which JPEG has destroyed."""
+LEAST_GROUP, LEAST_PEAK = 0.002, 0.05
+"""Where colours are blurred: shares from which on a colour, with those near it, counts as a class. A colour that is drawn is
+itself frequent among those near it; mixtures at edges are not."""
+DARK = 32
+"""Grey values of JPEG masks below this, other than 0, are taken for class ids where they are frequent."""
 
 
 @dataclass
@@ -63,20 +63,21 @@ def decide(masks: Mapping[Path, MaskFacts], named: ClassFile | None) -> Reading:
     Args:
         named: the names of the classes, if a file has them.
     """
+    damaged = [path for path, facts in masks.items() if facts.error]
     masks = {path: facts for path, facts in masks.items() if facts.error is None}
     if not masks:
-        return Reading(problems=["no mask can be read"])
+        return Reading(problems=[] if damaged else ["there is no mask"])
     coloured = {path: facts for path, facts in masks.items() if facts.values is None}
     if not coloured:
-        return _by_palette(masks, named) or _by_value(masks, named)
+        return _by_palette(masks, named) or _by_value(masks, named, damaged)
     jpeg = [path for path, facts in coloured.items() if facts.lossy]
     total = _sum(facts.colours for facts in masks.values())
     if jpeg and all(_grey(colour) for colour in total) and _destroyed(total):
         return Reading(
             kind="JPEG masks of class ids",
             problems=[
-                f"{jpeg[0]} and {len(jpeg) - 1} more masks are JPEGs whose grey values lie close together, as class ids do: "
-                "JPEG has mixed them, so export the masks as PNG from where they were drawn"
+                f"{jpeg[0]} and {len(jpeg) - 1} more masks are JPEGs of class ids, which JPEG has mixed up: export the masks "
+                "as PNG from where they were drawn"
             ],
         )
     ids = [path for path, facts in masks.items() if facts.values is not None and facts.palette is None]
@@ -130,7 +131,7 @@ def disagreeing_palettes(masks: Iterable[MaskFacts]) -> str | None:
     )
 
 
-def _by_value(masks, named):
+def _by_value(masks, named, damaged):
     values = _sum(facts.values for facts in masks.values())
     found = sorted(v for v in values if v != IGNORED)
     modes = Counter(facts.kind for facts in masks.values())
@@ -139,12 +140,17 @@ def _by_value(masks, named):
     reading = Reading(kind=f"{shown} masks of the values {_range(values)}")
     if named is not None and named.values is not None:
         return _named_values(reading, masks, values, named)
-    if len(values) == 1:
+    if len(values) == 1 and not damaged:
         reading.problems.append(
             f"all masks hold the value {next(iter(values))} only, so that there is nothing to learn: export them again"
         )
         return reading
-    if 0 in values and IGNORED in values and len(values) > FLAT and (values[0] + values[IGNORED]) > 0.9 * sum(values.values()):
+    if (
+        0 in values
+        and IGNORED in values
+        and len(values) > FLAT
+        and (values[0] + values[IGNORED]) > 0.9 * sum(values.values())
+    ):
         return _by_colour(masks, _sum(f.colours for f in masks.values()), named, "grey masks with blurred edges")
     if len(found) > MOST:
         most = max(masks, key=lambda path: len(masks[path].values))
@@ -157,7 +163,9 @@ def _by_value(masks, named):
     spread = found + [IGNORED] * (IGNORED in values)
     if set(values) == {0, IGNORED}:
         if names is not None and len(names) != 2:
-            reading.problems.append(f"the masks hold 0 and 255, two classes, but {named.path} names {len(names)}: correct it")
+            reading.problems.append(
+                f"the masks hold 0 and 255, two classes, but {named.path} names {len(names)}: correct it"
+            )
         reading.data = {"classes": names or ["background", "object"], "label_map": {IGNORED: 1}}
         reading.unnamed = names is None
         return reading
@@ -165,8 +173,9 @@ def _by_value(masks, named):
     if names is None:
         kept = spread if even else found
         reading.unnamed = True
-        reading.data["classes"] = [f"class {value}" for value in kept]
-        if kept != list(range(len(kept))):
+        in_order = kept == list(range(len(kept)))
+        reading.data["classes"] = [f"{'class' if in_order else 'value'} {value}" for value in kept]
+        if not in_order:
             reading.data["label_map"] = {value: k for k, value in enumerate(kept) if value != k}
         return reading
     reading.data["classes"] = names
@@ -176,7 +185,9 @@ def _by_value(masks, named):
     if len(names) in (len(found), len(spread) * even):
         kept = found if len(found) == len(names) else spread
         reading.data["label_map"] = {value: k for k, value in enumerate(kept) if value != k}
-        reading.notes.append(f"the values {_range(kept)} are taken in their order for the {len(names)} names of {named.path}")
+        reading.notes.append(
+            f"the values {_range(kept)} are taken in their order for the {len(names)} names of {named.path}"
+        )
         return reading
     _beyond(reading, masks, beyond, f"{named.path} names {len(names)} classes, 0 to {len(names) - 1}")
     return reading
@@ -187,7 +198,7 @@ def _beyond(reading, masks, beyond, why):
     shown = ", ".join(map(str, beyond[:6])) + f" and {len(beyond) - 6} more" * (len(beyond) > 6)
     one = len(beyond) == 1
     reading.problems.append(
-        f"the value{'' if one else 's'} {shown} in {len(where)} masks, such as {where[0]}, {'is' if one else 'are'} no class: "
+        f"the value{'' if one else 's'} {shown} in {len(where)} mask{'s' * (len(where) > 1)}, such as {where[0]}, {'is' if one else 'are'} no class: "
         f"{why}; add the missing name{'' if one else 's'}, or repair the masks, or map {'it' if one else 'them'} to no class: "
         f"data.label_map {{{beyond[0]}: {IGNORED}}}"
     )
@@ -223,7 +234,7 @@ def _by_colour(masks, total, named, kind):
     else:
         blurred = len(total) > FLAT or any(facts.lossy for facts in masks.values())
         groups = group_colours(total) if blurred else total.most_common()
-        groups = [(c, n) for c, n in groups if n >= LEAST_GROUP * pixels or not blurred]
+        groups = [(c, n) for c, n in groups if not blurred or (n >= LEAST_GROUP * pixels and total[c] >= LEAST_PEAK * n)]
         colours, ignored = [c for c, _ in groups], []
         if kind.startswith("JPEG"):  # the most frequent colour may be off by one from the one that was drawn
             colours = [_snapped(colour) for colour in colours]
@@ -245,10 +256,10 @@ def _by_colour(masks, total, named, kind):
         return reading
     far = {colour: n for colour, n in total.items() if colour not in (*colours, *ignored)}
     if far:
-        reach = min(dist(*pair) for pair in combinations([_rgb(c) for c in (*colours, *ignored)], 2)) / 2
-        grey = len(colours) == 2 and all(map(_grey, colours))
+        grey = len(colours) == 2 and all(map(_grey, colours))  # then there is nothing to mix up
         if len(total) > FLAT or any(facts.lossy for facts in masks.values()):
-            reading.data["colour_tolerance"] = round(reach) if grey else min(JPEG_TOLERANCE, round(reach))
+            half = round(dist(_rgb(colours[0]), _rgb(colours[1])) / 2)
+            reading.data["colour_tolerance"] = half if grey else JPEG_TOLERANCE
         else:
             most = max(far, key=far.get)
             where = next(path for path, facts in masks.items() if most in facts.colours)
@@ -264,14 +275,14 @@ def _by_colour(masks, total, named, kind):
 
 def _snapped(colour):
     """A colour whose channels are set to 0 or 255 where they are close to it, as JPEG leaves them."""
-    channels = [0 if v < 16 else 255 if v > 239 else v for v in _rgb(colour)]
+    channels = [0 if v < 4 else 255 if v > 251 else v for v in _rgb(colour)]
     return f"#{bytes(channels).hex()}"
 
 
 def _destroyed(total):
-    """Whether the grey values that are frequent lie close together, other than black and white."""
-    greys = sorted(int(colour[1:3], 16) for colour, n in total.items() if n >= 0.01 * sum(total.values()))
-    return not greys or greys[-1] - greys[0] < GREY_SPAN
+    """Whether grey JPEG masks seem to hold class ids: dark grey is frequent, where black and white would leave little."""
+    dark = sum(n for colour, n in total.items() if 0 < int(colour[1:3], 16) < DARK)
+    return dark > 0.3 * total.get("#000000", 0)
 
 
 def _sum(counters):

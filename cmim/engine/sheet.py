@@ -77,5 +77,5 @@ def _pair(image, classes, colours):
     size = max(1, round(width * factor)), max(1, round(height * factor))
     small = np.asarray(Image.fromarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, 0]).resize(size))
     small = small if small.ndim == 3 else np.repeat(small[..., None], 3, axis=2)
-    nearest = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
+    nearest = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
     return Image.fromarray(small), overlay(small, nearest, colours)
