@@ -22,8 +22,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from cmim.config import check_counts, load_config
 from cmim.data.examination import Examination, encoding_at, examine, numbers_of_images
 from cmim.data.file_set import FileSet
 from cmim.data.files import SIDEWAYS
+from cmim.data.polygons import convert
 from cmim.distributed import world
 from cmim.engine.logging import Progress, console
 from cmim.engine.run import write_text
@@ -57,11 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     given, overrides = parser_of("check", __doc__).parse(arguments)
     path = given.path
     if given.convert is not None:
-        from cmim.data.polygons import convert
-
-        with Progress("converting", 0, "images") as progress:
-            for line in convert(path, given.convert, progress):
-                console.print(line)
+        with bars("drawing masks") as begin:
+            lines = convert(path, given.convert, begin)
+        console.print("\n".join([*lines, ""]))
         path = given.convert
     of_config = path.is_file()
     if overrides and not of_config:
@@ -99,19 +98,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+@contextmanager
+def bars(title: str) -> Iterator[Callable[[int], Callable[[], None]]]:
+    """A function that begins a progress of so many images and returns what counts one of them."""
+    with ExitStack() as stack:
+        yield lambda total: stack.enter_context(Progress(title, total, "images")).advance
+
+
 def look_at(root: Path, settings: DataSettings | None = None) -> Examination:
     """`examine` with the progress on the screen."""
-    bars = []
-
-    def begin(total):
-        bars.append(Progress("opening images and masks", total, "images"))
-        return bars[0].advance
-
-    try:
+    with bars("opening images and masks") as begin:
         return examine(root, begin, settings)
-    finally:
-        for bar in bars:
-            bar.close()
 
 
 @dataclass(frozen=True)
@@ -266,10 +263,8 @@ def _data_choices(found):
     choices = [Choice("data", "format", settings.format), Choice("data", "root", root)]
     data = settings.model_dump(mode="json", exclude_defaults=True)
     data |= {"label_map": settings.label_map} if settings.label_map else {}
-    for key in ("image_folder", "mask_folder", "masks", "train", "val", "test", "classes", "label_map", "colours", "colour_tolerance",
-                "channels", "range", "exif"):  # fmt: skip
+    for key, reason in why.items():
         if key in data:
-            reason = why[key]
             if key == "val" and not isinstance(settings.val, str):
                 reason = (
                     "there is no val set: so many of the training images are held out, drawn at random; where neighbouring "

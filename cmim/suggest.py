@@ -206,7 +206,7 @@ def _length(facts, choices, batch, cuda):
 
 
 def seconds_per_step(config: Config, classes: int) -> float:
-    """About the seconds of a training step on the CPU: one forward and backward pass of the network, timed, for each view."""
+    """About the seconds of a training step on the CPU: a forward and backward pass of the network, timed, for each view."""
     choose_device("cpu")  # as many threads as training uses
     with torch.random.fork_rng(devices=[]):
         net = build_segmenter(config.model.model_copy(update={"weights": "none"}), classes, *config.data.normalisation())

@@ -39,9 +39,7 @@ class Benchmark:
             raise UserError(f"data.root: there is no folder {self.root}")
         for key in ("masks", "image_folder", "mask_folder", "train"):
             if getattr(settings, key) != DataSettings.model_fields[key].default:
-                raise UserError(
-                    f"data.{key}: {settings.format} has its own names of {'masks' if key == 'masks' else 'folders'}; leave it away"
-                )
+                raise UserError(f"data.{key}: {settings.format} has its own names of masks and folders; leave it away")
         for key, default in (("classes", None), ("ignore", IGNORED), ("label_map", {}), ("colours", None)):
             if getattr(settings, key) != default:
                 raise UserError(

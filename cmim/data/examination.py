@@ -159,14 +159,13 @@ def _left_over(found, split, images, mask_folder):
         found.notes.append(
             f"{len(unclear)} masks of {mask_folder} belong to no image, such as {unclear[0].name}: they are not used"
         )
-    alone = list(alone.values())
+    alone, count = list(alone.values()), len(found.sets[split])
     if not alone:
         return
     if split == "train":
         if any(mask is not None for _, mask in found.sets[split]):
             found.notes.append(
-                f"{len(alone)} of {len(found.sets[split])} training images have no mask and serve as unlabelled ones, such as "
-                f"{alone[0].name}"
+                f"{len(alone)} of {count} training images have no mask and serve as unlabelled ones, such as {alone[0].name}"
             )
         return
     remedy = "rename the mask above, or " if meant else ""
@@ -213,8 +212,8 @@ def _file_problems(found):
         elif {a, b} & set(HELD_OUT) and {a, b} & {"train"}:
             for first, second in same[:FEW]:
                 found.problems.append(
-                    f"{first} ({a}) and {second} ({b}) are the same picture, so that the score would be too good: take it out of "
-                    "one of them"
+                    f"{first} ({a}) and {second} ({b}) are the same picture, so that the score would be too good: take it out "
+                    "of one of them"
                 )
         else:
             found.notes.append(f"{count} of {a} {'are' if len(same) > 1 else 'is'} in {b} too, such as {first.name}")
@@ -309,9 +308,8 @@ def _count(found):
         found.counts[split] = counts
         if counts.unknown and found.reading.kind == "masks as the settings say":
             where = next(m for _, m in pairs if -1 in class_pixels(found.masks[m], encode(m)))
-            found.problems.append(
-                f"{split} masks hold values that are no class, such as {where}: {encode(where).remedy or 'add the colour to data.colours'}"
-            )
+            remedy = encode(where).remedy or "add the colour to data.colours"
+            found.problems.append(f"{split} masks hold values that are no class, such as {where}: {remedy}")
     _note_absent(found)
     if not found.settings.colours:
         line = disagreeing_palettes(found.masks.values())

@@ -137,10 +137,8 @@ class Folder:
             raise UserError(f"there is no folder {folder.parent}; it holds {folder.name}/ and {mask_folder.name}/")
         if not folder.is_dir():
             masks = f"{mask_folder.name}/" if beside else str(mask_folder)
-            raise UserError(
-                f"there is no folder {folder}: put the images of {folder.parent.name if beside else folder.name} there, their "
-                f"masks in {masks}"
-            )
+            name = folder.parent.name if beside else folder.name
+            raise UserError(f"there is no folder {folder}: put the images of {name} there, their masks in {masks}")
         together = self._named_as_mask if folder == mask_folder else None
         inside = mask_folder.relative_to(folder).parts[:1] if mask_folder.is_relative_to(folder) else ()
         images, others = _files(folder, IMAGE_SUFFIXES, without=inside, leave=together)

@@ -189,8 +189,8 @@ def wrong_sizes(pairs: Sequence[Pair], images: dict[Path, ImageFacts], masks: di
         turned = (width, height) if images[image].orientation > 4 else (height, width)
         if size not in ((height, width), turned):
             said.append(
-                f"{mask} is {size[1]} x {size[0]} pixels, its image {image.name} is {width} x {height}: export the mask at the "
-                "size of the image, or take the pair away"
+                f"{mask} is {size[1]} x {size[0]} pixels, its image {image.name} is {width} x {height}: export the mask at "
+                "the size of the image, or take the pair away"
             )
     return said
 

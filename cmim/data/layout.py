@@ -273,8 +273,8 @@ def _without_masks(root, groups):
         layout.problems.append(f"{count(masks)} masks, but no image beside them: put the images into {root}/images")
     if len(images) > PLACES_OF_THEIR_OWN:
         layout.problems.append(
-            f"{len(images)} folders hold images, such as {next(iter(images))[0]}: put all images into one folder, their masks "
-            "with the same names into another"
+            f"{len(images)} folders hold images, such as {next(iter(images))[0]}: put all images into one folder, their "
+            "masks with the same names into another"
         )
     return layout
 

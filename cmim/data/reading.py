@@ -76,8 +76,8 @@ def decide(masks: Mapping[Path, MaskFacts], named: ClassFile | None) -> Reading:
         return Reading(
             kind="JPEG masks of class ids",
             problems=[
-                f"{jpeg[0]} and {len(jpeg) - 1} more masks are JPEGs of class ids, which JPEG has mixed up: export the masks "
-                "as PNG from where they were drawn"
+                f"{jpeg[0]} and {len(jpeg) - 1} more masks are JPEGs of class ids, which JPEG has mixed up: export the "
+                "masks as PNG from where they were drawn"
             ],
         )
     ids = [path for path, facts in masks.items() if facts.values is not None and facts.palette is None]
@@ -125,9 +125,10 @@ def disagreeing_palettes(masks: Iterable[MaskFacts]) -> str | None:
     index = next((k for k, colours in sorted(of_index.items()) if len(colours) > 1), None)
     if index is None:
         return None
+    colours = " or ".join(sorted(of_index[index])[:4])
     return (
-        f"the palettes differ between masks: index {index} is {' or '.join(sorted(of_index[index])[:4])}; the indices are read, "
-        "so look at the pictures, and if the colours are right, give data.colours"
+        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and if "
+        "the colours are right, give data.colours"
     )
 
 
@@ -198,9 +199,9 @@ def _beyond(reading, masks, beyond, why):
     shown = ", ".join(map(str, beyond[:6])) + f" and {len(beyond) - 6} more" * (len(beyond) > 6)
     one = len(beyond) == 1
     reading.problems.append(
-        f"the value{'' if one else 's'} {shown} in {len(where)} mask{'s' * (len(where) > 1)}, such as {where[0]}, {'is' if one else 'are'} no class: "
-        f"{why}; add the missing name{'' if one else 's'}, or repair the masks, or map {'it' if one else 'them'} to no class: "
-        f"data.label_map {{{beyond[0]}: {IGNORED}}}"
+        f"the value{'' if one else 's'} {shown} in {len(where)} mask{'s' * (len(where) > 1)}, such as {where[0]}, "
+        f"{'is' if one else 'are'} no class: {why}; add the missing name{'' if one else 's'}, or repair the masks, or map "
+        f"{'it' if one else 'them'} to no class: data.label_map {{{beyond[0]}: {IGNORED}}}"
     )
 
 
@@ -247,8 +248,8 @@ def _by_colour(masks, total, named, kind):
             reading.unnamed = True
             if named is not None:
                 reading.notes.append(
-                    f"{named.path} names {len(named.names)} classes, but not their colours, so the {len(colours)} colours have "
-                    "no names yet: write them into data.colours"
+                    f"{named.path} names {len(named.names)} classes, but not their colours, so the {len(colours)} colours "
+                    "have no names yet: write them into data.colours"
                 )
     if len(colours) < 2 or len(colours) > MOST:
         what = "one colour only" if len(colours) < 2 else f"{len(colours)} colours, as pictures do"
@@ -264,8 +265,8 @@ def _by_colour(masks, total, named, kind):
             most = max(far, key=far.get)
             where = next(path for path, facts in masks.items() if most in facts.colours)
             reading.problems.append(
-                f"{len(far)} colours of the masks, such as {most} in {where}, are not in {named.path}: add them, or give them in "
-                f"data.colours as `{IGNORE}`"
+                f"{len(far)} colours of the masks, such as {most} in {where}, are not in {named.path}: add them, or give "
+                f"them in data.colours as `{IGNORE}`"
             )
     reading.data = {"classes": names, "colours": dict(zip(names, colours, strict=True)), **reading.data}
     if ignored:
