@@ -248,11 +248,8 @@ def _data_choices(found):
         "val": "where the val images are",
         "classes": "rename them as you like" if reading.unnamed else "",
         "label_map": "values of the masks to class ids (the place in the list of classes)",
-        "colours": (
-            f"{reading.kind}. Write the names of your classes here and above; `ignore` is the name of pixels without a class"
-            if reading.unnamed
-            else reading.kind
-        ),
+        "colours": reading.kind
+        + "; write the names of your classes here, and `ignore` for pixels without a class" * reading.unnamed,
         "colour_tolerance": "a pixel takes the nearest colour within this distance, because edges are blurred",
         "channels": "of the images",
         "range": "the images have more than 8 bits: these values, 99% of the pixels lie between, become black and white",
@@ -263,14 +260,14 @@ def _data_choices(found):
     choices = [Choice("data", "format", settings.format), Choice("data", "root", root)]
     data = settings.model_dump(mode="json", exclude_defaults=True)
     data |= {"label_map": settings.label_map} if settings.label_map else {}
-    for key, reason in why.items():
-        if key in data:
-            if key == "val" and not isinstance(settings.val, str):
-                reason = (
-                    "there is no val set: so many of the training images are held out, drawn at random; where neighbouring "
-                )
-                reason += "frames or tiles are nearly the same, make a folder of others"
-            choices.append(Choice("data", key, data[key], reason))
+    if not isinstance(settings.val, str):
+        why["val"] = (
+            "there is no val set: so many training images are held out, drawn at random; where neighbouring frames or tiles "
+            "are nearly the same, make a folder of others"
+        )
+    if "colours" in data and not (settings.root / "classes.txt").is_file():
+        del data["classes"]  # data.colours names them
+    choices += [Choice("data", key, data[key], reason) for key, reason in why.items() if key in data]
     labelled, _ = numbers_of_images(found)
     if settings.format != "folder":
         choices.append(Choice("data", "labelled", 1.0, "all masks; a smaller share makes the others unlabelled images"))
@@ -288,7 +285,7 @@ def _about_classes(found):
     for k, name in enumerate(found.names):
         images = ", ".join(f"{c.images[k]} {split}" for split, c in found.counts.items())
         said[name] = f"{k}: {pixels[k] / max(1, pixels.sum()):.2%} of the pixels; in {images} images"
-    return {"classes": said, "colours": {}}
+    return {"classes": said, "colours": said}
 
 
 def write_config(path: Path, text: str) -> None:

@@ -212,7 +212,7 @@ def _file_problems(found):
         elif {a, b} & set(HELD_OUT) and {a, b} & {"train"}:
             for first, second in same[:FEW]:
                 found.problems.append(
-                    f"{first} ({a}) and {second} ({b}) are the same picture, so that the score would be too good: take it out "
+                    f"{first} ({a}) and {second} ({b}) are the same picture, which makes the score too good: take it out "
                     "of one of them"
                 )
         else:

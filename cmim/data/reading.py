@@ -127,8 +127,8 @@ def disagreeing_palettes(masks: Iterable[MaskFacts]) -> str | None:
         return None
     colours = " or ".join(sorted(of_index[index])[:4])
     return (
-        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and if "
-        "the colours are right, give data.colours"
+        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and "
+        "if the colours are right, give data.colours"
     )
 
 
