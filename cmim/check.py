@@ -50,6 +50,11 @@ from cmim.suggest import Choice, DataFacts, as_yaml, config_of, suggest
 MARK = "# Written by cmim.check; digest "
 """Begins the first line of a config, with a digest of what follows, so that what a user changed is not overwritten."""
 AUTHOR = "cmim.check"
+READING = (
+    "image_folder", "mask_folder", "masks", "train", "val", "test", "classes", "label_map", "colours", "colour_tolerance",
+    "channels", "range", "exif",
+)  # fmt: skip
+"""Settings of `data` that say how files are read."""
 PICTURES = 6
 """Of each split on the sheet."""
 
@@ -185,11 +190,18 @@ def _masks(found):
 
 
 def _reading(settings):
-    data = settings.model_dump(mode="json", exclude_defaults=True, exclude={"classes", "root", "colours", "labelled"})
-    data |= {"label_map": settings.label_map} if settings.label_map else {}
-    shown = [f"data.{key} {value if not isinstance(value, str) else repr(value)}" for key, value in data.items()]
-    shown += [f"data.colours of {len(settings.colours)} names"] if settings.colours else []
+    data = _of_reading(settings)
+    data |= {"colours": f"of {len(settings.colours)} names"} if settings.colours else {}
+    shown = [f"data.{key} {value}" for key, value in data.items() if key != "classes"]
     return ", ".join(shown) or "with the default names of folders"
+
+
+def _of_reading(settings):
+    """The settings that say how files are read, as far as they are not the default ones."""
+    data = settings.model_dump(mode="json", exclude_defaults=True, include=set(READING))
+    return {key: data[key] for key in READING if key in data} | (
+        {"label_map": settings.label_map} if settings.label_map else {}
+    )
 
 
 def class_table(found: Examination) -> list[str]:
@@ -258,8 +270,7 @@ def _data_choices(found):
     }
     root = os.path.abspath(settings.root)
     choices = [Choice("data", "format", settings.format), Choice("data", "root", root)]
-    data = settings.model_dump(mode="json", exclude_defaults=True)
-    data |= {"label_map": settings.label_map} if settings.label_map else {}
+    data = _of_reading(settings)
     if not isinstance(settings.val, str):
         why["val"] = (
             "there is no val set: so many training images are held out, drawn at random; where neighbouring frames or tiles "
@@ -267,7 +278,7 @@ def _data_choices(found):
         )
     if "colours" in data and not (settings.root / "classes.txt").is_file():
         del data["classes"]  # data.colours names them
-    choices += [Choice("data", key, data[key], reason) for key, reason in why.items() if key in data]
+    choices += [Choice("data", key, value, why[key]) for key, value in data.items()]
     labelled, _ = numbers_of_images(found)
     if settings.format != "folder":
         choices.append(Choice("data", "labelled", 1.0, "all masks; a smaller share makes the others unlabelled images"))

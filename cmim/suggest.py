@@ -60,7 +60,8 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     semi = facts.unlabelled >= FEWEST
     pretrained = settings.weights != "none"
     learns = "learns from the images without masks too; compare it with cmim and supervised"
-    lacks = f"{facts.unlabelled or 'no'} images have no mask, too few to learn from; with more, take fixmatch or cmim"
+    lacks = "every image has a mask" if not facts.unlabelled else f"{facts.unlabelled} images without a mask are too few"
+    lacks += "; with more images, in unlabeled/, take fixmatch or cmim"
     method = [Choice("method", "preset", "fixmatch" if semi else "supervised", learns if semi else lacks)]
     if semi:
         method.append(Choice("method", "tau", 0.9, "a short training is rarely surer of a pixel than 0.9"))

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -142,6 +142,22 @@ def colour_picture(path: object, found: Counter[str]) -> str:
         f"{path} is a colour picture: give its colours with the names of your classes, `{IGNORE}` for none, as "
         f"--data.colours '{{{value}}}' ({', '.join(_percent(count / total) for _, count in most)}{more}){tolerance}; "
         "or save class ids as an indexed or grey PNG"
+    )
+
+
+def disagreeing_palettes(palettes: Iterable[Mapping[int, str]]) -> str | None:
+    """A line on masks that are read by their indices where one of these has several colours; {index: colour} of each."""
+    of_index = {}
+    for palette in palettes:
+        for index, colour in palette.items():
+            of_index.setdefault(index, set()).add(colour)
+    index = next((k for k, colours in sorted(of_index.items()) if len(colours) > 1), None)
+    if index is None:
+        return None
+    colours = " or ".join(sorted(of_index[index])[:4])
+    return (
+        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and "
+        "if the colours are right, give data.colours"
     )
 
 

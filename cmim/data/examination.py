@@ -10,7 +10,7 @@ import numpy as np
 
 from cmim.data import load_splits
 from cmim.data.class_files import read_class_file
-from cmim.data.colours import class_colours
+from cmim.data.colours import class_colours, disagreeing_palettes
 from cmim.data.datasets import IGNORED, Splits
 from cmim.data.file_set import FileSet
 from cmim.data.files import LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
@@ -18,7 +18,7 @@ from cmim.data.folder import Folder, walk
 from cmim.data.inspection import ImageFacts, MaskFacts, Pair, look, same_pixels, wrong_sizes
 from cmim.data.labels import Encoding, colour_map, encoding_of
 from cmim.data.layout import Layout, find_layout
-from cmim.data.reading import Reading, class_pixels, decide, disagreeing_palettes, stored
+from cmim.data.reading import Reading, class_pixels, decide, stored
 from cmim.data.survey import Cache, decide_exif, enumerate_names, survey
 from cmim.errors import UserError
 from cmim.settings import DataSettings
@@ -26,6 +26,8 @@ from cmim.settings import DataSettings
 HELD_OUT = ("val", "test")
 FEW = 10
 """Problems of one kind that are listed one by one."""
+COMPARED = 100
+"""Masks without an image whose names are compared with those of images without a mask."""
 
 
 @dataclass
@@ -149,8 +151,9 @@ def _left_over(found, split, images, mask_folder):
     orphans = [p for p in masks if p.suffix.lower() in suffixes and p not in used and not p.is_relative_to(images)]
     alone = {image.stem: image for image, mask in found.sets[split] if mask is None}
     meant = {}
-    for mask in orphans[:1000]:
-        near = difflib.get_close_matches(mask.stem, alone, 1, 0.6)
+    stems = list(alone)[:COMPARED]
+    for mask in orphans[:COMPARED]:
+        near = difflib.get_close_matches(mask.stem, stems, 1, 0.6)
         if near:
             meant[near[0]] = mask
             found.notes.append(f"the mask {mask} belongs to no image: rename it, if it is that of {alone[near[0]].name}")
@@ -264,8 +267,8 @@ def spread(values: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(values, [0.5, 99.5]) if values.size else (0, 1)
     unit = 10.0 ** (np.floor(np.log10(max(high - low, 1e-6))) - 1)
     low, high = float(np.floor(low / unit) * unit), float(np.ceil(high / unit) * unit)
-    low, high = float(f"{low:.6g}"), float(f"{high:.6g}")
-    return low, high if high > low else low + 1
+    low, high = (int(v) if v == int(v) else float(f"{v:.6g}") for v in (low, high if high > low else low + 1))
+    return low, high
 
 
 def _read_as_set(found):
@@ -312,7 +315,7 @@ def _count(found):
             found.problems.append(f"{split} masks hold values that are no class, such as {where}: {remedy}")
     _note_absent(found)
     if not found.settings.colours:
-        line = disagreeing_palettes(found.masks.values())
+        line = disagreeing_palettes(facts.palette for facts in found.masks.values() if facts.palette)
         found.notes += [line] if line else []
 
 

@@ -266,6 +266,15 @@ def map_array(path: Path) -> np.ndarray:
         raise _unreadable(path, error) from None
 
 
+def palette(path: Path) -> dict[int, str] | None:
+    """The colours `#rrggbb` of the indices of a palette mask; None for other masks."""
+    with open_header(path) as mask:
+        if mask.mode != "P":
+            return None
+        colours = bytes(mask.getpalette("RGB"))
+    return {i: f"#{colours[3 * i : 3 * i + 3].hex()}" for i in range(len(colours) // 3)}
+
+
 def image_size(path: Path, turn: bool = False) -> tuple[int, int]:
     """(height, width) of an image file, from its header; with `turn` after applying its EXIF orientation."""
     if path.suffix.lower() == ".npy":

@@ -25,6 +25,7 @@ from cmim.data.files import (
     open_image,
     open_mask,
     orientation,
+    palette,
 )
 from cmim.data.survey import count_values
 from cmim.distributed import available_cores
@@ -138,7 +139,6 @@ def look_at_mask(path: Path) -> MaskFacts:
     try:
         with open_header(path) as mask:
             facts.size, facts.kind, facts.lossy = mask.size[::-1], mask.mode, lossy(mask) is not None
-            palette = mask.getpalette("RGB") if mask.mode == "P" else None
         if facts.lossy:
             _count_colours(facts, open_colours(path, 1))
             return facts
@@ -150,8 +150,9 @@ def look_at_mask(path: Path) -> MaskFacts:
         facts.values = count_values(values)
         if facts.kind in ("RGBA", "LA") and len(facts.values) == 1:
             _refuse_alpha(path)
-        if palette is not None:
-            facts.palette = {v: f"#{bytes(palette[3 * v : 3 * v + 3]).hex()}" for v in facts.values if 3 * v < len(palette)}
+        colours = palette(path)
+        if colours is not None:
+            facts.palette = {v: colours[v] for v in facts.values if v in colours}
             for value, colour in facts.palette.items():
                 facts.colours[colour] += facts.values[value]
         elif max(facts.values) < 256:

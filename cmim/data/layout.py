@@ -33,6 +33,8 @@ _ROLE = re.compile(
 )
 LEAST_SHARE = 0.4
 """Of the files of a folder with images and masks side by side, masks of a common name at least."""
+MOST_PLACES = 30
+"""Folders that are compared, the largest ones."""
 PLACES_OF_THEIR_OWN = 10
 """Folders of images from which on every image seems to have its own."""
 
@@ -105,6 +107,7 @@ def find_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: give the folder of the images and masks, or a config file")
     known = benchmark_of(root)
+    root = root if known is not None else _down(root)
     if known is not None:
         return Layout({"format": known[0], "root": known[1]}, [f"the layout is that of {known[0]} (data.format {known[0]})"])
     groups = _group(root)
@@ -115,6 +118,14 @@ def find_layout(root: Path) -> Layout:
         said = f"but files such as {said}" if said else "it is empty"
         raise UserError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)}): {said}; give the folder of the images")
     return _choose(root, groups)
+
+
+def _down(root):
+    """The folder below which the data begin: `root`, unless it holds nothing but one folder, whose name says nothing."""
+    inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+    if len(inside) == 1 and inside[0].is_dir() and place_of((inside[0].name,)).template == ".":
+        return _down(inside[0])
+    return root
 
 
 def _group(root):
@@ -134,8 +145,10 @@ def _group(root):
 def _choose(root, groups):
     """The folders of images and masks that join most images with a mask."""
     best = (0, 0, None)
-    for images in groups:
-        for masks in groups:
+    size = lambda key: sum(map(len, groups[key].values()))  # noqa: E731
+    largest = sorted(groups, key=size, reverse=True)[:MOST_PLACES]
+    for images in largest:
+        for masks in largest:
             apart = images != masks and (masks[1] == "images" or ("{split}" in masks[0] and "{split}" not in images[0]))
             if images[1] == "masks" or apart:
                 continue

@@ -1,7 +1,7 @@
 """How the masks of a data set are to be read: as class ids, or by colour, decided from what all masks hold."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import dist
 from pathlib import Path
@@ -114,22 +114,6 @@ def _by_palette(masks, named):
         )
         return reading
     return None
-
-
-def disagreeing_palettes(masks: Iterable[MaskFacts]) -> str | None:
-    """A line on palettes in which one index has several colours, where masks are read by their indices."""
-    of_index = {}
-    for facts in masks:
-        for index, colour in (facts.palette or {}).items():
-            of_index.setdefault(index, set()).add(colour)
-    index = next((k for k, colours in sorted(of_index.items()) if len(colours) > 1), None)
-    if index is None:
-        return None
-    colours = " or ".join(sorted(of_index[index])[:4])
-    return (
-        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and "
-        "if the colours are right, give data.colours"
-    )
 
 
 def _by_value(masks, named, damaged):

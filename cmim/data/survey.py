@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmim.data.colours import NO_CLASS, colour_picture, count_colours
+from cmim.data.colours import NO_CLASS, colour_picture, count_colours, disagreeing_palettes
 from cmim.data.datasets import IGNORED, Splits
 from cmim.data.file_set import FileSet
-from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation
+from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation, palette
 from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
@@ -53,7 +53,7 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
         advance: called after each image.
 
     Returns:
-        Lines that the user should know: classes without a pixel.
+        Lines that the user should know: classes without a pixel, palettes that contradict each other.
 
     Raises:
         UserError: a file that cannot be read or does not fit, or masks whose 255 is meant as a class.
@@ -66,7 +66,19 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
     if not counts:
         return []
     _refuse_nonsense(counts, splits.class_names, settings)
-    return [*_far_colours(counts, settings), *_absent_classes(counts, splits.class_names)]
+    lines = [*_far_colours(counts, settings), *_absent_classes(counts, splits.class_names)]
+    line = None if settings.colours else disagreeing_palettes(_palettes(sets))
+    return lines + ([line] if line else [])
+
+
+def _palettes(sets):
+    """The colours of the indices that occur, of palette masks among `INSPECTED` of each set."""
+    for image_set in sets.values():
+        cache = Cache(image_set)
+        for i in np.unique(np.linspace(0, len(image_set) - 1, min(INSPECTED, len(image_set))).astype(int)):
+            colours = palette(image_set.masks[i])
+            if colours is not None:
+                yield {value: colours[value] for value in cache.values(i) if value in colours}
 
 
 def masks_in_colours(masks: Sequence[Path]) -> UserError | None:

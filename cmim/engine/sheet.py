@@ -44,21 +44,24 @@ def sheet(
     font, small = ImageFont.load_default(16), ImageFont.load_default(12)
     cell = 2 * SIDE + GAP
     width = ACROSS * (cell + 2 * GAP) + GAP
-    rows = {title: -(-len(images) // ACROSS) for title, images in parts.items()}
+    rows = {title: [images[i : i + ACROSS] for i in range(0, len(images), ACROSS)] for title, images in parts.items()}
+    high = lambda row: max(_size(classes.shape)[1] for _, _, classes in row)  # noqa: E731
     per_line = max(1, width // 230)
     legend = -(-(len(names) + 1) // per_line) * LINE + 2 * GAP
-    picture = Image.new("RGB", (width, sum(HEAD + n * (SIDE + LINE) for n in rows.values()) + legend), "white")
+    picture = Image.new(
+        "RGB", (width, sum(HEAD + sum(high(row) + LINE for row in part) for part in rows.values()) + legend), "white"
+    )
     draw, top = ImageDraw.Draw(picture), 0
-    for title, images in parts.items():
+    for title, part in rows.items():
         draw.text((GAP, top + 7), title, fill="black", font=font)
-        for i, (name, image, classes) in enumerate(images):
-            x = GAP + i % ACROSS * (cell + 2 * GAP)
-            y = top + HEAD + i // ACROSS * (SIDE + LINE)
-            for shown in _pair(image, classes, colours):
-                picture.paste(shown, (x, y))
-                x += SIDE + GAP
-            draw.text((x - 2 * (SIDE + GAP), y + SIDE + 2), name[-60:], fill="black", font=small)
-        top += HEAD + rows[title] * (SIDE + LINE)
+        top += HEAD
+        for row in part:
+            for i, (name, image, classes) in enumerate(row):
+                x = GAP + i * (cell + 2 * GAP)
+                for k, shown in enumerate(_pair(image, classes, colours)):
+                    picture.paste(shown, (x + k * (SIDE + GAP), top))
+                draw.text((x, top + high(row) + 2), name[-60:], fill="black", font=small)
+            top += high(row) + LINE
     entries = [(f"{name[:18]} {share:.1%}", colour) for name, share, colour in zip(names, shares, colours, strict=True)]
     for k, (text, colour) in enumerate([*entries, ("no class", None)]):
         x, y = GAP + k % per_line * 230, top + GAP + k // per_line * LINE
@@ -72,10 +75,15 @@ def sheet(
 
 def _pair(image, classes, colours):
     """An image and its overlay, made smaller first: a class is drawn where its pixels are the nearest ones."""
-    height, width = classes.shape
-    factor = SIDE / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    size = _size(classes.shape)
     small = np.asarray(Image.fromarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, 0]).resize(size))
     small = small if small.ndim == 3 else np.repeat(small[..., None], 3, axis=2)
     nearest = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
     return Image.fromarray(small), overlay(small, nearest, colours)
+
+
+def _size(shape):
+    """(width, height) on the sheet."""
+    height, width = shape
+    factor = SIDE / max(height, width)
+    return max(1, round(width * factor)), max(1, round(height * factor))

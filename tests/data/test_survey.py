@@ -85,8 +85,8 @@ def test_counts_are_those_of_the_masks(tmp_path):
 
 def test_a_file_is_opened_again_only_if_it_changed(tmp_path, monkeypatch):
     root, opened = write(tmp_path / "data", [[0, 1]] * 3), []
-    count_values = survey_module._count_values
-    monkeypatch.setattr(survey_module, "_count_values", lambda values: opened.append(1) or count_values(values))
+    count_values = survey_module.count_values
+    monkeypatch.setattr(survey_module, "count_values", lambda values: opened.append(1) or count_values(values))
     assert lines(root) == lines(root) == [] and len(opened) == 6
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(root / "val/masks/val1.png")
     lines(root)
