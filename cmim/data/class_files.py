@@ -1,8 +1,6 @@
 """Names of classes, and what stands for them in masks, from the files that data sets and labelling programs put beside
 their images."""
 
-import csv
-import io
 import json
 import re
 from dataclasses import dataclass
@@ -77,8 +75,9 @@ def _table(path, text):
 
 def _text_rows(text):
     """(name, colour, value) of lines such as `road,128,64,128`, `road:128,64,128::`, `128 64 128 road` and `3,road`."""
-    for line in csv.reader(io.StringIO(text.replace("\t", ",").replace(";", ","))):
-        words = re.split(r"[:,\s]+" if len(line) == 1 else r"[:,]+", ",".join(line).strip(" ,:#"))
+    for line in text.splitlines():
+        line = re.sub(r"^\s*(\d+)\s+(\d+)\s+(\d+)\s", r"\1,\2,\3,", line)
+        words = re.split(r"[:,;\t]+", line.replace('"', "").strip(" ,:;#\t"))
         numbers = [int(word) for word in words if re.fullmatch(r"\s*\d{1,5}\s*", word)]
         names = [word.strip() for word in words if re.search(r"[^\W\d]", word) and not word.strip().startswith("#")]
         if len(numbers) == 3 and max(numbers) < 256 and names:

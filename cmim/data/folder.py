@@ -22,6 +22,8 @@ from cmim.settings import DataSettings
 
 UNLABELLED = ("unlabeled", "unlabelled")
 LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
+FEW = 5
+"""Folders that are not used are named up to here."""
 MANY = 1000
 """Images of a folder that is not used are counted up to here, and masks looked at for a name in common."""
 
@@ -92,10 +94,12 @@ class Folder:
             if not images:
                 self.notes.append(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
             found += images.values()
-        for folder in self._others(self.root, {*self._used, *folders}):
-            images = sum(1 for _ in islice(_images_of(folder), MANY))
-            if images:
-                self.notes.append(f"{images}{' or more' * (images == MANY)} images of {folder} are not used")
+        others = {f: sum(1 for _ in islice(_images_of(f), MANY)) for f in self._others(self.root, {*self._used, *folders})}
+        others = {folder: images for folder, images in others.items() if images}
+        for folder, images in islice(others.items(), FEW):
+            self.notes.append(f"{images}{' or more' * (images == MANY)} images of {folder} are not used")
+        if len(others) > FEW:
+            self.notes.append(f"nor are those of {len(others) - FEW} more folders of {self.root}")
         return found
 
     def _others(self, folder, used):

@@ -16,10 +16,10 @@ from cmim.data.folder import UNLABELLED, common_name, walk
 from cmim.errors import UserError
 from cmim.settings import DataSettings
 
-IMAGES = "images image imgs img photos photo pictures jpegimages rgb inputs input frames scans x"
+IMAGES = "images image imgs img photos photo pictures jpegimages rgb inputs input frames scans"
 MASKS = (
     "masks mask labels label gts gt groundtruth groundtruths annotations annotation annots annot segmentationclassaug "
-    "segmentationclass segmentations segmentation segmaps segs seg targets target y"
+    "segmentationclass segmentations segmentation segmaps segs seg targets target"
 )
 SPLITS = {"train": "training train trn", "val": "validation valid val dev", "test": "testing test tst"}
 _SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names.split()}
@@ -162,6 +162,9 @@ def _choose(root, groups):
     if best[2] is None:
         return _without_masks(root, groups)
     images, masks, template = best[2]
+    own = [key for key in groups if key[1] == "images"]
+    if len(own) > PLACES_OF_THEIR_OWN and best[0] < sum(map(size, own)) / 2:
+        return _without_masks(root, {key: groups[key] for key in own})
     data = {"format": "folder", "root": root, "image_folder": images[0], "mask_folder": masks[0], "masks": template}
     layout = Layout(data)
     _name_splits(layout, groups[images], groups[masks], images == masks)
@@ -271,7 +274,12 @@ def _without_masks(root, groups):
     count = lambda some: sum(len(paths) for splits in some.values() for paths in splits.values())  # noqa: E731
     layout = Layout({"format": "folder", "root": root})
     first = lambda some: next(f"{t}/{p}" for (t, _), splits in some.items() for s in splits.values() for p in s)  # noqa: E731
-    if images and masks:
+    if len(images) > PLACES_OF_THEIR_OWN:
+        layout.problems.append(
+            f"{len(images)} folders hold images, such as {next(iter(images))[0]}: put all images into one folder, their "
+            "masks with the same names into another"
+        )
+    elif images and masks:
         few = f"no mask has the name of its image: {first(images)} and {first(masks)}, for example"
         layout.problems.append(
             f"{count(images)} images and {count(masks)} masks, but {few}; give a mask the name of its image, or that name "
@@ -284,11 +292,6 @@ def _without_masks(root, groups):
         )
     else:
         layout.problems.append(f"{count(masks)} masks, but no image beside them: put the images into {root}/images")
-    if len(images) > PLACES_OF_THEIR_OWN:
-        layout.problems.append(
-            f"{len(images)} folders hold images, such as {next(iter(images))[0]}: put all images into one folder, their "
-            "masks with the same names into another"
-        )
     return layout
 
 

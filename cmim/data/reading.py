@@ -245,6 +245,11 @@ def _by_colour(masks, total, named, kind):
         if len(total) > FLAT or any(facts.lossy for facts in masks.values()):
             half = round(dist(_rgb(colours[0]), _rgb(colours[1])) / 2)
             reading.data["colour_tolerance"] = half if grey else JPEG_TOLERANCE
+            if reading.unnamed and not grey:
+                reading.notes.append(
+                    f"the masks have blurred edges: {len(colours)} frequent colours are taken for classes; take those away from "
+                    "data.colours that are only mixtures at edges"
+                )
         else:
             most = max(far, key=far.get)
             where = next(path for path, facts in masks.items() if most in facts.colours)
