@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import dist
 from pathlib import Path
 
@@ -21,6 +22,8 @@ MOST = 254
 LEAST_GROUP, LEAST_PEAK = 0.002, 0.05
 """Where colours are blurred: shares from which on a colour, with those near it, counts as a class. A colour that is drawn is
 itself frequent among those near it; mixtures at edges are not."""
+MIXED = 10
+"""How many times as frequent the colours are between which one counts as their mixture."""
 DARK = 32
 """Grey values of JPEG masks below this, other than 0, are taken for class ids where they are frequent."""
 
@@ -219,7 +222,9 @@ def _by_colour(masks, total, named, kind):
     else:
         blurred = len(total) > FLAT or any(facts.lossy for facts in masks.values())
         groups = group_colours(total) if blurred else total.most_common()
-        groups = [(c, n) for c, n in groups if not blurred or (n >= LEAST_GROUP * pixels and total[c] >= LEAST_PEAK * n)]
+        if blurred:
+            groups = [(c, n) for c, n in groups if n >= LEAST_GROUP * pixels and total[c] >= LEAST_PEAK * n]
+            groups = [(c, n) for c, n in groups if not _is_mixture(c, n, groups)]
         colours, ignored = [c for c, _ in groups], []
         if kind.startswith("JPEG"):  # the most frequent colour may be off by one from the one that was drawn
             colours = [_snapped(colour) for colour in colours]
@@ -247,8 +252,8 @@ def _by_colour(masks, total, named, kind):
             reading.data["colour_tolerance"] = half if grey else JPEG_TOLERANCE
             if reading.unnamed and not grey:
                 reading.notes.append(
-                    f"the masks have blurred edges: {len(colours)} frequent colours are taken for classes; take those away from "
-                    "data.colours that are only mixtures at edges"
+                    f"the masks have blurred edges: {len(colours)} frequent colours are taken for classes; add one that lacks, "
+                    "and take away one that is only a mixture at edges, in data.colours"
                 )
         else:
             most = max(far, key=far.get)
@@ -261,6 +266,17 @@ def _by_colour(masks, total, named, kind):
     if ignored:
         reading.data["colours"][IGNORE] = ignored[0] if len(ignored) == 1 else ignored
     return reading
+
+
+def _is_mixture(colour, count, groups):
+    """Whether a colour is rare and lies between two that are frequent, as those at the edges of a JPEG do."""
+    frequent = [np.array(_rgb(c)) for c, n in groups if n > MIXED * count]
+    for a, b in combinations(frequent, 2):
+        step = b - a
+        t = np.clip(np.dot(np.array(_rgb(colour)) - a, step) / np.dot(step, step), 0, 1)
+        if dist(_rgb(colour), a + t * step) < JPEG_TOLERANCE:
+            return True
+    return False
 
 
 def _snapped(colour):
