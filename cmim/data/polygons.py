@@ -220,7 +220,7 @@ def _decode_rle(outline, path):
 
 def _read_labelme(path, found):
     height, width = found.get("imageHeight"), found.get("imageWidth")
-    item = Annotated(str(found["imagePath"]).replace("\\", "/"), (height, width) if height and width else None, path)
+    item = Annotated(str(found["imagePath"]), (height, width) if height and width else None, path)
     for order, entry in enumerate(found["shapes"]):
         points = [(float(x), float(y)) for x, y in entry["points"]]
         kind, shape = entry.get("shape_type") or "polygon", Shape(str(entry["label"]), order=order)
@@ -311,7 +311,9 @@ def _by_name(folder):
 
 def _find(item, images, folder):
     """The file of an image: beside the annotations, else the one below `folder` whose path ends as its name says."""
-    name = item.name.split("?")[0]
+    name = item.name.split("?")[0].replace("\\", "/")
+    if ".." in Path(name).parts or Path(name).is_absolute():  # as LabelMe writes; nothing outside the folder is taken
+        name = Path(name).name
     beside = item.source.parent / name
     candidates = images.get(Path(name).name, [])
     if beside.is_file():

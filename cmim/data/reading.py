@@ -252,8 +252,8 @@ def _by_colour(masks, total, named, kind):
             reading.data["colour_tolerance"] = half if grey else JPEG_TOLERANCE
             if reading.unnamed and not grey:
                 reading.notes.append(
-                    f"the masks have blurred edges: {len(colours)} frequent colours are taken for classes; add one that lacks, "
-                    "and take away one that is only a mixture at edges, in data.colours"
+                    f"the masks have blurred edges: {len(colours)} frequent colours are taken for classes; add one that "
+                    "lacks, and take away one that is only a mixture at edges, in data.colours"
                 )
         else:
             most = max(far, key=far.get)
