@@ -214,11 +214,12 @@ def class_table(found: Examination) -> list[str]:
         cells = ((c.pixels[k] / total[split], c.images[k]) for split, c in found.counts.items())
         lines.append(f"{k:>3} {name:<{width}}" + "".join(f"{share:>14.2%}{images:>8}" for share, images in cells))
     every = {split: max(1, total[split] + c.ignored + c.unknown) for split, c in found.counts.items()}
-    for title, key in (("no class (ignored)", "ignored"), ("unknown values", "unknown")):
-        if key == "ignored" or any(c.unknown for c in found.counts.values()):
-            cells = (getattr(c, key) / every[split] for split, c in found.counts.items())
-            lines.append(f"{title:<{width + 4}}" + "".join(f"{share:>14.2%}{'':>8}" for share in cells))
-    return lines
+    cells = (f"{c.ignored / every[split]:.2%}" for split, c in found.counts.items())
+    lines.append(f"{'no class (ignored)':<{width + 4}}" + "".join(f"{cell:>14}{'':>8}" for cell in cells))
+    if any(c.unknown for c in found.counts.values()):
+        cells = (f"{c.unknown} pixels" for c in found.counts.values())
+        lines.append(f"{'unknown values':<{width + 4}}" + "".join(f"{cell:>14}{'':>8}" for cell in cells))
+    return [line.rstrip() for line in lines]
 
 
 def suggestion(found: Examination) -> Suggestion | None:
