@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{path} has data.format shapes, whose images are drawn: there is nothing to check")
     if of_config and given.output is not None:
         raise UserError(f"{path} is a config already, so that none is written: leave --output away")
-    output = given.output or Path(f"{path.resolve().name or 'data'}.yaml")
+    output = given.output or default_output(path)
     picture = Path(path.name if of_config else output).with_suffix(".png")
     for target in (picture,) if of_config else (output, picture):
         refuse_foreign(target)
@@ -277,6 +277,8 @@ def _data_choices(found):
             "there is no val set: so many training images are held out, drawn at random; where neighbouring frames or tiles "
             "are nearly the same, make a folder of others"
         )
+    if found.names[0].lower() == "background":
+        data["background"], why["background"] = 0, "left out of the figures of the foreground in the log"
     if "colours" in data and not (settings.root / "classes.txt").is_file():
         del data["classes"]  # data.colours names them
     choices += [Choice("data", key, value, why[key]) for key, value in data.items()]
@@ -298,6 +300,14 @@ def _about_classes(found):
         images = ", ".join(f"{c.images[k]} {split}" for split, c in found.counts.items())
         said[name] = f"{k}: {pixels[k] / max(1, pixels.sum()):.2%} of the pixels; in {images} images"
     return {"classes": said, "colours": said}
+
+
+def default_output(folder: Path) -> Path:
+    """NAME.yaml in the current folder; beside `folder` if that is the current folder or above it, so that no picture comes
+    among the images."""
+    folder = folder.resolve()
+    name = f"{folder.name or 'data'}.yaml"
+    return folder.parent / name if Path.cwd().is_relative_to(folder) else Path(name)
 
 
 def write_config(path: Path, text: str) -> None:

@@ -200,8 +200,11 @@ def _take_splits(found, settings):
 
 
 def _file_problems(found):
-    of_images = [facts.error for facts in found.images.values() if facts.error]
-    found.problems += _listed(of_images, "more images cannot be used")
+    needed = {image for split, pairs in found.sets.items() if split != "unlabelled" for image, _ in pairs}
+    broken = [(image, facts.error) for image, facts in found.images.items() if facts.error]
+    found.problems += _listed([error for image, error in broken if image in needed], "more images cannot be used")
+    others = [error for image, error in broken if image not in needed]
+    found.notes += _listed([f"{error} (unlabelled; training takes another one)" for error in others], "more cannot be used")
     found.problems += _listed([facts.error for facts in found.masks.values() if facts.error], "more masks cannot be used")
     pairs = [pair for pairs in found.sets.values() for pair in pairs]
     found.problems += _listed(wrong_sizes(pairs, found.images, found.masks), "more masks have another size than their image")
