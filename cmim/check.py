@@ -61,7 +61,7 @@ PICTURES = 6
 
 def main(arguments: Sequence[str]) -> int:
     given, overrides = parser_of("check", __doc__).parse(arguments)
-    path = given.path
+    path = Path(given.path)
     if given.convert is not None:
         with bars("drawing masks") as begin:
             lines = convert(path, given.convert, begin)

@@ -68,7 +68,7 @@ def parser_of(command: str, doc: str) -> CommandLine:
         add("--output", metavar="RUN", help="run folder; by default runs/<config>-<time>")
         add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
     elif command == "check":
-        add("path", type=Path, help="a folder of images and masks, or a config file")
+        add("path", help="a folder of images and masks, or a config file")
         add("--output", type=Path, metavar="CONFIG", help="config to write; by default NAME.yaml, NAME that of the folder")
         add("--convert", type=Path, metavar="OUT", help="make masks of polygons (COCO, LabelMe, CVAT) in OUT, and check OUT")
     elif command == "compare":

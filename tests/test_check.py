@@ -129,6 +129,21 @@ def test_a_config_that_was_changed_is_not_overwritten(root, capsys):
         main([str(root), "--output", "other.yaml"])
 
 
+def test_no_picture_comes_among_the_images(root, monkeypatch, capsys):
+    monkeypatch.chdir(root / "train")
+    assert checked(capsys, "..")[0] == 0
+    assert (root.parent / "data.png").exists() and not list(root.glob("**/data.*"))
+    monkeypatch.chdir(root)
+    assert checked(capsys, ".")[0] == 0
+
+
+def test_an_unlabelled_image_that_cannot_be_read_is_no_problem(root, capsys):
+    (root / "unlabeled").mkdir()
+    (root / "unlabeled/u.png").write_bytes(b"no image")
+    code, said = checked(capsys, root)
+    assert code == 0 and "u.png: no image, or damaged" in said and "training takes another one" in said
+
+
 def test_wrong_calls(root):
     for arguments, said in (
         (["nothing"], "there is no folder nothing"),
