@@ -51,7 +51,8 @@ class Folder:
         flat = self._places == defaults and not (self.root / settings.train).is_dir() and (self.root / "images").is_dir()
         self.train_places = (self.root / "images", self.root / "masks") if flat else self.places(settings.train)
         self._splits = "{split}" in settings.image_folder
-        held_out = [name for name in (settings.val, settings.test) if isinstance(name, str)]
+        # Who leaves out val/ or test/ knows it.
+        held_out = [name for name in (settings.val, settings.test, "val", "test") if isinstance(name, str)]
         self._used = {*self.train_places, *(place for name in held_out if self._splits for place in self.places(name))}
         self._mask_name, self._mask_suffixes = mask_names(settings)
         self.class_names = self._name_classes(settings)
