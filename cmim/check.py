@@ -33,7 +33,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cmim.command_line import parser_of
-from cmim.config import check_counts, load_config
+from cmim.config import check_counts, load_config, override
 from cmim.data.examination import Examination, encoding_at, examine, numbers_of_images
 from cmim.data.file_set import FileSet
 from cmim.data.files import SIDEWAYS
@@ -44,8 +44,8 @@ from cmim.engine.run import write_text
 from cmim.engine.sheet import choose, sheet
 from cmim.errors import UserError, run_command
 from cmim.models.build import check_sizes
-from cmim.settings import DataSettings
-from cmim.suggest import Choice, DataFacts, as_yaml, config_of, suggest
+from cmim.settings import Config, DataSettings
+from cmim.suggest import Choice, DataFacts, as_yaml, config_of, suggest, values_of
 
 MARK = "# Written by cmim.check; digest "
 """Begins the first line of a config, with a digest of what follows, so that what a user changed is not overwritten."""
@@ -124,6 +124,10 @@ class Suggestion:
     choices: Sequence[Choice]
     text: str
     """YAML with the reasons."""
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The settings, with overrides as `load_config` takes them."""
+        return override(values_of(self.choices), f"the config for {self.found.settings.root}", overrides)
 
     def write(self, folder: Path) -> None:
         """suggested.yaml and images.png, into the folder of a run."""

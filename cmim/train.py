@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cmim import checkpoint, distributed
 from cmim.check import for_training
 from cmim.command_line import parser_of
-from cmim.config import check_background, check_counts, default_config_path, load_config, override
+from cmim.config import check_background, check_counts, default_config_path, load_config
 from cmim.data import load_splits
 from cmim.data.batches import TrainBatches, train_loader
 from cmim.data.datasets import ImageSet, Splits
@@ -58,7 +58,6 @@ from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
 from cmim.models.build import check_sizes
 from cmim.randomness import key
 from cmim.settings import Config, MethodSettings, MimSettings
-from cmim.suggest import values_of
 
 LEAST_COVERAGE = 0.05
 """Share of confident pixels below which a run says that unlabelled images hardly count."""
@@ -357,15 +356,8 @@ def main(arguments: Sequence[str]) -> None:
     config_path = default_config_path() if given.config is None else given.config
     if given.resume and (given.config is None or Path(given.config).is_dir()) and Run(given.output).config.exists():
         config_path = Run(given.output).config
-    suggested = None
-    if Path(config_path).is_dir():
-        suggested = for_training(Path(config_path))
-        config, config_path = (
-            override(values_of(suggested.choices), config_path, overrides),
-            Path(config_path).resolve().name,
-        )
-    else:
-        config = load_config(config_path, overrides)
+    suggested = for_training(Path(config_path)) if Path(config_path).is_dir() else None
+    config = suggested.config(overrides) if suggested is not None else load_config(config_path, overrides)
     earlier = Run(given.output) if given.resume else None
     continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
@@ -376,7 +368,7 @@ def main(arguments: Sequence[str]) -> None:
     check_background(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
-    folder = given.output or default_folder(config_path)
+    folder = given.output or default_folder(os.path.abspath(config_path))
     run = open_run(folder, config, given.resume)
     with locked(run) if distributed.world().rank == 0 else nullcontext():
         open_run(folder, config, given.resume)  # again, because another process may have used the folder until now

@@ -173,6 +173,36 @@ def test_the_trainer_need_not_open_the_files_again(root, monkeypatch, capsys):
     assert not opened and len(Cache(splits.labelled).kept) == 6
 
 
+def test_what_the_trainer_would_refuse_is_not_kept_for_it(root, capsys):
+    """With four channels it takes no image of three, which cmim.check can open."""
+    Path("own.yaml").write_text(f"data: {{root: {root}, channels: 4, crop: 64}}\n")
+    code, said = checked(capsys, "own.yaml")
+    assert code == 1 and "but data.channels is 4" in said
+
+
+def test_images_of_unlabeled_beside_images_and_masks_in_the_root(root, capsys):
+    for path in sorted((root / "train").rglob("*.png")):
+        path.rename(root / f"{path.stem}{'_mask' * (path.parent.name == 'masks')}.png")
+    for split in ("train", "val", "test"):
+        shutil.rmtree(root / split)
+    (root / "unlabeled").mkdir()
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (72, 80, 3), np.uint8)).save(root / "unlabeled/u.png")
+    code, said = checked(capsys, root)
+    assert code == 0 and said.startswith("images   6 train, 1 unlabelled;")
+    splits = load_splits(load_config("data.yaml").data)
+    assert len(splits.unlabelled) == 1 and (len(splits.labelled), len(splits.val)) == (5, 1)
+
+
+def test_a_val_folder_without_masks_is_no_val_set(root, capsys):
+    shutil.rmtree(root / "val/masks")
+    code, said = checked(capsys, root)
+    assert code == 0 and "2 images of val/images have no masks, so that it is no val set" in said
+    config = load_config("data.yaml")
+    assert config.data.val == 1 and len(load_splits(config.data).val) == 1
+    with pytest.raises(UserError, match=r"val0.png has no mask"):
+        load_splits(config.data.model_copy(update={"val": "val"}))
+
+
 def test_training_on_a_folder(root, capsys):
     (root / "train").rename(root / "Training")
     (root / "val").rename(root / "validation")

@@ -13,7 +13,7 @@ from cmim.data.class_files import read_class_file
 from cmim.data.colours import class_colours, disagreeing_palettes
 from cmim.data.datasets import IGNORED, Splits
 from cmim.data.file_set import FileSet
-from cmim.data.files import LOSSY_MASK_SUFFIXES, MASK_SUFFIXES
+from cmim.data.files import LOSSY_MASK_SUFFIXES, MASK_SUFFIXES, SIDEWAYS
 from cmim.data.folder import Folder, walk
 from cmim.data.inspection import ImageFacts, MaskFacts, Pair, look, same_pixels, wrong_sizes
 from cmim.data.labels import Encoding, colour_map, encoding_of
@@ -364,11 +364,19 @@ def _remember(found):
         if not isinstance(image_set, FileSet):
             continue
         cache = Cache(image_set)
-        for i, mask in enumerate(image_set.masks):
-            facts = found.masks.get(mask)
-            if facts is not None and not facts.error and not facts.rounded:
-                cache.remember(i, stored(facts, image_set.encoding(mask).colours))
+        for i, (image, mask) in enumerate(zip(image_set.images, image_set.masks, strict=True)):
+            of_image, of_mask = found.images[image], found.masks[mask]
+            if _opens_alike(image, of_image, of_mask, image_set) and not of_mask.rounded:
+                cache.remember(i, stored(of_mask, image_set.encoding(mask).colours))
         cache.write()
+
+
+def _opens_alike(path, image, mask, image_set):
+    """Whether the trainer opens an image and its mask too; where that is not sure, it does so itself."""
+    turned = image_set.turn and image.orientation in SIDEWAYS
+    channels = image.channels == image_set.channels or (path.suffix.lower() != ".npy" and image_set.channels in (1, 3))
+    same_size = mask.size == (image.size[::-1] if turned else image.size)
+    return not (image.error or mask.error) and same_size and channels and image.deep == (image_set.limits is not None)
 
 
 def numbers_of_images(found: Examination) -> tuple[int, int]:

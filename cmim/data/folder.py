@@ -51,6 +51,7 @@ class Folder:
         flat = self._places == defaults and not (self.root / settings.train).is_dir() and (self.root / "images").is_dir()
         self.train_places = (self.root / "images", self.root / "masks") if flat else self.places(settings.train)
         self._splits = "{split}" in settings.image_folder
+        self._asked = settings.val, settings.test
         # Who leaves out val/ or test/ knows it.
         held_out = [name for name in (settings.val, settings.test, "val", "test") if isinstance(name, str)]
         self._used = {*self.train_places, *(place for name in held_out if self._splits for place in self.places(name))}
@@ -119,6 +120,8 @@ class Folder:
         if not self._splits or (not (self.root / name).is_dir() and not images.is_dir()):
             return None
         pairs = self.pairs(images, masks)
+        if name not in self._asked and not any(mask for _, mask in pairs):
+            return None  # images alone, where val is drawn
         for image, mask in pairs:
             if mask is None:
                 name = self._mask_name.replace("{stem}", image.stem) + self._mask_suffixes[0]
@@ -146,6 +149,8 @@ class Folder:
             raise UserError(f"there is no folder {folder}: put the images of {name} there, their masks in {masks}")
         together = self._named_as_mask if folder == mask_folder else None
         inside = mask_folder.relative_to(folder).parts[:1] if mask_folder.is_relative_to(folder) else ()
+        if folder == self.root:
+            inside = (*inside, *(path.name for path in folder.iterdir() if path.name.lower() in UNLABELLED))
         images, others = _files(folder, IMAGE_SUFFIXES, without=inside, leave=together)
         if not images:
             raise UserError(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")

@@ -164,11 +164,7 @@ def _refuse_own_val(settings, source):
         raise UserError(
             f"data.val {settings.val} is a number, but {folder} is a folder: give --data.val \"'{settings.val}'\""
         )
-    try:
-        own = settings.test != "val" and source.held_out("val") is not None
-    except UserError:  # images without masks, for example, which cannot serve
-        own = False
-    if own:
+    if settings.test != "val" and source.held_out("val") is not None:
         raise UserError(
             f"data.val is {settings.val}, but this data set has val images of its own: leave data.val away to take them, or "
             "report on them with --data.test val"
