@@ -53,7 +53,8 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f"unknown option {word}; did you mean {nearest[0]}?" if nearest else unknown_key(word.lstrip("-")))
         if rest:
             self.error(f"unexpected argument {rest[0]!r}")
-        empty = next((name for name, value in vars(namespace).items() if value == "" or value == Path("")), None)
+        values = {name: value if isinstance(value, list) else [value] for name, value in vars(namespace).items()}
+        empty = next((name for name, value in values.items() if "" in value or Path("") in value), None)
         if empty is not None:  # for example from an empty shell variable; it would mean the current folder or the default
             self.error(f"the argument {empty} is empty; give a value")
         return namespace, overrides
@@ -82,14 +83,19 @@ def parser_of(command: str, doc: str) -> CommandLine:
             metavar="PRESET",
             help=f"presets to train, of {', '.join(PRESETS)}; by default all",
         )
+        add("--variants", type=Path, metavar="FILE", help="YAML file of variants to train, instead of presets")
+        add("--base", metavar="NAME", help="variant that the others are compared with; by default the first")
+        add("--draw-splits", action="store_true", help="the seed also draws the labelled images (data.split_seed)")
+        add("--results", type=Path, metavar="DIR", help="folder of the results to keep; by default OUTPUT/results")
         add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds; by default 0 1 2")
         add("--jobs", type=int, default=1, help="number of runs at a time; by default 1")
         add("--gpus", type=int, default=1, help="number of processes (and GPUs) of each run; by default 1")
     else:
         add("run", help="folder of a run")
         if command == "predict":
-            add("images", type=Path, help="an image or a folder of images")
-            add("-o", "--output", type=Path, required=True, help="folder for masks/ and overlays/")
+            add("images", type=Path, nargs="+", help="images, folders of images, patterns in quotes")
+            add("-o", "--output", type=Path, required=True, help="folder for masks/, overlays/ and classes.csv")
+            add("--confidence", action="store_true", help="also write confidence/, the probability of each predicted class")
             add(
                 "--clear",
                 metavar="CLASS",

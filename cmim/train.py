@@ -348,7 +348,8 @@ def digest(image_set: ImageSet) -> tuple[int, str]:
     return len(image_set), hashlib.blake2b(os.fsencode(names), digest_size=8).hexdigest()
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> Path:
+    """Train; returns the run folder."""
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
@@ -388,6 +389,7 @@ def main(arguments: Sequence[str]) -> None:
                 if suggested is not None:
                     suggested.write(run.folder)
             trainer.train()
+    return run.folder
 
 
 if __name__ == "__main__":

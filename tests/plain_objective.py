@@ -61,7 +61,8 @@ def tiny_segmenter(settings, num_classes, mean, std):
     torch.manual_seed(0)
     net = Segmenter(
         TinyEncoder(), TinyDecoder(), num_classes, mean=mean, std=std,
-        geometry=Geometry(4, 8, 1), feature_channels=8, encoder_channels=10,
+        geometry=Geometry(4, 8, 1, 4), feature_channels=8, encoder_channels=10,
+        fine_map=0, fine_channels=6,
     )  # fmt: skip
     net.head.weight.data *= 4  # confidences of many sizes
     return net
@@ -182,8 +183,7 @@ def base_terms(objective, batch):
     judge = logits_w
     if taught:
         judge = objective.teacher.eval()(normalise(u_w))
-    confidence, label = upsample(judge.detach()).softmax(1).max(1)
-    weak = (label, confidence, batch["valid"])
+    weak = pseudo_labels(judge.detach(), y, batch["valid"], config.method)
 
     strong = []
     for images, boxes in zip(batch["strong_image"], batch["box"], strict=True):
@@ -203,6 +203,24 @@ def base_terms(objective, batch):
     if "fp" in BASES[base]:
         terms["fp"] = consistency(logits_fp, weak, tau)
     return terms, weak, strong[0]
+
+
+def pseudo_labels(logits, y, valid, method):
+    """Label, confidence and validity of each pixel in the first step, before there are statistics of earlier ones."""
+    nearest = torch.arange(logits.shape[-1]) * CROP // logits.shape[-1]
+    y, at_logits = (x[:, nearest][:, :, nearest] for x in (y, valid))
+    if method.align:
+        known = torch.tensor([(y == k).sum() + 1.0 for k in range(CLASSES)])
+        guessed = torch.stack([logits.softmax(1)[:, k][at_logits].sum() + 1 for k in range(CLASSES)])
+        logits = logits + (known / known.sum() / (guessed / guessed.sum())).log().view(1, -1, 1, 1)
+    confidence, label = upsample(logits).softmax(1).max(1)
+    if method.class_thresholds:
+        highest, own = logits.softmax(1).max(1)
+        means = [highest[at_logits & (own == k)] for k in range(CLASSES)]
+        means = torch.stack([values.mean() if len(values) else torch.tensor(torch.nan) for values in means])
+        relative = (means / means.nan_to_num().max()).nan_to_num(1.0)
+        confidence = confidence / relative[label]
+    return label, confidence, valid
 
 
 def masked_terms(objective, batch, weak, strong):
@@ -248,7 +266,19 @@ def masked_terms(objective, batch, weak, strong):
         if config.mim.batch_norm == "batch":
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
 
-    tokens = maps[-1] if settings.tokens == "encoder" else feature
+    fused = None
+    if "pixel" in (settings.tokens, config.centroids.features):
+        parts = objective.pixel_tokens
+        deepest = F.interpolate(
+            F.conv2d(maps[-1], parts.deep.weight[:, :, None, None]), size=maps[0].shape[-2:], mode="bilinear"
+        )
+        fused = F.conv2d(maps[0], parts.fine.weight[:, :, None, None], parts.fine.bias) + deepest
+        mean, variance = fused.mean(1, keepdim=True), fused.var(1, correction=0, keepdim=True)
+        scale, shift = (p.view(1, -1, 1, 1) for p in (parts.norm.weight, parts.norm.bias))
+        fused = F.gelu((fused - mean) / (variance + 1e-5).sqrt() * scale + shift)
+    named = {"decoder": feature, "encoder": maps[-1], "pixel": fused}
+    compared = config.centroids.features or ("decoder" if settings.tokens == "pixel" else settings.tokens)
+    tokens, features = named[settings.tokens], named[compared]
     terms, wanted = {}, masked_of(config)
     groups = token_classes if config.method.preset in CLASS_WISE else token_classes.clamp(max=0)
     if "pix" in wanted:
@@ -256,7 +286,15 @@ def masked_terms(objective, batch, weak, strong):
         pixels = pixel_term(reconstructed, images, masked, token_classes, groups, stride, settings)
         terms["pix"] = config.mim.w_pix * pixels
     if "feat" in wanted:
-        terms["feat"] = config.mim.w_feat * feature_term(tokens, masked, groups, config.centroids)
+        side = {"decoder": 4, "encoder": 8, "pixel": 4}[compared]
+        labels, hidden = vote(classes, side, settings.min_share), masked
+        if side < stride:
+            hidden = masked.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        elif side > stride:
+            quarters = masked.float().view(len(masked), CROP // 8, 2, CROP // 8, 2).mean((2, 4))
+            labels, hidden = torch.where((quarters > 0) & (quarters < 1), -1, labels), quarters == 1
+        labels = labels if config.method.preset in CLASS_WISE else labels.clamp(max=0)
+        terms["feat"] = config.mim.w_feat * feature_term(features, hidden, labels, config.centroids)
     first = 0
     for name in config.mim.views if "sem" in wanted else ():
         part = slice(first, first + len(views[name][0]))

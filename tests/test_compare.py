@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from cmim import checkpoint, compare, train
-from cmim.config import config_from, dump_config
+from cmim.config import config_from, dump_config, load_config
+from cmim.engine import study
 from cmim.engine.run import Run
 from cmim.errors import UserError, run_command
 from cmim.settings import PRESETS
@@ -48,13 +50,14 @@ def test_compare_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch,
     assert started == folders
     rows = [line.split("|")[1:-1] for line in (tmp_path / "table/table.md").read_text().splitlines()]
     assert [cell.strip() for cell in rows[0]] == [
-        "preset", "seed 0", "seed 7", "last on test, mean ± sd", "best on val, mean ± sd",
+        "variant", "seed 0", "seed 7", "last on test, mean ± sd", "best on val, mean ± sd",
+        "minus supervised", "val minus supervised", "val at its time", "s/step",
     ]  # fmt: skip
     for row, preset in zip(rows[2:], ("supervised", "fixmatch"), strict=True):
         runs = [Run(tmp_path / "table" / f"{preset}-{seed}") for seed in (0, 7)]
         last, best = ([100 * json.loads(run.result.read_text())[key] for run in runs] for key in ("miou", "best_miou"))
         both = (f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}" for a, b in (last, best))
-        assert [cell.strip() for cell in row] == [preset, *(f"{v:.2f}" for v in last), *both]
+        assert [cell.strip() for cell in row][:5] == [preset, *(f"{v:.2f}" for v in last), *both]
         assert {checkpoint.load(run.last)["step"] for run in runs} == {2}
     assert (tmp_path / "table/table.md").read_text() in capsys.readouterr().out
 
@@ -64,12 +67,87 @@ def test_compare_makes_a_table_and_keeps_what_is_finished(tmp_path, monkeypatch,
 
     # What was interrupted is run again; more steps continue; other settings are refused, not taken for the old ones.
     Run(folders[1]).result.unlink()
+    (tmp_path / "table/results/fixmatch-0.json").unlink()
     compared(tmp_path / "table", *wanted)
     assert started[4:] == [folders[1]] and (tmp_path / "table/table.md").read_text() == before
+    with pytest.raises(UserError, match=r"supervised-0.json is the result of other settings; remove it"):
+        compared(tmp_path / "table", "--presets", "supervised", "--seeds", "0", train__steps=3)
+    (tmp_path / "table/results/supervised-0.json").unlink()
     compared(tmp_path / "table", "--presets", "supervised", "--seeds", "0", train__steps=3)
     assert started[5:] == [folders[0]] and json.loads(Run(folders[0]).result.read_text())["step"] == 3
+    (tmp_path / "table/results/fixmatch-7.json").unlink()
     with pytest.raises(UserError, match=r"fixmatch, seed 7 stopped with exit code 2: error: optimizer.lr differs"):
         compared(tmp_path / "table", "--presets", "fixmatch", "--seeds", "7", optimizer__lr=0.5)
+
+
+def test_variants_of_a_file_and_what_is_kept_of_them(tmp_path, monkeypatch, capsys):
+    started, variants = [], tmp_path / "variants.yaml"
+    monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
+    variants.write_text("plain: {method.preset: supervised}\nwide: {method.preset: fixmatch, data.scale: [0.5, 1.0]}\n")
+    wanted = ["--variants", str(variants), "--seeds", "3", "4", "--draw-splits", "--base", "plain"]
+    wanted += ["--results", str(tmp_path / "kept")]
+    compared(tmp_path / "table", *wanted)
+    assert "4 of 4 runs, about 0:00:00 left" in capsys.readouterr().out
+    config = load_config(Run(tmp_path / "table/wide-4").config)
+    assert (config.seed, config.data.split_seed, config.data.scale) == (4, 4, (0.5, 1.0))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "plain-3.json", "plain-4.json", "wide-3.json", "wide-4.json",
+    ]  # fmt: skip
+    kept = json.loads((tmp_path / "kept/wide-4.json").read_text())
+    summary = json.loads(Run(tmp_path / "table/wide-4").result.read_text())
+    assert (kept["miou"], kept["iou"], kept["seed"], kept["val"][-1][0]) == (summary["miou"], summary["iou"], 4, 2)
+    assert kept["seconds_per_step"] > 0 and "root" not in kept["config"].get("data", {})
+    table, plot = (tmp_path / "table/table.md").read_text(), (tmp_path / "table/plot.png").read_bytes()
+    assert table.splitlines()[0].count("minus plain") == 2 and plot.startswith(b"\x89PNG")
+
+    # The kept results stand for the run folders, on another machine too, but not for other settings.
+    compared(tmp_path / "elsewhere", *wanted, data__workers=1)
+    assert len(started) == 4 and (tmp_path / "elsewhere/table.md").read_text() == table
+    variants.write_text("plain: {method.preset: supervised}\nwide: {method.preset: fixmatch, data.scale: [0.5, 1.5]}\n")
+    with pytest.raises(UserError, match=r"wide-3.json is the result of other settings"):
+        compared(tmp_path / "elsewhere", *wanted)
+    (tmp_path / "kept/wide-3.json").write_text("{}")
+    with pytest.raises(UserError, match=r"wide-3.json is no result of cmim.compare"):
+        compared(tmp_path / "elsewhere", *wanted)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "names no variant"),
+        ("a/b: {seed: 3}", "'a/b' names a folder"),
+        ("a: 3", "a is 3, expected overrides"),
+        ("a: {seed: 3}", "--seed is set for each run"),
+        ("a: {data.split_seed: 3}", "--data.split_seed is set for each run"),
+        ("a: {train.steps: 3}", "--train.steps is set for each run; leave it away, or out of a"),
+        ("a: {train.stps: 3}", "did you mean train.steps?"),
+        ("a: {data.workers: 0}\nb: {}", "--base c is none of the variants: a, b"),
+    ],
+)
+def test_files_of_variants_that_are_refused(text, said, tmp_path):
+    (tmp_path / "variants.yaml").write_text(text)
+    base = ["--base", "c"] if "\n" in text else []
+    with pytest.raises(UserError) as caught:
+        compared(tmp_path / "table", "--variants", str(tmp_path / "variants.yaml"), "--draw-splits", *base)
+    assert said in str(caught.value) and not (tmp_path / "table").exists()
+
+
+def result(miou, val, seconds=1.0, seed=0):
+    return study.Result("v", seed, miou, 0.5, "test", val, {}, seconds, "a machine", {})
+
+
+def test_paired_differences_and_their_interval():
+    # Differences 1, 2, 3 and 6: mean 3, standard deviation sqrt(14 / 3), t of 3 degrees of freedom 3.182.
+    mean, half = study.difference([11, 22, 33, 46], [10, 20, 30, 40])
+    assert mean == 3 and half == pytest.approx(3.182 * (14 / 3) ** 0.5 / 2)
+    assert study.interval([5.0], [3.0]) == "+2.00" and study.interval([3, 5], [2, 2]) == "+2.00 [-10.71, +14.71]"
+    assert study.interval([math.nan, 1], [2, 2]) == "-"
+
+
+def test_val_at_the_time_of_the_base():
+    base = result(0.5, [(10, 0.3), (20, 0.4)], seconds=1.0)
+    assert study.at_equal_time(result(0.5, [(5, 0.1), (10, 0.2), (15, 0.9)], seconds=2.0), base) == 0.2
+    assert math.isnan(study.at_equal_time(result(0.5, [(15, 0.9)], seconds=2.0), base))
 
 
 def test_compare_starts_real_processes(tmp_path, monkeypatch):

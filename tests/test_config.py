@@ -268,6 +268,7 @@ def test_settings_that_contradict_each_other(overrides, said):
     [
         (["--mask.block", "2"], "mask.block is 2, which is not a multiple of the token stride 4"),
         (["--mask.block", "8", "--reconstruction.tokens", "encoder"], "not a multiple of the token stride 16"),
+        (["--mask.block", "8", "--centroids.features", "encoder"], "not a multiple of the token stride 16"),
         (["--model.arch", "dpt", "--model.encoder", "test_vit", "--data.crop", "72"], "takes multiples of 16; try 64"),
     ],
 )

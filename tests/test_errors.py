@@ -263,7 +263,10 @@ def test_nothing_to_predict(run, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     say = lambda path: said_by(capfd, predict.main, run.folder, path, "-o", tmp_path / "out")  # noqa: E731
     assert say(tmp_path / "empty").startswith(f"{tmp_path / 'empty'} holds no images (.bmp, .gif")
-    assert say(tmp_path / "none") == f"{tmp_path / 'none'} does not exist; give an image or a folder of images"
+    assert (
+        say(tmp_path / "none")
+        == f"{tmp_path / 'none'} does not exist; give an image, a folder of images or a pattern in quotes"
+    )
     (tmp_path / "bad.png").write_bytes(b"no image")
     assert say(tmp_path / "bad.png").startswith(f"cannot read {tmp_path / 'bad.png'}")
     assert "the following arguments are required: -o/--output" in said_by(capfd, predict.main, run.folder, "x.png")

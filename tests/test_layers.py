@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"cmim": ROOT / "cmim", "cmim_kernels": ROOT / "kernels" / "cmim_kernels"}
 GROUND = ("cmim.errors", "cmim.randomness", "cmim.distributed", "cmim.checkpoint")
 SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line", "cmim.early")
-COMMANDS = ("cmim.check", "cmim.suggest", "cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare")
+COMMANDS = (
+    "cmim.api", "cmim.check", "cmim.suggest", "cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare",
+)  # fmt: skip
 PUBLIC = {
     "cmim",
     "cmim.__version__",
@@ -62,7 +64,11 @@ def inside(name, part):
 def may_import(module, name):
     """Whether the import runs downwards, and to public names of the other package only."""
     if inside(module, "cmim"):
-        allowed = next((allowed for part, allowed in MAY_IMPORT.items() if inside(module, part)), ())
+        allowed = (
+            ("cmim",)
+            if module == "cmim"
+            else next((allowed for part, allowed in MAY_IMPORT.items() if inside(module, part)), ())
+        )
         return name in PUBLIC or any(inside(name, part) for part in (*allowed, "cmim_kernels.checks"))
     return not inside(name, "cmim") and not (
         inside(name, "cmim_kernels.ops") and any(inside(module, part) for part in KERNELS)

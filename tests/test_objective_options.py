@@ -16,6 +16,8 @@ EFFECTS = [
     ("method__ohem", {**OHEM, "threshold": 0.5}, {"method__ohem": OHEM}, {"sup"}),
     ("method__ohem", {**OHEM, "min_kept": 1000}, {"method__ohem": OHEM}, {"sup"}),
     ("method__w_unlabelled", 0.5, {}, {"strong", "fp"}),
+    ("method__align", True, {}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
+    ("method__class_thresholds", True, {"method__tau": 0.7}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
     ("mim__tau", 0.7, {}, {"pix", "feat"} | UNLABELLED_SEM),
     ("mim__w_pix", 1.0, {}, {"pix"}),
     ("method__complementary", False, {"method__preset": "unimatch_v2"}, {"strong1", "strong2"}),
@@ -39,6 +41,7 @@ EFFECTS = [
     ("reconstruction__normalize", True, {}, {"pix"}),
     ("reconstruction__balance", "class", {}, {"pix"}),
     ("reconstruction__min_share", 0.95, {}, {"pix", "feat"}),
+    ("centroids__features", "encoder", {}, {"feat"}),
     ("centroids__distance", "l2", {}, {"feat"}),
     ("centroids__detach", "masked", {}, "gradient"),
     ("centroids__detach", "none", {}, "gradient"),
@@ -85,12 +88,12 @@ def test_the_remaining_options_change_what_they_should(monkeypatch):
     assert views == {("labelled",): {"pix", "feat", "sem_labelled"}, ("weak", "strong"): {"pix", "feat"} | UNLABELLED_SEM}
 
     tokens = []
-    for kind in ("decoder", "encoder"):
+    for kind in ("decoder", "encoder", "pixel"):
         config = make_config("cmim", reconstruction__tokens=kind)
         objective = make_objective(monkeypatch, config)
         objective(make_batch(config), ramp())
         tokens.append((objective.reconstruction.project.in_features, objective.reconstruction.predict.out_features))
-    assert tokens == [(8, 4 * 4 * 3), (10, 8 * 8 * 3)]
+    assert tokens == [(8, 4 * 4 * 3), (10, 8 * 8 * 3), (8, 4 * 4 * 3)]
 
 
 def test_no_option_is_left_untested():

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmim.method.class_statistics import ClassStatistics
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
 from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
 
@@ -116,3 +117,28 @@ def test_complementary_channels():
     order = torch.tensor([7, 3, 207, 203])
     some = drop_complementary([m[order] for m in maps], drawn[order[:2]])
     assert torch.equal(some[0], torch.cat([first[0], second[0]])[order])
+
+
+def test_statistics_remember_earlier_steps():
+    statistics = ClassStatistics(2)
+    logits, labels = torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[:, :, 6:], valid = 1, torch.ones(1, 8, 8, dtype=torch.bool)
+    valid[:, 4:] = False
+    for _ in range(2):
+        aligned = statistics.align(logits, valid, labels, ranks=1)
+    # 12 and 4 of 16 labels; half of each of the 8 valid predictions. What the step before counted weighs 0.99.
+    assert torch.allclose(statistics.labelled, 1.99 * torch.tensor([12.0, 4.0]))
+    assert torch.allclose(statistics.predicted, 1.99 * torch.tensor([4.0, 4.0]))
+    ratio = torch.tensor([(1.99 * 12 + 1) / (1.99 * 4 + 1), 1.0]) * (2 * (1.99 * 4 + 1)) / (1.99 * 16 + 2)
+    assert torch.allclose(aligned[0, :, 0, 0], ratio.log()) and torch.equal(
+        aligned, aligned[:, :, :1, :1].expand_as(aligned)
+    )
+
+
+def test_a_class_that_is_less_confident_gets_a_lower_threshold():
+    statistics = ClassStatistics(3)
+    logits = torch.tensor([[2.0, 0.0, -9.0], [0.0, 1.0, -9.0]]).log_softmax(1).T.view(1, 3, 1, 2)
+    valid = torch.ones(1, 1, 2, dtype=torch.bool)
+    labels = statistics.relative(pseudo_labels(logits, valid, align_corners=True), logits, ranks=1)
+    # The mean confidence of each class is that of its one pixel, so that both are as sure as the most confident class.
+    assert labels.label.tolist() == [[[0, 1]]] and torch.allclose(labels.confidence, logits[0, 0, 0, 0].exp())

@@ -13,9 +13,11 @@ from tests.ranks import run_on_ranks
 CASES = [
     ("supervised", {"method__ohem": OHEM | {"min_kept": 1200}}),
     ("fixmatch", {}),
+    ("fixmatch", {"method__align": True, "method__class_thresholds": True, "method__tau": 0.7}),
     ("unimatch", {}),
     ("unimatch_v2", {"teacher__kind": "ema", "method__tau": 0.4}),
     ("mim", {"centroids__distance": "l2"}),
+    ("cmim", {"reconstruction__tokens": "pixel", "centroids__features": "encoder"}),
     ("cmim", {"reconstruction__balance": "class", "mask__per_class": True}),
     ("cmim", {"reconstruction__decoder": "attention", "mim__isolate": "input", "mim__batch_norm": "running"}),
 ]

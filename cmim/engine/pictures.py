@@ -86,7 +86,7 @@ def _masked_columns(objective, images, pseudo, chosen, config):
     columns = {"masked": [to_array(image) for image in _denormalise(seen, net)]}
     if "pix" not in config.preset.masked:
         return columns
-    result = objective.reconstruct(objective.masked_pass(seen)[0], tokens, masked)
+    result = objective.reconstruct(objective.masked_pass(seen).tokens, tokens, masked)
     patches = result.prediction.float()
     if config.reconstruction.normalize:
         patches = _undo_patch_normalisation(patches, net.normalise(images), stride)

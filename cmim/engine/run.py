@@ -18,7 +18,7 @@ from cmim.config import dump_config, load_config, overridden
 from cmim.errors import UserError
 from cmim.models.build import build_segmenter, check_sizes
 from cmim.models.segmenter import Segmenter
-from cmim.settings import Config
+from cmim.settings import NAMED_WEIGHTS, Config
 
 try:
     import fcntl
@@ -178,7 +178,7 @@ def absolute(config: Config) -> Config:
     weights = {}
     if model.init_from is not None:
         weights["init_from"] = Path(os.path.abspath(model.init_from))
-    if model.weights not in ("timm", "none"):
+    if model.weights not in NAMED_WEIGHTS:
         weights["weights"] = os.path.abspath(model.weights)
     return with_data(config.model_copy(update={"model": model.model_copy(update=weights)}), **paths)
 

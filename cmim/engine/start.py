@@ -105,7 +105,8 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
         config = config.model_copy(update={"model": model})
     if config.model.weights != "none":  # loading may take some seconds
         name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
-        where = "fetched, or from the cache" if config.model.weights == "timm" else config.model.weights
+        where = {"timm": "fetched, or from the cache", "package": "from its package"}
+        where = where.get(config.model.weights, config.model.weights)
         console.print(f"loading the pretrained weights of {name} ({where})")
     objective = Objective(config, num_classes)
     if objective.note:

@@ -42,22 +42,24 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmim.checkpoint import warm_start
 from cmim.data.datasets import IGNORED
 from cmim.distributed import all_gather, all_reduce
 from cmim.method import masking
+from cmim.method.class_statistics import ClassStatistics
 from cmim.method.diagnostics import coverage, gradient_norms, mean_colour_error, separation
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
 from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
 from cmim.models.batch_norm import batch_norm_mode
-from cmim.models.build import build_segmenter, token_stride
+from cmim.models.build import build_segmenter, centroid_stride, token_stride
+from cmim.models.pixel_tokens import PixelTokens
 from cmim.models.reconstruction import build_reconstruction
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 from cmim_kernels import (
-    ClassCentroids,
     centroid_distance,
     class_centroids,
     masked_patch_loss,
@@ -100,12 +102,20 @@ class MaskedViews(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Results from the tokens of the masked pass; V images, N = h w tokens."""
+    """Pixels from the tokens of the masked pass; V images, N = h w tokens."""
 
     groups: Tensor  # (V, N) classes for the decoder, -1 where there is none; all zero unless class-wise
     known: Tensor  # (V, N) bool: the (image, class) has a visible token, so hidden ones can be reconstructed
-    prediction: Tensor | None  # (V, N, p p channels), G(F, c_t, M); None if L_pix is not one of the terms
-    centroids: ClassCentroids  # of F by true class
+    prediction: Tensor  # (V, N, p p channels), G(F, c_t, M)
+
+
+class MaskedPass(NamedTuple):
+    """Maps of V masked images."""
+
+    tokens: Tensor | None  # F (V, C, h, w), of reconstruction.tokens; None if L_pix is not one of the terms
+    features: Tensor | None  # (V, C', h', w'), of centroids.features; None if L_feat is not one of the terms
+    decoded: Tensor  # the feature map that is classified
+    logits: Tensor  # z (V, K, ., .)
 
 
 class Output(NamedTuple):
@@ -132,7 +142,7 @@ class Objective(nn.Module):
         self.ranks = 1
         self.config, self.preset, self.num_classes = config, config.preset, num_classes
         self.mean, self.std = config.data.normalisation()
-        self.stride = token_stride(config)
+        self.stride, self.centroid_stride = token_stride(config), centroid_stride(config)
         model = config.model
         if model.init_from is not None:  # the warm start overwrites the weights, so download none
             model = model.model_copy(update={"weights": "none"})
@@ -140,16 +150,30 @@ class Objective(nn.Module):
         self.note = warm_start(self.net, config.model.init_from) if config.model.init_from is not None else None
         if config.has_teacher:
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
+        if self.preset.uses_unlabelled and (config.method.align or config.method.class_thresholds):
+            self.classes = ClassStatistics(num_classes)
         if self.preset.masked:
             self.fill = masking.Fill(config.mask.fill, self.mean, self.std)
+        if "pixel" in self.maps_of_masked():
+            self.pixel_tokens = PixelTokens(self.net.fine_channels, self.net.encoder_channels, config.reconstruction.width)
         if "pix" in self.preset.masked:
+            channels = {
+                "decoder": self.net.feature_channels,
+                "encoder": self.net.encoder_channels,
+                "pixel": config.reconstruction.width,
+            }
             self.reconstruction = build_reconstruction(
                 config.reconstruction,
-                self.net.feature_channels if config.reconstruction.tokens == "decoder" else self.net.encoder_channels,
+                channels[config.reconstruction.tokens],
                 self.stride,
                 num_classes if self.preset.class_wise else 1,
                 image_channels=len(self.mean),
             )
+
+    def maps_of_masked(self) -> set[str]:
+        """Which feature maps the masked terms use, by their names in the settings."""
+        of_terms = {"pix": self.config.reconstruction.tokens, "feat": self.config.centroid_features}
+        return {name for term, name in of_terms.items() if term in self.preset.masked}
 
     def evaluated(self) -> Segmenter:
         """The network whose weights evaluation and prediction use."""
@@ -187,10 +211,10 @@ class Objective(nn.Module):
         else:
             terms, figures, features, views = self.labelled_base(batch)
         if self.preset.masked and ramp is not None and begun:
-            masked_terms, masked_figures, masked_feature = self.masked_terms(batch, views, diagnostics)
+            masked_terms, masked_figures, masked_features = self.masked_terms(batch, views, diagnostics)
             terms |= {name: (ramp * weight, term) for name, (weight, term) in masked_terms.items()}
             figures |= masked_figures
-            features.append(masked_feature)
+            features += masked_features
         return self.total_loss(terms, figures, features, gradients)
 
     def labelled_base(self, batch: dict[str, Tensor]) -> Base:
@@ -218,7 +242,7 @@ class Objective(nn.Module):
                 logits = self.teacher(net.normalise(u_w))
         else:
             logits = logits_w[0]
-        weak = pseudo_labels(logits, batch["valid"], net.align_corners)
+        weak = self.pseudo_labels(logits, batch)
 
         # Every strong view has its own CutMix box, which is applied to image and pseudo-label.
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
@@ -239,6 +263,14 @@ class Objective(nn.Module):
             terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak))
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
+
+    def pseudo_labels(self, logits: Tensor, batch: dict[str, Tensor]) -> PseudoLabels:
+        """Those of the weak views, from their logits."""
+        method, valid, logits = self.config.method, batch["valid"], logits.detach()
+        if method.align:
+            logits = self.classes.align(logits, valid, batch["label"], self.ranks)
+        labels = pseudo_labels(logits, valid, self.net.align_corners)
+        return self.classes.relative(labels, logits, self.ranks) if method.class_thresholds else labels
 
     def supervised(self, logits: Tensor, y: Tensor) -> Ratio:
         """L_sup. With OHEM only pixels count whose true class has a probability of at most the threshold, or of at most that
@@ -261,23 +293,24 @@ class Objective(nn.Module):
 
     def masked_terms(
         self, batch: dict[str, Tensor], views: dict[str, tuple[Tensor, PseudoLabels]], diagnostics: bool
-    ) -> tuple[Terms, dict[str, Tensor], Tensor]:
-        """The terms L_pix, L_feat and L_sem that the preset has, figures for the log, and F."""
+    ) -> tuple[Terms, dict[str, Tensor], list[Tensor]]:
+        """The terms L_pix, L_feat and L_sem that the preset has, figures for the log, and the maps that they use."""
         masked = self.masked_views(batch, views)
-        tokens, logits = self.masked_pass(self.apply_mask(masked.image, masked.classes, masked.mask))
+        maps = self.masked_pass(self.apply_mask(masked.image, masked.classes, masked.mask))
         terms, figures = {}, {"valid_tokens": (masked.token_classes >= 0).float().mean()}
-        wanted = self.preset.masked
-        if "pix" in wanted or "feat" in wanted:
-            result = self.reconstruct(tokens, masked.token_classes, masked.mask)
+        wanted, visible = self.preset.masked, None
+        if "feat" in wanted:
+            term, more, count = self.feature_term(masked, maps.features, diagnostics)
+            terms["feat"], figures = (self.config.mim.w_feat, term), figures | more
+            visible = count[:, :, 0] if self.centroid_stride == self.stride else None
         if "pix" in wanted:
+            result = self.reconstruct(maps.tokens, masked.token_classes, masked.mask, visible)
             term, more = self.pixel_term(masked, result, diagnostics)
             terms["pix"], figures = (self.config.mim.w_pix, term), figures | more
-        if "feat" in wanted:
-            term, more = self.feature_term(masked, result, tokens, diagnostics)
-            terms["feat"], figures = (self.config.mim.w_feat, term), figures | more
         if "sem" in wanted:
-            terms |= self.semantic_terms(masked, logits)
-        return terms, figures, tokens
+            terms |= self.semantic_terms(masked, maps.logits)
+        used = {id(x): x for x in (maps.decoded, maps.tokens, maps.features) if x is not None}
+        return terms, figures, list(used.values())
 
     def masked_views(self, batch: dict[str, Tensor], views: dict[str, tuple[Tensor, PseudoLabels]]) -> MaskedViews:
         """The views of `mim.views`, concatenated, with their class maps and masks."""
@@ -306,28 +339,54 @@ class Objective(nn.Module):
             hidden = hidden | (classes == IGNORED)
         return self.fill(self.net.normalise(image), hidden)
 
-    def masked_pass(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """F (V, C, h, w) and z (V, K, ., .) of masked images (V, channels, H, W)."""
-        with batch_norm_mode(self.net, self.config.mim.batch_norm):
-            maps = self.net.encode(images)
-            feature = self.net.decode(maps)
-            logits = self.net.classify(feature)
-        return feature if self.config.reconstruction.tokens == "decoder" else maps[-1], logits
+    def masked_pass(self, images: Tensor) -> MaskedPass:
+        """The maps of masked images (V, channels, H, W), normalised."""
+        net, used = self.net, self.maps_of_masked()
+        with batch_norm_mode(net, self.config.mim.batch_norm):
+            maps = net.encode(images)
+            decoded = net.decode(maps)
+            logits = net.classify(decoded)
+        named = {"decoder": decoded, "encoder": maps[-1]}
+        if "pixel" in used:
+            named["pixel"] = self.pixel_tokens(maps[net.fine_map], maps[-1])
+        tokens = named[self.config.reconstruction.tokens] if "pix" in self.preset.masked else None
+        features = named[self.config.centroid_features] if "feat" in self.preset.masked else None
+        return MaskedPass(tokens, features, decoded, logits)
 
-    def reconstruct(self, tokens: Tensor, token_classes: Tensor, mask: Tensor) -> Reconstruction:
-        """Centroids and reconstruction from the tokens F.
+    def reconstruct(
+        self, tokens: Tensor, token_classes: Tensor, mask: Tensor, visible: Tensor | None = None
+    ) -> Reconstruction:
+        """Pixels from the tokens F.
 
         Args:
             tokens: (V, C, h, w).
             token_classes: (V, h, w) int32, -1 where there is none.
             mask: (V, h, w) bool.
+            visible: (V, K) number of visible tokens of each class, if it is known.
         """
         labels = token_classes.flatten(1)
-        centroids = class_centroids(tokens, labels, mask.flatten(1), self.num_classes)
-        known = (centroids.count[:, :, 0] > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
-        groups = labels if self.preset.class_wise else torch.where(labels >= 0, 0, -1).int()
-        prediction = self.reconstruction(tokens, groups.view_as(mask), mask) if "pix" in self.preset.masked else None
-        return Reconstruction(groups, known, prediction, centroids)
+        if visible is None:
+            visible = class_centroids(tokens.detach(), labels, mask.flatten(1), self.num_classes).count[:, :, 0]
+        known = (visible > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
+        groups = self.groups_of(labels)
+        return Reconstruction(groups, known, self.reconstruction(tokens, groups.view_as(mask), mask))
+
+    def groups_of(self, labels: Tensor) -> Tensor:
+        """The classes that the masked terms keep apart: those of `labels`, or all as one."""
+        return labels if self.preset.class_wise else torch.where(labels >= 0, 0, -1).int()
+
+    def centroid_tokens(self, views: MaskedViews) -> tuple[Tensor, Tensor]:
+        """Class and mask, (V, N') each, of the tokens of `centroids.features`. If they are larger than those of
+        `reconstruction.tokens`, those that are hidden in part have no class."""
+        if self.centroid_stride == self.stride:
+            return views.token_classes.flatten(1), views.mask.flatten(1)
+        min_share = self.config.reconstruction.min_share
+        classes = patch_labels(views.classes, self.centroid_stride, self.num_classes, min_share=min_share)
+        if self.centroid_stride < self.stride:
+            return classes.flatten(1), masking.expand(views.mask, self.stride // self.centroid_stride).flatten(1)
+        hidden = F.avg_pool2d(views.mask[:, None].float(), self.centroid_stride // self.stride)[:, 0]
+        classes = torch.where((hidden > 0) & (hidden < 1), -1, classes)
+        return classes.flatten(1), (hidden == 1).flatten(1)
 
     def pixel_term(self, views: MaskedViews, result: Reconstruction, diagnostics: bool) -> tuple[Ratio, dict[str, Tensor]]:
         """L_pix, and figures for the log."""
@@ -348,19 +407,21 @@ class Objective(nn.Module):
         return Ratio(total, count), {"pix_vs_mean_colour": patches.loss.detach() / guess.clamp(min=1e-8)}
 
     def feature_term(
-        self, views: MaskedViews, result: Reconstruction, tokens: Tensor, diagnostics: bool
-    ) -> tuple[Ratio, dict[str, Tensor]]:
-        """L_feat, and figures for the log."""
-        settings, centroids = self.config.centroids, result.centroids
+        self, views: MaskedViews, features: Tensor, diagnostics: bool
+    ) -> tuple[Ratio, dict[str, Tensor], Tensor]:
+        """L_feat, figures for the log, and the numbers of visible and hidden tokens of each class, (V, K, 2)."""
+        settings = self.config.centroids
+        labels, mask = self.centroid_tokens(views)
+        of_classes = centroids = class_centroids(features, labels, mask, self.num_classes)
         if not self.preset.class_wise:
-            centroids = class_centroids(tokens, result.groups, views.mask.flatten(1), 1)
+            centroids = class_centroids(features, self.groups_of(labels), mask, 1)
         pairs = centroid_distance(
             centroids, distance=settings.distance, detach=settings.detach, min_tokens=settings.min_tokens
         )
         figures = {"pairs": self.ranks * pairs.pair_count.float()}
         if diagnostics:
-            figures["separation"] = separation(result.centroids)
-        return Ratio(pairs.pair_sum[None], pairs.pair_count[None]), figures
+            figures["separation"] = separation(of_classes)
+        return Ratio(pairs.pair_sum[None], pairs.pair_count[None]), figures, of_classes.count
 
     def semantic_terms(self, views: MaskedViews, logits: Tensor) -> Terms:
         """L_sem, one term for each view."""

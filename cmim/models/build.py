@@ -71,8 +71,17 @@ def normalisation(settings: ModelSettings, channels: int) -> tuple[tuple[float, 
 
 def token_stride(config: Config) -> float:
     """Side length in pixels of a token and of the patch that is reconstructed from it."""
+    return _stride(config, config.reconstruction.tokens)
+
+
+def centroid_stride(config: Config) -> float:
+    """Side length in pixels of a token of the map whose centroids are compared."""
+    return _stride(config, config.centroid_features)
+
+
+def _stride(config, name):
     form = geometry(config.model)
-    return form.feature_stride if config.reconstruction.tokens == "decoder" else form.encoder_stride
+    return {"decoder": form.feature_stride, "encoder": form.encoder_stride, "pixel": form.fine_stride}[name]
 
 
 def check_sizes(config: Config) -> None:
@@ -85,14 +94,19 @@ def check_sizes(config: Config) -> None:
         )
     if not config.preset.masked:
         return
-    stride = token_stride(config)
-    if stride != int(stride):
-        raise UserError(
-            f"reconstruction.tokens is decoder, but its stride is {stride:g} pixels, not a whole number; "
-            "use --reconstruction.tokens encoder"
-        )
-    if config.mask.block % stride:
-        raise UserError(f"mask.block is {config.mask.block}, which is not a multiple of the token stride {stride}")
+    strides = {"reconstruction.tokens": token_stride(config)}
+    if "feat" in config.preset.masked:
+        strides["centroids.features"] = centroid_stride(config)
+    for key, stride in strides.items():
+        if stride != int(stride):
+            raise UserError(
+                f"{key} is decoder, but its stride is {stride:g} pixels, not a whole number; use --{key} encoder"
+            )
+        if config.mask.block % stride:
+            raise UserError(f"mask.block is {config.mask.block}, which is not a multiple of the token stride {stride}")
+    small, large = sorted(strides.values()) if len(strides) > 1 else (1, 1)
+    if large % small:
+        raise UserError(f"centroids.features has tokens of {large} pixels, no multiple of {small} of reconstruction.tokens")
 
 
 def _module(arch: str) -> ModuleType:

@@ -14,7 +14,7 @@ from cmim.settings import ModelSettings
 
 
 def geometry(settings: ModelSettings) -> Geometry:
-    return Geometry(4, settings.output_stride, 1)
+    return Geometry(4, settings.output_stride, 1, 4)
 
 
 def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Segmenter:
@@ -38,6 +38,8 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
         geometry=geometry(settings),
         feature_channels=width,
         encoder_channels=encoder_channels,
+        fine_map=0,
+        fine_channels=low_level_channels,
     )
 
 

@@ -27,7 +27,7 @@ def geometry(settings: ModelSettings) -> Geometry:
     """
     with torch.device("meta"):
         patch = create_transformer(settings.encoder, "none").feature_info[-1]["reduction"]
-    return Geometry(patch // 8 if patch % 8 == 0 else patch / 8, patch, patch)
+    return Geometry(patch // 8 if patch % 8 == 0 else patch / 8, patch, patch, patch)
 
 
 def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> Segmenter:

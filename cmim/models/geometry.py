@@ -7,3 +7,4 @@ class Geometry(NamedTuple):
     feature_stride: float  # stride of the decoder's feature map in pixels
     encoder_stride: int  # stride of the encoder's deepest map
     multiple: int  # sides of images must be multiples of this
+    fine_stride: int  # stride of the encoder's shallowest map from stride 4 on, which may be the deepest one

@@ -17,9 +17,11 @@ class Segmenter(nn.Module):
         decoder: those maps -> one feature map (B, `feature_channels`, h, w).
         num_classes: number of classes K.
         mean, std: of each of the c channels of the images, of values in [0, 1].
-        geometry: strides of the decoder's feature map and of the encoder's deepest map, and the number that sides of images
-            must be multiples of; the attributes `feature_stride`, `encoder_stride` and `size_multiple`.
-        feature_channels, encoder_channels: channels of these two maps.
+        geometry: strides of the decoder's feature map and of the encoder's deepest map, the number that sides of images must
+            be multiples of, and the stride of a fine map; the attributes `feature_stride`, `encoder_stride`, `size_multiple`
+            and `fine_stride`.
+        feature_channels, encoder_channels: channels of the first two maps.
+        fine_map, fine_channels: index of the fine map among the encoder's, and its channels; by default the deepest map.
         head: (B, feature_channels, h, w) -> (B, K, h, w); by default a 1 x 1 convolution.
 
     Images are normalised floats. With a size_multiple of 1 they may have any size: if a side is not a multiple of the stride
@@ -40,13 +42,16 @@ class Segmenter(nn.Module):
         geometry: Geometry,
         feature_channels: int,
         encoder_channels: int,
+        fine_map: int = -1,
+        fine_channels: int | None = None,
         head: nn.Module | None = None,
     ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.head = nn.Conv2d(feature_channels, num_classes, 1) if head is None else head
         self.feature_channels, self.encoder_channels = feature_channels, encoder_channels
-        self.feature_stride, self.encoder_stride, self.size_multiple = geometry
+        self.fine_map, self.fine_channels = fine_map, fine_channels or encoder_channels
+        self.feature_stride, self.encoder_stride, self.size_multiple, self.fine_stride = geometry
         self.encoder_frozen = False
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)

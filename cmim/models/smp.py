@@ -24,11 +24,12 @@ from cmim.models.weights import (
     fetch,
     load_timm_file,
     load_weights,
+    package_weights,
     read_weights,
     timm_names,
     timm_normalisation,
 )
-from cmim.settings import ModelSettings
+from cmim.settings import NAMED_WEIGHTS, ModelSettings
 
 
 class EncoderMap(NamedTuple):
@@ -42,6 +43,16 @@ class Layout(NamedTuple):
     maps: tuple[EncoderMap, ...]  # smp's list
     feature_channels: int
     unused: frozenset[str]  # parameters that no gradient reaches
+
+    @property
+    def learned(self) -> list[EncoderMap]:
+        """The maps that `SmpSegmenter.encode` returns."""
+        return [m for m in self.maps if m.learned]
+
+    @property
+    def fine_map(self) -> int:
+        """The index of the shallowest of them from stride 4 on."""
+        return _fine_map(self.learned)
 
 
 class SmpSegmenter(Segmenter):
@@ -65,6 +76,8 @@ class SmpSegmenter(Segmenter):
             geometry=layout.geometry,
             feature_channels=layout.feature_channels,
             encoder_channels=layout.maps[-1].channels,
+            fine_map=layout.fine_map,
+            fine_channels=layout.learned[layout.fine_map].channels,
         )
         self.maps = layout.maps
         self.align_corners = getattr(
@@ -102,7 +115,10 @@ def build(settings: ModelSettings, num_classes: int, mean: Sequence[float], std:
         model = fetch(encoder, lambda: _create(settings.arch, weights, **options))
     else:
         model = _create(settings.arch, None, **options)
-    if settings.weights not in ("timm", "none"):
+    if settings.weights == "package":
+        found = package_weights(encoder.removeprefix("tu-"))
+        load_weights(model.encoder.model, *found)
+    elif settings.weights not in NAMED_WEIGHTS:
         path = Path(settings.weights)
         if encoder.startswith("tu-"):
             load_timm_file(model.encoder.model, encoder.removeprefix("tu-"), path)
@@ -184,8 +200,13 @@ def _measure(arch: str, device: str) -> Layout:
         feature = model.decoder(features)
         model.segmentation_head[0](feature).sum().backward()
     unused = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
-    strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple)
+    learned = [m for m in maps if m.learned]
+    strides = Geometry(side // feature.shape[-1], maps[-1].stride, multiple, learned[_fine_map(learned)].stride)
     return Layout(strides, tuple(maps), feature.shape[1], unused)
+
+
+def _fine_map(learned: Sequence[EncoderMap]) -> int:
+    return next((i for i, m in enumerate(learned) if m.stride >= 4), len(learned) - 1)
 
 
 @torch.no_grad()

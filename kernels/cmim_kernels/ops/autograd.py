@@ -72,8 +72,10 @@ def _quick(function):
 
 
 def _follows(arguments):
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        return True
+    if torch.is_grad_enabled():
+        for a in arguments:
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
     if torch.compiler.is_compiling():
         return False
     # Inside a transform, requires_grad of tensors does not show whether they are tracked; forward AD does not use it.

@@ -46,7 +46,7 @@ def _directly(op, implementation):
         if torch.compiler.is_compiling() or _is_watched():
             return op(*arguments)
         for a in arguments:
-            if isinstance(a, torch.Tensor) and (type(a) not in _ORDINARY or a.device.type not in ("cpu", "cuda")):
+            if isinstance(a, torch.Tensor) and (type(a) not in _ORDINARY or not (a.is_cpu or a.is_cuda)):
                 return op(*arguments)
         return implementation(*arguments)
 
@@ -77,7 +77,7 @@ def _choosing(name, torch_backend):
         if backend == "torch":
             return torch_backend(*arguments)
         launcher = _launcher(backend, name)
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        if backend == "cpu" or device.type != "cuda" or device.index == torch.cuda.current_device():
             return launcher(*arguments)
         with torch.cuda.device(device):  # launches go to the current device
             return launcher(*arguments)
