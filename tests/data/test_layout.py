@@ -82,6 +82,8 @@ def test_the_trainer_reads_what_was_found(name, tmp_path):
         ("trainannot", ("{split}annot", "masks", "train")),
         ("SegmentationClass", ("SegmentationClass", "masks", None)),
         ("ground_truth/dev", ("ground_truth/{split}", "masks", "val")),
+        ("images/a/images", ("images", "images", None)),
+        ("images/a/masks", ("images/a/masks", "masks", None)),
         ("trainings plan/x", (".", None, None)),
         ("", (".", None, None)),
     ],
