@@ -65,7 +65,7 @@ def parser_of(command: str, doc: str) -> CommandLine:
     parser = CommandLine(f"cmim.{command}", doc)
     add = parser.add_argument
     if command == "train":
-        add("config", nargs="?", help="a YAML file; without it, the built-in `shapes` set")
+        add("config", nargs="?", help="a YAML file or a folder of images; without it, the built-in `shapes` set")
         add("--output", metavar="RUN", help="run folder; by default runs/<config>-<time>")
         add("--resume", action="store_true", help="continue the run in --output, or start it if there is none")
         add(
@@ -73,6 +73,10 @@ def parser_of(command: str, doc: str) -> CommandLine:
             action="store_true",
             help="print settings, data, network, memory and time, measured on a few steps, and write nothing",
         )
+    elif command == "check":
+        add("path", help="a folder of images and masks, or a config file")
+        add("--output", type=Path, metavar="CONFIG", help="config to write; by default NAME.yaml, NAME that of the folder")
+        add("--convert", type=Path, metavar="OUT", help="make masks of polygons (COCO, LabelMe, CVAT) in OUT, and check OUT")
     elif command == "compare":
         add("config", nargs="?", default=default_config_path(), help="a YAML file; without it, the built-in `shapes` set")
         add("--output", type=Path, required=True, help="folder of the runs and the table")

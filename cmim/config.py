@@ -30,10 +30,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, an unknown key, an invalid value, or contradictory settings.
     """
-    values = read_yaml(path)
+    return override(read_yaml(path), path, overrides)
+
+
+def override(values: dict, source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Validated settings from nested dictionaries with overrides; otherwise as `load_config`. `source` says in error
+    messages where the dictionaries come from."""
     if not overrides:
-        return config_from(values, path)
-    _validate(values, path)  # separately, so that an error names either the file or the command line
+        return config_from(values, source)
+    _validate(values, source)  # separately, so that an error names either the file or the command line
     for key, text in overridden(overrides):
         section = values
         *parents, last = key.split(".")
@@ -247,6 +252,7 @@ HINTS = {
     "data.size": "give [height, width]",
     "data.flips": "give a list, such as [horizontal, vertical]",
     "data.scale": "give [lowest, highest]",
+    "data.range": "give [the value that becomes 0, the value that becomes 255]",
     "evaluation.scales": "give a list, such as [0.75, 1, 1.25]",
     "evaluation.table": "give a list, such as [iou, dice]",
     "mim.views": "give a list, such as [labelled, weak]",

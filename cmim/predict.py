@@ -83,7 +83,7 @@ def read(
     for path in paths:
         progress.advance()
         try:
-            image = open_image(path, data.channels, data.exif == "apply")
+            image = open_image(path, data.channels, data.exif == "apply", data.range)
         except UserError as error:
             unreadable.append(error)
             continue

@@ -91,9 +91,16 @@ class DataSettings(Section):
     colour_tolerance: Annotated[float, Field(ge=0, le=442, strict=True)] = 0
     """Distance in RGB up to which a pixel takes the nearest of `colours`; those beyond are ignored. 0: every pixel has
     one of the colours exactly. About 60 suits JPEG masks, which need it."""
+    image_folder: str = "{split}/images"
+    """Folder of the images of `folder`, below `root`; {split} stands for `train`, `val` or `test`: "images/{split}",
+    "{split}_photos". Without {split} all are training images: "photos", or "." for `root` itself."""
+    mask_folder: str = "{split}/masks"
+    """Folder of their masks; it may be the same one, where `masks` tells them apart."""
     masks: str = "{stem}"
-    """File name of a mask of `folder`, in the folder below masks/ as its image below images/; {stem} is the image's without
-    suffix: "{stem}_mask.png", "{stem}_L.png". Without a suffix any of masks is taken."""
+    """File name of a mask of `folder`, in the folder below `mask_folder` as its image below `image_folder`; {stem} is the
+    image's without suffix: "{stem}_mask.png", "{stem}_L.png". Without a suffix any of masks is taken."""
+    train: str = "train"
+    """What {split} is for the training images of `folder`, such as "training"."""
     background: Annotated[int, Field(ge=0, le=254, strict=True)] | None = None
     """Class left out of the "foreground" figures of the log; none by default."""
     channels: Positive = 3
@@ -103,6 +110,9 @@ class DataSettings(Section):
     channels the mean of those three)."""
     std: tuple[Annotated[float, Field(gt=0, le=1, strict=True)], ...] | None = None
     """Of each channel, on the same scale: numbers meant for 0 to 255 are divided by 255."""
+    range: tuple[float, float] | None = None
+    """For images with more than 8 bits (16-bit PNG and TIFF, .npy of other types than uint8): the values that become 0 and
+    255, such as [0, 4095]; those beyond are clipped."""
     exif: Literal["apply", "ignore"] | None = None
     """Whether images are turned as their EXIF orientation says. By default whichever fits the sizes of the masks, decided at
     the start; `ignore` where they cannot tell."""
@@ -169,6 +179,23 @@ class DataSettings(Section):
                 f"data.masks is {self.masks!r}, expected a file name with {{stem}} once, such as '{{stem}}_mask.png'; it "
                 "stands for the image's name without suffix"
             )
+        for key in ("image_folder", "mask_folder"):
+            place = getattr(self, key)
+            if not place or place.count("{split}") > 1 or any(c in place.replace("{split}", "") for c in "{}\\"):
+                raise UserError(
+                    f"data.{key} is {place!r}, expected a folder below data.root, {{split}} in it once or not at all"
+                )
+            if place.startswith("/") or ".." in place.split("/"):
+                raise UserError(f"data.{key} is {place!r}, expected a folder below data.root: give another data.root")
+        if "{split}" in self.mask_folder and "{split}" not in self.image_folder:
+            raise UserError("data.mask_folder has {split}, but data.image_folder has not: give both, or neither")
+        if self.image_folder == self.mask_folder and self.masks == "{stem}":
+            raise UserError(
+                "data.image_folder and data.mask_folder are the same: data.masks must tell masks from images, such as "
+                "'{stem}_mask.png', or '{stem}.png' where the images have another suffix"
+            )
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise UserError(f"data.range: the lower bound {self.range[0]:g} is not below the upper bound {self.range[1]:g}")
         if self.colours is None and self.colour_tolerance:
             raise UserError("data.colour_tolerance is given without data.colours; give these too, or leave it away")
         if self.colours is not None and self.label_map:

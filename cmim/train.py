@@ -1,6 +1,7 @@
 """Train a segmentation network from a few labelled and many unlabelled images.
 
     python -m cmim.train                                              # the built-in `shapes` set
+    python -m cmim.train FOLDER                                       # your images, as `python -m cmim.check FOLDER` finds
     python -m cmim.train configs/camvid.yaml --data.root CamVid       # a config file and overrides
     python -m cmim.train --method.preset supervised --output runs/s   # another method, a folder of your choice
     python -m cmim.train --output runs/s --resume                     # continue after an interruption
@@ -37,6 +38,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cmim import checkpoint, distributed
+from cmim.check import for_training
 from cmim.command_line import parser_of
 from cmim.config import check_background, check_class_weights, check_counts, default_config_path, load_config
 from cmim.data import load_splits
@@ -199,8 +201,8 @@ class Trainer:
         return factor
 
     def time_steps(self, first: int, count: int) -> list[float]:
-        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first one also computes
-        what the log and a picture need, which takes the most memory."""
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first one also
+        computes what the log and a picture need, which takes the most memory."""
         self.step, seconds = first, []
         loader = self.loader(first, first + count)
 
@@ -406,7 +408,7 @@ def digest(image_set: ImageSet) -> tuple[int, str]:
 
 
 def main(arguments: Sequence[str]) -> Path:
-    """Train; returns the run folder."""
+    """Train; returns the run folder, which a dry run does not make."""
     given, overrides = parser_of("train", __doc__).parse(arguments)
     if given.resume and given.output is None:
         raise UserError("--resume needs --output RUN")
@@ -414,9 +416,10 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError("--dry-run tells about a new run; leave --resume out")
     console.quiet = distributed.world().rank > 0
     config_path = default_config_path() if given.config is None else given.config
-    if given.resume and given.config is None and Run(given.output).config.exists():
+    if given.resume and (given.config is None or Path(given.config).is_dir()) and Run(given.output).config.exists():
         config_path = Run(given.output).config
-    config = load_config(config_path, overrides)
+    suggested = for_training(Path(config_path)) if Path(config_path).is_dir() else None
+    config = suggested.config(overrides) if suggested is not None else load_config(config_path, overrides)
     earlier = Run(given.output) if given.resume else None
     continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
@@ -428,7 +431,7 @@ def main(arguments: Sequence[str]) -> Path:
     check_class_weights(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
     device = choose_device(config.train.device)
-    folder = given.output or default_folder(config_path)
+    folder = given.output or default_folder(os.path.abspath(config_path))
     run = open_run(folder, config, given.resume)
     if given.dry_run:
         config, splits, notes = settle(config, splits)
@@ -437,7 +440,7 @@ def main(arguments: Sequence[str]) -> Path:
             objective = build_objective(untrained(config), len(splits.class_names), run)
             trainer = Trainer(config, splits, Run(os.devnull), objective, device)
             dry_run(config, splits, run, objective, trainer.optimizer, trainer.time_steps, device)
-        return
+        return run.folder
     with locked(run) if distributed.world().rank == 0 else nullcontext():
         open_run(folder, config, given.resume)  # again, because another process may have used the folder until now
         notes = []
@@ -458,6 +461,8 @@ def main(arguments: Sequence[str]) -> Path:
             if distributed.rank() == 0:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
                 start_run(run, config, names_of(splits.labelled), drawn, weights)
+                if suggested is not None:
+                    suggested.write(run.folder)
             trainer.train()
     return run.folder
 

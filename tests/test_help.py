@@ -16,7 +16,7 @@ from cmim.command_line import _sections, parser_of, section_help, sections
 from cmim.early import NEEDED
 from cmim.settings import Config
 
-COMMANDS = ("train", "evaluate", "predict", "compare")
+COMMANDS = ("check", "train", "evaluate", "predict", "compare")
 
 
 def run(*arguments, before=""):

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"cmim": ROOT / "cmim", "cmim_kernels": ROOT / "kernels" / "cmim_kernels"}
 GROUND = ("cmim.errors", "cmim.randomness", "cmim.distributed", "cmim.checkpoint")
 SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line", "cmim.early")
-COMMANDS = ("cmim.__main__", "cmim.api", "cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare")
+COMMANDS = (
+    "cmim.__main__", "cmim.api", "cmim.check", "cmim.suggest", "cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare",
+)  # fmt: skip
 PUBLIC = {
     "cmim",
     "cmim.__version__",

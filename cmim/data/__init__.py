@@ -23,7 +23,9 @@ FORMATS: dict[str, Callable[[DataSettings], Source] | None] = {
 """The `Source` of each `data.format`."""
 
 
-UNUSED = {"shapes": ("root", "classes", "label_map", "colours", "masks", "labelled", "exif")}
+PLACES = ("image_folder", "mask_folder", "masks", "train")
+"""Settings of `folder` alone."""
+UNUSED = {"shapes": ("root", "classes", "label_map", "colours", *PLACES, "labelled", "exif", "range")}
 """Settings that a format has no use for. Benchmarks, which have their own classes, say so themselves."""
 
 

@@ -37,8 +37,9 @@ class Benchmark:
         self.root = settings.root
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
-        if settings.masks != DataSettings.model_fields["masks"].default:
-            raise UserError(f"data.masks: {settings.format} has its own names of masks; leave it away")
+        for key in ("masks", "image_folder", "mask_folder", "train"):
+            if getattr(settings, key) != DataSettings.model_fields[key].default:
+                raise UserError(f"data.{key}: {settings.format} has its own names of masks and folders; leave it away")
         for key, default in (("classes", None), ("ignore", IGNORED), ("label_map", {}), ("colours", None)):
             if getattr(settings, key) != default:
                 raise UserError(

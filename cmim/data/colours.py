@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -134,7 +134,7 @@ def colour_picture(path: object, found: Counter[str]) -> str:
     """What to say of a mask in colours where `data.colours` is not given; `found` are the colours of this mask, or of
     several."""
     total, blurred = sum(found.values()), len(found) > MANY
-    most = _grouped(found) if blurred else found.most_common(SHOWN)
+    most = group_colours(found) if blurred else found.most_common(SHOWN)
     value = ", ".join(f'name{i}: "{colour}"' for i, (colour, _) in enumerate(most))
     more = f", and {len(found) - SHOWN} more colours" if SHOWN < len(found) <= MANY else ""
     tolerance = f", with --data.colour_tolerance {JPEG_TOLERANCE} for its blurred edges" if blurred else ""
@@ -145,7 +145,23 @@ def colour_picture(path: object, found: Counter[str]) -> str:
     )
 
 
-def _grouped(found):
+def disagreeing_palettes(palettes: Iterable[Mapping[int, str]]) -> str | None:
+    """A line on masks that are read by their indices where one of these has several colours; {index: colour} of each."""
+    of_index = {}
+    for palette in palettes:
+        for index, colour in palette.items():
+            of_index.setdefault(index, set()).add(colour)
+    index = next((k for k, colours in sorted(of_index.items()) if len(colours) > 1), None)
+    if index is None:
+        return None
+    colours = " or ".join(sorted(of_index[index])[:4])
+    return (
+        f"the palettes differ between masks: index {index} is {colours}; the indices are read, so look at the pictures, and "
+        "if the colours are right, give data.colours"
+    )
+
+
+def group_colours(found: Counter[str]) -> list[tuple[str, int]]:
     """The most frequent colours, each with those near it that are rarer: JPEG and blurred edges scatter a colour."""
     names, counts = zip(*found.most_common(1 << 14), strict=True)
     colours, counts, groups = np.array([_rgb(name) for name in names], np.int32), np.array(counts), []

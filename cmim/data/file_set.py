@@ -20,6 +20,7 @@ class FileSet:
         channels: number of channels of the images.
         names: names of the images; by default their file names without suffix.
         turn: whether EXIF orientations of the images are applied.
+        limits: the values of images with more than 8 bits that become 0 and 255.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class FileSet:
         channels: int,
         names: Sequence[str] | None = None,
         turn: bool = False,
+        limits: tuple[float, float] | None = None,
     ):
         self.images, self.masks, self.encoding, self.channels = images, masks, encoding, channels
-        self.names, self.turn = names, turn
+        self.names, self.turn, self.limits = names, turn, limits
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,7 +43,7 @@ class FileSet:
         return self.names[i] if self.names else self.images[i].stem
 
     def image(self, i: int) -> np.ndarray:
-        return open_image(self.images[i], self.channels, self.turn)
+        return open_image(self.images[i], self.channels, self.turn, self.limits)
 
     def label(self, i: int) -> np.ndarray:
         ids, wrong = class_ids(self.values(i), self.encoding(self.masks[i]).table)

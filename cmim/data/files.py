@@ -22,6 +22,9 @@ IMAGE_SUFFIXES = (
 MASK_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
 LOSSY_MASK_SUFFIXES = (".jpg", ".jpeg", ".jfif")
 """Also allowed for masks in colours, which are read by the nearest colour."""
+RANGE_NEEDED = (
+    "give --data.range '[LOWEST, HIGHEST]', the values that become black and white; python -m cmim.check suggests them"
+)
 # Exceptions of Pillow and NumPy for files that are truncated, damaged, too large or not images.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error,
@@ -32,26 +35,34 @@ _LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 
 
-def open_image(path: str | Path, channels: int, turn: bool = False) -> np.ndarray:
+def open_image(path: str | Path, channels: int, turn: bool = False, limits: tuple[float, float] | None = None) -> np.ndarray:
     """An image file as (H, W, channels) uint8.
 
     With 3 channels the file is converted to RGB, with 1 to grey. With 4, the file must store four bands (RGBA, CMYK). A .npy
-    file of (H, W, channels) uint8 may have any number of channels; other numbers must come from such files. With `turn` the
+    file of (H, W, channels) may have any number of channels; other numbers must come from such files. With `turn` the
     image is rotated and mirrored according to its EXIF orientation. Of several pages or frames the first is used.
 
+    Images with more than 8 bits (grey PNG and TIFF, .npy of numbers) need `limits`, the values that become 0 and 255; those
+    between are scaled linearly, those beyond are clipped, and NaN, which satellite data have where nothing was seen, is 0.
+
     Raises:
-        UserError: the file cannot be read, has another number of channels, or has more than 8 bits for each channel.
+        UserError: the file cannot be read, has another number of channels, has more than 8 bits without `limits`, or 8 bits
+            with them.
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        return _open_array(path, channels)
+        return _open_array(path, channels, limits)
     if channels not in (1, 3, 4):
         raise UserError(
             f"{path}: data.channels is {channels}, but pictures have 1, 3 or 4: save it as .npy (H, W, {channels})"
         )
-    image = _open(path)
-    if image.mode in ("F", "I") or "16" in (image.mode + _stored(image)):
-        raise UserError(f"{path} has more than 8 bits per channel (type {image.mode}): save it with 8")
+    image = open_header(path)
+    if is_deep(image):
+        return _open_deep(path, image, channels, turn, limits)
+    if limits is not None:
+        raise UserError(
+            f"{path} has 8 bits per channel, which data.range does not change: leave it away, or save all with more"
+        )
     if channels == 4 and len(image.getbands()) != 4:
         raise UserError(f"{path} has channels {' '.join(image.getbands())}, but data.channels is 4: store 4, or change it")
     mode = {1: "L", 3: "RGB", 4: image.mode}[channels]
@@ -79,8 +90,8 @@ def open_colours(path: str | Path, tolerance: float) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, is no mask, has several pages, or is stored in a way that changes its colours.
     """
-    with _open(path) as mask:
-        kind = _lossy(mask)
+    with open_header(path) as mask:
+        kind = lossy(mask)
         if kind and not tolerance:
             raise UserError(
                 f"{path} is {kind}, which changes colours: give --data.colour_tolerance {JPEG_TOLERANCE}, or save it as PNG"
@@ -97,7 +108,7 @@ def open_mask(path: str | Path) -> np.ndarray:
     Raises:
         UserError: the file cannot be read, is not a mask, has several pages, or is stored in a way that changes values.
     """
-    mask = _open(path)
+    mask = open_header(path)
     stored = _stored(mask)
     _refuse_lossy(path, mask)
     _refuse_pages(path, mask)
@@ -122,7 +133,7 @@ def open_mask(path: str | Path) -> np.ndarray:
 
 def _refuse_lossy(path, mask):
     """Refuse masks with lossy compression. The suffix does not tell, because a JPEG may be called .png."""
-    kind = _lossy(mask)
+    kind = lossy(mask)
     if kind:
         raise UserError(
             f"{path} is {kind}, which changes class ids: save it as an indexed or grey PNG of class ids, or, if it holds "
@@ -130,7 +141,7 @@ def _refuse_lossy(path, mask):
         )
 
 
-def _lossy(mask):
+def lossy(mask: Image.Image) -> str | None:
     """How a file is compressed, in words; None if the compression is lossless."""
     compression = mask.info.get("compression")
     if mask.format == "TIFF":
@@ -202,17 +213,46 @@ def _stored(image):
     return first if isinstance(first, str) else ""
 
 
-def _open_array(path, channels):
-    array = _map_array(path)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+def is_deep(image: Image.Image) -> bool:
+    """Whether an opened file that is not loaded yet has more than 8 bits for each channel."""
+    return image.mode in ("F", "I") or "16" in (image.mode + _stored(image))
+
+
+def _open_deep(path, image, channels, turn, limits):
+    if len(image.getbands()) > 1 or channels not in (1, 3):  # of these Pillow keeps 8 bits
+        raise UserError(f"{path} has 16 bits per channel and several channels: save it as .npy (H, W, channels) of uint16")
+    if limits is None:
+        raise UserError(f"{path} has more than 8 bits per channel (type {image.mode}): {RANGE_NEEDED}")
+    try:
+        if turn and orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        grey = scaled(np.asarray(image), limits)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    return np.repeat(grey[..., None], channels, axis=2)
+
+
+def scaled(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Numbers of any type as uint8: linearly, so that `limits` become 0 and 255."""
+    low, high = limits
+    values = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    return np.nan_to_num(values, nan=0, posinf=255, neginf=0).clip(0, 255).round().astype(np.uint8)
+
+
+def _open_array(path, channels, limits):
+    array = map_array(path)
+    if array.ndim != 3 or array.shape[2] != channels or array.dtype.kind not in "uif":
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}, expected uint8 of (H, W, {channels}): "
             "save it so, or change data.channels"
         )
-    return np.array(array, order="C")
+    if (array.dtype == np.uint8) == (limits is not None):
+        remedy = "leave data.range away, or save all as uint16" if limits else f"save it as uint8, or {RANGE_NEEDED}"
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}: {remedy}")
+    return np.array(array, order="C") if limits is None else scaled(array, limits)
 
 
-def _map_array(path):
+def map_array(path: Path) -> np.ndarray:
     """Open a .npy file as a memory map, so that a damaged header cannot request more memory than the file has."""
     _refuse_pipe(path)
     try:
@@ -226,14 +266,23 @@ def _map_array(path):
         raise _unreadable(path, error) from None
 
 
+def palette(path: Path) -> dict[int, str] | None:
+    """The colours `#rrggbb` of the indices of a palette mask; None for other masks."""
+    with open_header(path) as mask:
+        if mask.mode != "P":
+            return None
+        colours = bytes(mask.getpalette("RGB"))
+    return {i: f"#{colours[3 * i : 3 * i + 3].hex()}" for i in range(len(colours) // 3)}
+
+
 def image_size(path: Path, turn: bool = False) -> tuple[int, int]:
     """(height, width) of an image file, from its header; with `turn` after applying its EXIF orientation."""
     if path.suffix.lower() == ".npy":
-        array = _map_array(path)
+        array = map_array(path)
         if array.ndim != 3:
             raise UserError(f"{path} holds an array of shape {array.shape}, expected (H, W, channels): save it so")
         return array.shape[:2]
-    with _open(path) as image:
+    with open_header(path) as image:
         width, height = image.size
         return (width, height) if turn and orientation(image) in SIDEWAYS else (height, width)
 
@@ -248,7 +297,7 @@ def orientation(image: Image.Image | Path) -> int:
     if isinstance(image, Path):
         if image.suffix.lower() == ".npy":
             return 1
-        with _open(image) as opened:
+        with open_header(image) as opened:
             return orientation(opened)
     # For a PNG, Pillow would decode all pixels to find EXIF data after them.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
@@ -260,7 +309,12 @@ def orientation(image: Image.Image | Path) -> int:
     return found if found in range(1, 9) else 1
 
 
-def _open(path):
+def open_header(path: Path) -> Image.Image:
+    """An image file of which nothing but the header is read yet.
+
+    Raises:
+        UserError: it is no image.
+    """
     _refuse_pipe(path)
     try:
         image = Image.open(path)

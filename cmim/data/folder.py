@@ -1,5 +1,5 @@
 """`folder`: ROOT/{train,val,test}/{images,masks}/NAME.*, optionally ROOT/unlabeled/NAME.* and ROOT/classes.txt. Where there
-is no train/, ROOT/{images,masks} are the training images.
+is no train/, ROOT/{images,masks} are the training images. `data.image_folder` and `data.mask_folder` name other folders.
 
 A mask has the name of its image with another suffix, or the one that `data.masks` makes of it, in the same folder below
 masks/ as the image below images/. In train/ an image without a mask is unlabelled. What lies there and is not used is
@@ -22,6 +22,8 @@ from cmim.settings import DataSettings
 
 UNLABELLED = ("unlabeled", "unlabelled")
 LEFT_BEHIND = ("Thumbs.db", "desktop.ini")
+FEW = 5
+"""Folders that are not used are named up to here."""
 MANY = 1000
 """Images of a folder that is not used are counted up to here, and masks looked at for a name in common."""
 
@@ -44,9 +46,15 @@ class Folder:
         if not self.root.is_dir():
             raise UserError(f"data.root: there is no folder {self.root}")
         self.notes: list[str] = []
-        flat = not (self.root / "train").is_dir() and (self.root / "images").is_dir()
-        self._train = self.root if flat else self.root / "train"
-        self._used = (*(("images", "masks") if flat else ("train",)), settings.val, settings.test)
+        self._places = settings.image_folder, settings.mask_folder
+        defaults = tuple(DataSettings.model_fields[key].default for key in ("image_folder", "mask_folder"))
+        flat = self._places == defaults and not (self.root / settings.train).is_dir() and (self.root / "images").is_dir()
+        self.train_places = (self.root / "images", self.root / "masks") if flat else self.places(settings.train)
+        self._splits = "{split}" in settings.image_folder
+        self._asked = settings.val, settings.test
+        # Who leaves out val/ or test/ knows it.
+        held_out = [name for name in (settings.val, settings.test, "val", "test") if isinstance(name, str)]
+        self._used = {*self.train_places, *(place for name in held_out if self._splits for place in self.places(name))}
         self._mask_name, self._mask_suffixes = mask_names(settings)
         self.class_names = self._name_classes(settings)
         colours = class_colours(settings, self.class_names)
@@ -58,47 +66,66 @@ class Folder:
         try:
             return class_names(settings, self.root)
         except UserError:
-            masks = self._train / "masks"
+            masks = self.train_places[1]
             unknown = settings.classes is None and settings.colours is None and not (self.root / "classes.txt").is_file()
             suffixes = (*MASK_SUFFIXES, *LOSSY_MASK_SUFFIXES)
-            found = [path for path in _walk(masks) if _suffix(path) in suffixes] if unknown and masks.is_dir() else []
+            found = [path for path in walk(masks) if _suffix(path) in suffixes] if unknown and masks.is_dir() else []
             error = masks_in_colours(found)
             if error is not None:
                 raise error from None
             raise
 
+    def places(self, split: str) -> tuple[Path, Path]:
+        """The folders of the images and of the masks of a split."""
+        images, masks = (self.root / place.replace("{split}", split) for place in self._places)
+        return images, masks
+
     def training(self) -> list[tuple[Path, Path | None]]:
-        return self._pairs(self._train)
+        return self.pairs(*self.train_places)
 
     def unlabelled(self) -> list[Path]:
-        found = []
-        for folder in sorted(path for path in self.root.iterdir() if path.name.lower() in UNLABELLED and path.is_dir()):
+        found, folders = [], {path for path in self.root.iterdir() if path.name.lower() in UNLABELLED and path.is_dir()}
+        folders |= {place for name in UNLABELLED if self._splits and (place := self.places(name)[0]).is_dir()}
+        for folder in sorted(f for f in folders if not folders & set(f.parents)):
             inner = folder / "images"
-            images, others = _files(inner if inner.is_dir() else folder, IMAGE_SUFFIXES, without="masks")
+            images, others = _files(inner if inner.is_dir() else folder, IMAGE_SUFFIXES, without=("masks",))
             if inner.is_dir():
-                beside = [path for path in _walk(folder, without=("images", "masks")) if _suffix(path) in IMAGE_SUFFIXES]
+                beside = [path for path in walk(folder, without=("images", "masks")) if _suffix(path) in IMAGE_SUFFIXES]
                 self._note(beside, f"images of {folder}, beside images/, are not used")
             self._note(others, f"files of {folder} are not used: no images that can be read")
             if not images:
                 self.notes.append(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
             found += images.values()
-        for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
-            if folder.name in self._used or folder.name.lower() in UNLABELLED or folder.name.startswith("."):
-                continue
-            images = sum(1 for _ in islice(_images_of(folder), MANY))
-            if images and folder.name not in ("val", "test"):
-                self.notes.append(f"{images}{' or more' * (images == MANY)} images of {folder} are not used")
+        others = {f: sum(1 for _ in islice(_images_of(f), MANY)) for f in self._others(self.root, {*self._used, *folders})}
+        others = {folder: images for folder, images in others.items() if images}
+        for folder, images in islice(others.items(), FEW):
+            self.notes.append(f"{images}{' or more' * (images == MANY)} images of {folder} are not used")
+        if len(others) > FEW:
+            self.notes.append(f"nor are those of {len(others) - FEW} more folders of {self.root}")
         return found
 
+    def _others(self, folder, used):
+        """Folders below `folder` that are neither used nor hold folders that are."""
+        if folder in used:
+            return
+        for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            if any(place.is_relative_to(inner) for place in used):
+                yield from self._others(inner, used)
+            else:
+                yield inner
+
     def held_out(self, name: str) -> list[tuple[Path, Path]] | None:
-        folder = self.root / name
-        if not folder.is_dir():
+        images, masks = self.places(name)
+        # Of one folder of two that are missing, `pairs` says which; without {split} a folder holds training images alone.
+        if not self._splits or (not (self.root / name).is_dir() and not images.is_dir()):
             return None
-        pairs = self._pairs(folder)
+        pairs = self.pairs(images, masks)
+        if name not in self._asked and not any(mask for _, mask in pairs):
+            return None  # images alone, where val is drawn
         for image, mask in pairs:
             if mask is None:
                 name = self._mask_name.replace("{stem}", image.stem) + self._mask_suffixes[0]
-                raise UserError(f"{image} has no mask: put {name} into {folder / 'masks'}, or take the image away")
+                raise UserError(f"{image} has no mask: put {name} into {masks}, or take the image away")
         return pairs
 
     def find_mask(self, mask: Path, listing: Listing) -> Path:
@@ -111,31 +138,46 @@ class Folder:
         """What was found and is not used."""
         return self.notes
 
-    def _pairs(self, folder):
-        """The images of a split, sorted by name, and the mask of each (None without one)."""
+    def pairs(self, folder: Path, mask_folder: Path) -> list[tuple[Path, Path | None]]:
+        """The images of a folder, sorted by name, and the mask of each (None without one)."""
+        beside = folder.parent == mask_folder.parent and folder != mask_folder
+        if beside and not folder.parent.is_dir():
+            raise UserError(f"there is no folder {folder.parent}; it holds {folder.name}/ and {mask_folder.name}/")
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; it holds images/ and masks/")
-        if not (folder / "images").is_dir():
-            raise UserError(
-                f"there is no folder {folder / 'images'}: put the images of {folder.name} there, their masks in masks/"
-            )
-        images, others = _files(folder / "images", IMAGE_SUFFIXES)
+            masks = f"{mask_folder.name}/" if beside else str(mask_folder)
+            name = folder.parent.name if beside else folder.name
+            raise UserError(f"there is no folder {folder}: put the images of {name} there, their masks in {masks}")
+        together = self._named_as_mask if folder == mask_folder else None
+        inside = mask_folder.relative_to(folder).parts[:1] if mask_folder.is_relative_to(folder) else ()
+        if folder == self.root:
+            inside = (*inside, *(path.name for path in folder.iterdir() if path.name.lower() in UNLABELLED))
+        images, others = _files(folder, IMAGE_SUFFIXES, without=inside, leave=together)
         if not images:
-            raise UserError(f"{folder / 'images'} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
-        self._note(others, f"files of {folder / 'images'} are not used: no images that can be read")
-        masks, others = _files(folder / "masks", self._mask_suffixes) if (folder / "masks").is_dir() else ({}, [])
-        self._note(others, f"files of {folder / 'masks'} are not used: masks are {', '.join(self._mask_suffixes)}")
+            raise UserError(f"{folder} holds no image; expected {', '.join(IMAGE_SUFFIXES)}")
+        if folder != self.root:  # beside images there, classes.txt and the like may lie
+            self._note(others, f"files of {folder} are not used: no images that can be read")
+        inside = folder.relative_to(mask_folder).parts[:1] if folder.is_relative_to(mask_folder) else ()
+        leave = (lambda path: not self._named_as_mask(path)) if together else None
+        masks, others = _files(mask_folder, self._mask_suffixes, inside, leave) if mask_folder.is_dir() else ({}, [])
+        if mask_folder != folder:
+            self._note(others, f"files of {mask_folder} are not used: masks are {', '.join(self._mask_suffixes)}")
         names = {key: self._mask_of(key) for key in images}
         expected = set(names.values())
         alone = [path for key, path in masks.items() if key not in expected]
         if len(alone) == len(masks):
-            self._refuse_other_names(folder / "masks", images, masks, others)
-        self._note(alone, f"masks of {folder / 'masks'} are not used: no image has their name")
+            self._refuse_other_names(mask_folder, images, masks, others)
+        self._note(alone, f"masks of {mask_folder} are not used: no image has their name")
         pairs = [(path, masks.get(names[key])) for key, path in images.items()]
         without = [image for image, mask in pairs if mask is None]
-        if folder == self._train and len(without) < len(pairs):
-            self._note(without, f"of {len(pairs)} images of {folder / 'images'} have no mask and are unlabelled")
+        if folder == self.train_places[0] and len(without) < len(pairs):
+            self._note(without, f"of {len(pairs)} images of {folder} have no mask and are unlabelled")
         return pairs
+
+    def _named_as_mask(self, path):
+        """Whether a file of a folder of images and masks is a mask by its name."""
+        before, after = self._mask_name.split("{stem}")
+        fits = path.stem.startswith(before) and path.stem.endswith(after) and len(path.stem) > len(before + after)
+        return fits and _suffix(path) in self._mask_suffixes
 
     def _mask_of(self, key):
         """The path below masks/, without suffix, of the mask of the image `key`."""
@@ -197,11 +239,14 @@ def common_name(images: Iterable[str], masks: Sequence[Path]) -> str | None:
     return template + suffixes[template].pop() if len(suffixes[template]) == 1 else template
 
 
-def _files(folder, suffixes, without=None):
+def _files(folder, suffixes, without=(), leave=None):
     """Paths of a folder, at any depth, by their path in it without suffix, sorted; and those of other suffixes. Hidden files
-    and what an operating system leaves behind count for nothing."""
+    and what an operating system leaves behind count for nothing, nor do folders `without` at its top and files that the
+    function `leave` names."""
     files, others = {}, []
-    for path in _walk(folder, without=(without,)):
+    for path in walk(folder, without=without):
+        if leave is not None and leave(path):
+            continue
         if _suffix(path) not in suffixes:
             others.append(path)
             continue
@@ -219,7 +264,7 @@ def _images_of(folder):
         yield from (Path(place, name) for name in names if _suffix(Path(name)) in IMAGE_SUFFIXES)
 
 
-def _walk(folder: Path, without: Sequence[str | None] = ()) -> Iterator[Path]:
+def walk(folder: Path, without: Sequence[str | None] = ()) -> Iterator[Path]:
     """The files below a folder, sorted by path, through links to folders too; folders `without` at its top are left out."""
     seen, found = set(), []
     for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):

@@ -108,8 +108,8 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
         )
     notes += _repeated(images)
     masks["unlabelled"] = [None] * len(images["unlabelled"])
-    turn = settings.exif == "apply"
-    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, turn=turn) for name in images}
+    how = {"turn": settings.exif == "apply", "limits": settings.range}
+    made = {name: FileSet(images[name], masks[name], source.encoding, settings.channels, **how) for name in images}
     known = [image for image, _ in training]
     by_path = dict(zip(known, short_names(known), strict=True))
     for name in ("labelled", "val") if drawn else ("labelled",):
@@ -154,7 +154,8 @@ def held_out_set(settings: DataSettings, source: Source, name: str, listed_val: 
     masks = [source.find_mask(mask, listing) for _, mask in pairs]
     require(masks, listing, "mask", source.mask_remedy)
     source.inspect_masks({name: masks})
-    return FileSet(images, masks, source.encoding, settings.channels, turn=settings.exif == "apply")
+    how = {"turn": settings.exif == "apply", "limits": settings.range}
+    return FileSet(images, masks, source.encoding, settings.channels, **how)
 
 
 def _refuse_own_val(settings, source):

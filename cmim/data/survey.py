@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmim.data.colours import NO_CLASS, colour_picture, count_colours
+from cmim.data.colours import NO_CLASS, colour_picture, count_colours, disagreeing_palettes
 from cmim.data.datasets import IGNORED, ImageSet, Splits
 from cmim.data.file_set import FileSet
-from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation
+from cmim.data.files import SIDEWAYS, ColourPicture, image_size, open_colours, orientation, palette
 from cmim.distributed import available_cores
 from cmim.errors import UserError
 from cmim.settings import DataSettings
@@ -60,7 +60,7 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
         advance: called after each image.
 
     Returns:
-        Lines that the user should know: classes without a pixel.
+        Lines that the user should know: classes without a pixel, palettes that contradict each other.
 
     Raises:
         UserError: a file that cannot be read or does not fit, or masks whose 255 is meant as a class.
@@ -73,7 +73,19 @@ def survey(splits: Splits, settings: DataSettings, advance: Callable[[], None] =
     if not counts:
         return []
     _refuse_nonsense(counts, splits.class_names, settings)
-    return [*_far_colours(counts, settings), *_absent_classes(counts, splits.class_names)]
+    lines = [*_far_colours(counts, settings), *_absent_classes(counts, splits.class_names)]
+    line = None if settings.colours else disagreeing_palettes(_palettes(sets))
+    return lines + ([line] if line else [])
+
+
+def _palettes(sets):
+    """The colours of the indices that occur, of palette masks among `INSPECTED` of each set."""
+    for image_set in sets.values():
+        cache = Cache(image_set)
+        for i in np.unique(np.linspace(0, len(image_set) - 1, min(INSPECTED, len(image_set))).astype(int)):
+            colours = palette(image_set.masks[i])
+            if colours is not None:
+                yield {value: colours[value] for value in cache.values(i) if value in colours}
 
 
 def masks_in_colours(masks: Sequence[Path]) -> UserError | None:
@@ -202,21 +214,31 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             self.kept = {}
 
-    def values(self, i: int) -> dict[int, int]:
+    def _mark(self, i):
+        """By which an image and its mask are found again, and what tells whether they changed."""
         image, mask = self.image_set.images[i], self.image_set.masks[i]
         stamp = [self.image_set.channels, self.image_set.turn, *_stamp(image), *_stamp(mask)]
+        stamp += [] if self.image_set.limits is None else list(self.image_set.limits)
         colours = self.image_set.encoding(mask).colours
         stamp += [] if colours is None else [repr(colours)]
-        key = f"{os.path.abspath(image)}\n{os.path.abspath(mask)}"
+        return f"{os.path.abspath(image)}\n{os.path.abspath(mask)}", stamp
+
+    def values(self, i: int) -> dict[int, int]:
+        key, stamp = self._mark(i)
         try:
             if self.kept[key][0] == stamp:
                 return {int(value): int(pixels) for value, pixels in self.kept[key][1].items()}
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             pass  # new, or somebody else wrote the file
         self.image_set.image(i)
-        found = _count_values(self.image_set.values(i))
+        found = count_values(self.image_set.values(i))
         self.kept[key], self.new = [stamp, found], True
         return found
+
+    def remember(self, i: int, values: dict[int, int]) -> None:
+        """Keep what was found in the mask of image i elsewhere, by reading the image and the mask as this set does."""
+        key, stamp = self._mark(i)
+        self.kept[key], self.new = [stamp, values], True
 
     def write(self) -> None:
         if not self.new:
@@ -244,7 +266,8 @@ def _stamp(path):
     return [status.st_size, status.st_mtime_ns]
 
 
-def _count_values(values):
+def count_values(values: np.ndarray) -> dict[int, int]:
+    """{value: pixels} of the integers of a mask."""
     if values.dtype == np.uint8:
         pixels = np.bincount(values.ravel(), minlength=256)
         return {int(v): int(pixels[v]) for v in np.flatnonzero(pixels)}

@@ -86,7 +86,7 @@ class TrainedSegmenter:
         """An image of any kind as (H, W, C) uint8."""
         data = self.config.data
         if isinstance(image, str | Path):
-            return open_image(image, data.channels, data.exif == "apply")
+            return open_image(image, data.channels, data.exif == "apply", data.range)
         if isinstance(image, Image.Image):
             image = np.array(image.convert({1: "L", 3: "RGB"}.get(data.channels, image.mode)))
         elif isinstance(image, Tensor):

@@ -55,6 +55,20 @@ def test_masks_whose_object_is_255_are_refused(masks, tmp_path):
         assert lines(root, label_map={255: 255})[0].startswith("1 of 2 classes have no labelled pixel")
 
 
+def test_palettes_that_contradict_each_other_are_reported(tmp_path):
+    root = write(tmp_path / "data", [[0, 0, 1], [0, 1, 1]])
+    for path in root.glob("*/masks/*.png"):
+        mask = Image.open(path)
+        mask.putpalette([0, 0, 0, 255, 0, 0, *(9, 9, 9)])
+        mask.save(path)
+    assert lines(root) == []
+    mask.putpalette([255, 0, 0, 0, 0, 0])
+    mask.save(path)
+    (said,) = lines(root)
+    assert "the palettes differ between masks: index 0 is #000000 or #ff0000" in said
+    assert lines(root, colours={"ground": "#000000", "object": "#ff0000"}) == []
+
+
 def test_masks_without_any_class_are_refused(tmp_path):
     said = refused(write(tmp_path / "data", [[255, 255]], [[0, 1, 2]], "abc"))
     assert said.startswith("not one pixel of the labelled masks has a class: they hold 255 only")
@@ -85,8 +99,8 @@ def test_counts_are_those_of_the_masks(tmp_path):
 
 def test_a_file_is_opened_again_only_if_it_changed(tmp_path, monkeypatch):
     root, opened = write(tmp_path / "data", [[0, 1]] * 3), []
-    count_values = survey_module._count_values
-    monkeypatch.setattr(survey_module, "_count_values", lambda values: opened.append(1) or count_values(values))
+    count_values = survey_module.count_values
+    monkeypatch.setattr(survey_module, "count_values", lambda values: opened.append(1) or count_values(values))
     assert lines(root) == lines(root) == [] and len(opened) == 6
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(root / "val/masks/val1.png")
     lines(root)
