@@ -337,6 +337,9 @@ class MethodSettings(Section):
     align: bool = False
     """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
     the labelled images."""
+    batch_norm: Literal["batch", "shared", "running"] = "shared"
+    """BatchNorm in the pass of the strong views, as of mim.batch_norm: with `batch`, running statistics are those of images
+    that look like the ones of evaluation."""
     w_unlabelled: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = 1.0
     """Factor of the terms of the strong and the feature-perturbed views."""
     start: Fraction = 0.0

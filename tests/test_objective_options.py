@@ -21,6 +21,8 @@ EFFECTS = [
     ("method__w_unlabelled", 0.5, {}, {"strong", "fp"}),
     ("method__align", True, {}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
     ("method__class_thresholds", True, {"method__tau": 0.7}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
+    ("method__batch_norm", "running", {}, {"strong"}),
+    ("method__batch_norm", "batch", {}, "buffers"),
     ("mim__tau", 0.7, {}, {"pix", "feat"} | UNLABELLED_SEM),
     ("mim__w_pix", 1.0, {}, {"pix"}),
     ("method__complementary", False, {"method__preset": "unimatch_v2"}, {"strong1", "strong2"}),

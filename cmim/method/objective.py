@@ -57,6 +57,7 @@ from cmim.method.masked_terms import MaskedTerms
 from cmim.method.perturbations import cutmix, drop_channels, drop_complementary
 from cmim.method.pseudo_labels import PseudoLabels, pseudo_labels
 from cmim.method.terms import Ratio, Terms
+from cmim.models.batch_norm import batch_norm_mode
 from cmim.models.build import build_segmenter, centroid_stride, token_stride
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
@@ -193,10 +194,11 @@ class Objective(MaskedTerms):
         mixed = [cutmix(box, image, *weak) for box, image in zip(batch["box"], strong, strict=True)]
         u_s = [image for image, *_ in mixed]
         strong_labels = [PseudoLabels(*rest) for _, *rest in mixed]
-        maps = net.encode(net.normalise(torch.cat(u_s)))
-        if preset.complementary and config.method.complementary:
-            maps = drop_complementary(maps, batch["channel_key"])
-        feature_s = net.decode(maps)
+        with batch_norm_mode(net, config.method.batch_norm):
+            maps = net.encode(net.normalise(torch.cat(u_s)))
+            if preset.complementary and config.method.complementary:
+                maps = drop_complementary(maps, batch["channel_key"])
+            feature_s = net.decode(maps)
         logits_s = net.classify(feature_s).split(len(u_w))
 
         terms = self.labelled_terms(logits_x, batch["label"])
