@@ -1,4 +1,4 @@
-"""Look at your images and masks before you train: what is wrong, and a config that fits them.
+"""Look at your images and masks before you train: what is wrong, and a config that fits.
 
     python -m cmim.check PATH                                   # PATH is a folder of images and masks, or a config file
     python -m cmim.check PATH --output my.yaml                  # by default NAME.yaml, NAME being that of the folder
