@@ -61,12 +61,7 @@ PICTURES = 6
 
 def main(arguments: Sequence[str]) -> int:
     given, overrides = parser_of("check", __doc__).parse(arguments)
-    path = Path(given.path)
-    if given.convert is not None:
-        with bars("drawing masks") as begin:
-            lines = convert(path, given.convert, begin)
-        console.print("\n".join([*lines, ""]))
-        path = given.convert
+    path = Path(given.path) if given.convert is None else given.convert
     of_config = path.is_file()
     if overrides and not of_config:
         raise UserError(f"{overrides[0]} is a setting, which goes with a config file; {path} is none")
@@ -79,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     picture = Path(path.name if of_config else output).with_suffix(".png")
     for target in (picture,) if of_config else (output, picture):
         refuse_foreign(target)
+    if given.convert is not None:
+        with bars("drawing masks") as begin:
+            lines = convert(Path(given.path), given.convert, begin)
+        console.print("\n".join([*lines, ""]))
     found = look_at(config.data.root if of_config else path, config.data if of_config else None)
     made = None if of_config else suggestion(found)
     for line in report(found):
