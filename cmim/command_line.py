@@ -98,7 +98,7 @@ def parser_of(command: str, doc: str) -> CommandLine:
     else:
         add("run", help="folder of a run")
         if command == "predict":
-            add("images", type=Path, nargs="+", help="images, folders of images, patterns in quotes")
+            add("images", nargs="+", help="images, folders of images, patterns in quotes")
             add("-o", "--output", type=Path, required=True, help="folder for masks/, overlays/ and classes.csv")
             add("--confidence", action="store_true", help="also write confidence/, the probability of each predicted class")
             add(

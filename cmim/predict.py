@@ -39,7 +39,7 @@ from cmim.errors import UserError, run_command
 
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("predict", __doc__).parse(arguments)
-    paths, root, earlier = find_images(given.images)
+    paths, root, earlier = find_images([Path(path) for path in given.images])  # `.` is a folder, and no empty path
     if earlier:
         console.print(f"note: {earlier} files in {root} are earlier output of predict and are skipped")
     targets = name_targets(paths, root)

@@ -13,7 +13,7 @@
     srun --ntasks-per-node 1 torchrun --nnodes $SLURM_NNODES ...      # the same under Slurm
 
 Batch sizes count the images of all processes together, so the result does not depend on the number of processes, which must
-divide the batch sizes. Every setting of cmim/settings.py can be overridden: --section.key VALUE. The run folder gets
+divide the batch sizes. Every setting of cmim/settings/ can be overridden: --section.key VALUE. The run folder gets
 config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
 """
 

@@ -39,7 +39,7 @@ def cityscapes(tmp_path):
 
 
 def test_every_format_of_the_settings_has_its_loader():
-    said = "DataSettings.format in cmim/settings.py and FORMATS in cmim/data/__init__.py name the same formats, in one order"
+    said = "DataSettings.format in cmim/settings/data.py and FORMATS in cmim/data/__init__.py: the same formats in one order"
     assert tuple(FORMATS) == get_args(DataSettings.model_fields["format"].annotation), said
 
 
