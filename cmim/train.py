@@ -201,8 +201,8 @@ class Trainer:
         return factor
 
     def time_steps(self, first: int, count: int) -> list[float]:
-        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first one also
-        computes what the log and a picture need, which takes the most memory."""
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first also computes
+        what the log and a picture need, which takes the most memory."""
         self.step, seconds = first, []
         loader = self.loader(first, first + count)
 
@@ -218,6 +218,7 @@ class Trainer:
         return seconds
 
     def wait_for_device(self, figures: dict[str, torch.Tensor]) -> None:
+        """Wait until the loss has been computed."""
         figures["loss"].item()
 
     def is_out_of_patience(self) -> bool:
