@@ -13,6 +13,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from cmim.errors import UserError, run_command
+
 COMMANDS = ("train", "evaluate", "predict", "compare")
 
 
@@ -22,15 +24,18 @@ def main() -> None:
     if name in COMMANDS:
         del sys.argv[1]
         runpy.run_module(f"cmim.{name}", run_name="__main__", alter_sys=True)
-    elif name in ("-h", "--help"):
-        print(_overview())
-    elif name == "--version":
-        print(f"cmim {_version()}")
     else:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join(COMMANDS)} or --version"
-        print(f"error: there is no command {name}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        run_command(lambda: print(_answer(name), flush=True))
+
+
+def _answer(name):
+    if name in ("-h", "--help"):
+        return _overview()
+    if name == "--version":
+        return f"cmim {_version()}"
+    nearest = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join(COMMANDS)} or --version"
+    raise UserError(f"there is no command {name}; {hint}")
 
 
 def _overview():

@@ -198,7 +198,8 @@ class Trainer:
         return factor
 
     def time_steps(self, first: int, count: int) -> list[float]:
-        """Seconds of each of `count` real training steps from step number `first`, for a dry run."""
+        """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first also computes
+        what the log and a picture need, which takes the most memory."""
         self.step, seconds = first, []
         loader = self.loader(first, first + count)
 
@@ -207,11 +208,15 @@ class Trainer:
             batch.pop("replaced", None)
             return batch
 
-        for _ in range(count):
+        for i in range(count):
             start = time.perf_counter()
-            self.train_step(next_batch, lambda figures: figures["loss"].item())  # which waits for the device
+            self.train_step(next_batch, self.wait_for_device, report=i == 0, picture=i == 0)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def wait_for_device(self, figures: dict[str, torch.Tensor]) -> None:
+        """Wait until the loss has been computed."""
+        figures["loss"].item()
 
     def is_out_of_patience(self) -> bool:
         """Whether the last `train.patience` evaluations did not find a better mIoU."""

@@ -59,7 +59,14 @@ def assert_close_runs(one, other, rel=2e-3):
     [
         {"train__accumulate": 2, "mim__start": 0.5, "train__steps": 4, "teacher__kind": "student"},
         {"method__preset": "unimatch", "method__ohem": {"threshold": 0.2, "min_kept": 700}, "train__steps": 3},
-        {"method__preset": "supervised", "method__class_weights": "median", "method__dice": 1.0, "train__accumulate": 2},
+        {
+            "method__preset": "supervised",
+            "method__class_weights": "median",
+            "method__dice": 1.0,
+            "train__accumulate": 2,
+            "model__checkpointing": True,
+            "train__patience": 1,
+        },
     ],
 )
 def test_two_processes_train_like_one(options, tmp_path):
