@@ -49,6 +49,7 @@ def test_it_says_what_a_run_would_do_and_leaves_nothing(place, capsys):
     sizes = [path.stat().st_size / 2**20 for path in (run.last, run.best)]
     last, best, pictures = re.search(r"last.pt \((.*) MiB\) and best.pt \((.*) MiB\), (\d) pictures", said).groups()
     assert [float(last), float(best)] == pytest.approx(sizes, rel=0.2) and int(pictures) == len(list(run.pictures.iterdir()))
+    assert "config.yaml, labelled.txt, class_weights.txt, metrics.jsonl, result.json, tensorboard/\n" in said
     objective = checkpoint.load(run.last)["objective"]
     trained = sum(
         v.numel() for k, v in objective.items() if "running" not in k and "num_batches" not in k and "teacher" not in k

@@ -126,7 +126,8 @@ def test_a_finished_run_ends_again_with_the_same_result_and_more_steps_continue_
     assert_same_state(checkpoint.load(run.last), state)
     assert read_metrics(run) == lines and run.result.read_text() == result
 
-    train.main(["--output", str(run.folder), "--resume", "--train.steps", "4", "--data.workers=1"])
+    more = ["--train.steps", "4", "--data.workers=1", "--evaluation.table", "[dice]", "--train.patience", "9"]
+    train.main(["--output", str(run.folder), "--resume", *more])
     assert json.loads(run.result.read_text())["step"] == 4
     kept = [(line["step"], line.get("split")) for line in read_metrics(run)]
     assert kept == [(1, None), (2, None), (2, "val"), (3, None), (4, None), (4, "val"), (4, "test")]

@@ -87,9 +87,13 @@ def dry_run(
     last = _bytes(objective.state_dict()) + _bytes(optimizer.state_dict())
     best = _bytes(objective.evaluated().state_dict())
     pictures = -(-total // config.train.picture_every)
+    lists = ["labelled.txt"]
+    lists += [] if isinstance(config.data.val, str) else ["val.txt"]
+    lists += ["class_weights.txt"] if config.method.class_weights in ("inverse", "median") else []
+    lists = ", ".join(lists)
     console.print(
         f"it would write {run.folder}: checkpoints/last.pt ({last / 2**20:.1f} MiB) and best.pt ({best / 2**20:.1f} MiB), "
-        f"{pictures} pictures, config.yaml, labelled.txt, metrics.jsonl, result.json, tensorboard/"
+        f"{pictures} picture{'s' * (pictures != 1)}, config.yaml, {lists}, metrics.jsonl, result.json, tensorboard/"
     )
     console.print("dry run: nothing was written, and masks and images were not checked")
 
