@@ -97,6 +97,18 @@ def test_dropout_repeats_and_running_statistics_are_updated_once():
     assert checkpointed[0].norm.num_batches_tracked == 1
 
 
+def test_every_backward_pass_begins_at_the_statistics_of_the_forward_pass():
+    """Of which a synchronised layer makes use."""
+    encoder, seen = nn.Sequential(Stage(), Stage()), []
+    encoder[0].norm.register_forward_pre_hook(lambda layer, inputs: seen.append(layer.running_mean.clone()))
+    checkpoint_encoder(encoder, "it")
+    loss = encoder(torch.randn(2, 3, 4, 4)).square().sum()
+    for again in (True, False):
+        loss.backward(retain_graph=again)
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert encoder[0].norm.num_batches_tracked == 1 and encoder[0].norm.running_mean.any()
+
+
 def test_a_copy_has_stages_of_its_own_and_without_gradients_nothing_is_kept():
     encoder = nn.Sequential(Stage(), Stage())
     checkpoint_encoder(encoder, "it")
