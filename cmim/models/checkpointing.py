@@ -6,8 +6,7 @@ the mode and the running statistics that they had; what they then add to these s
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class _Checkpointed:
         given = [x for x in inputs if isinstance(x, Tensor)]
         versions = [x._version for x in given]
         outputs = checkpoint(
-            self._compute, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored(before)), **options
+            self._compute, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _Restored(before)), **options
         )
         if [x._version for x in given] != versions:
             raise UserError(
@@ -106,14 +105,17 @@ def _copies(values):
     return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
-@contextmanager
-def _restored(states: list[_State]) -> Iterator[None]:
-    """Inside the `with` block the layers work on copies of these states; several backward passes may need them."""
-    now = [_State(state.layer, copy=False) for state in states]
-    try:
-        for state in states:
+class _Restored:
+    """Inside the `with` block the layers work on copies of these states. It is entered once for each backward pass."""
+
+    def __init__(self, states: list[_State]):
+        self.states, self.now = states, []
+
+    def __enter__(self) -> None:
+        self.now = [_State(state.layer, copy=False) for state in self.states]
+        for state in self.states:
             state.restore(copy=True)
-        yield
-    finally:
-        for state in now:
+
+    def __exit__(self, *error: object) -> None:
+        for state in self.now:
             state.restore()
