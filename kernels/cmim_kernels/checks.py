@@ -24,13 +24,18 @@ def tensor(op, name, value, *, dtypes, shape=None, like=None):
         raise TypeError(f"{op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected one of {expected}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device} like the first argument")
-    if shape is not None and value.shape != shape:
-        fits = value.dim() == len(shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
-        )
-        if not fits:
-            expected = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
-            raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {expected}")
+    if shape is not None and not _fits(value.shape, shape):
+        expected = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {expected}")
+
+
+def _fits(sizes, shape):
+    if len(sizes) != len(shape):
+        return False
+    for want, have in zip(shape, sizes):  # noqa: B905 - of equal length; this runs in every call
+        if want != have and type(want) is not str:
+            return False
+    return True
 
 
 def choice(op, name, value, options):
@@ -61,13 +66,16 @@ def flag(op, name, value):
 
 def numbers(op, name, value, *, length, positive=False):
     """Check a sequence of `length` finite numbers (bool excluded)."""
-    fits = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
-    if not isinstance(value, (list, tuple)) or not all(map(fits, value)):
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{op}: {name} must be a sequence of numbers, got {value!r}")
+    for v in value:
+        if type(v) is not float and (isinstance(v, bool) or not isinstance(v, (int, float))):
+            raise TypeError(f"{op}: {name} must be a sequence of numbers, got {value!r}")
     if len(value) != length:
         raise ValueError(f"{op}: {name} has {len(value)} numbers, expected {length}")
-    if not all(math.isfinite(v) and (v > 0 or not positive) for v in value):
-        raise ValueError(f"{op}: {name} is {value!r}, expected {'positive' if positive else 'finite'} numbers")
+    for v in value:
+        if not math.isfinite(v) or (positive and v <= 0):
+            raise ValueError(f"{op}: {name} is {value!r}, expected {'positive' if positive else 'finite'} numbers")
 
 
 def device(op, name, value):

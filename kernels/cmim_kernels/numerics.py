@@ -15,11 +15,17 @@ def multiprocessors(tensor):
 def empty_like_layout(x, dtype=None):
     """An uninitialised tensor with the shape of x: channels-last if x is 4-D and channels-last, else contiguous.
 
-    `torch.empty_like` would also copy other permuted strides, which every kernel would then have to support.
+    Without a memory format, `torch.empty_like` would also copy other permuted strides, which every kernel would then have to
+    support. It takes half as long as `new_empty`.
     """
     channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format)
+
+
+def empty_contiguous(x, dtype=None):
+    """An uninitialised contiguous tensor with the shape of x."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def as_layout(value, like):

@@ -2,16 +2,18 @@
 
 import torch
 
+from cmim_kernels.numerics import empty_contiguous
+
 
 def class_attention_forward(q, k, v, segment, offsets):
-    out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out, logsumexp = empty_contiguous(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     if out.numel():
         torch.ops.cmim_cpu.attention_forward.default(q, k, v, offsets.contiguous(), out, logsumexp)
     return out, logsumexp
 
 
 def class_attention_backward(grad, q, k, v, out, logsumexp, segment, offsets):
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    grads = [empty_contiguous(x) for x in (q, k, v)]
     if out.numel():
         arguments = grad, q, k, v, out, logsumexp.contiguous(), offsets.contiguous()
         torch.ops.cmim_cpu.attention_backward.default(*arguments, *grads)

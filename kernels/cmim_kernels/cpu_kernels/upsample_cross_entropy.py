@@ -2,11 +2,11 @@
 
 import torch
 
-from cmim_kernels.numerics import empty_like_layout
+from cmim_kernels.numerics import empty_contiguous, empty_like_layout
 
 
 def upsample_cross_entropy_forward(logits, target, align_corners):
-    loss, logsumexp = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
+    loss, logsumexp = empty_contiguous(target, torch.float32), empty_contiguous(target, torch.float32)
     if loss.numel():
         torch.ops.cmim_cpu.upsample_cross_entropy_forward.default(logits, target, align_corners, loss, logsumexp)
     return loss, logsumexp

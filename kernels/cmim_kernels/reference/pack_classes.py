@@ -2,7 +2,7 @@
 
 import torch
 
-from cmim_kernels.numerics import class_ids
+from cmim_kernels.numerics import class_ids, empty_contiguous
 
 
 def pack_classes_forward(labels, masked, num_classes):
@@ -25,6 +25,6 @@ def pack_classes_forward(labels, masked, num_classes):
 
 def empty_layout(labels, masked, num_classes):
     """The five tensors, uninitialised: the fake implementation for `torch.compile`, and the outputs that launchers fill."""
-    batch, tokens = labels.shape
-    shapes = [(batch, tokens)] * 3 + [(batch, 2 * num_classes + 2), (batch * (num_classes + 1) + 1,)]
-    return tuple(labels.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    starts = (labels.shape[0], 2 * num_classes + 2), (labels.shape[0] * (num_classes + 1) + 1,)
+    of_tokens = [empty_contiguous(labels, torch.int32) for _ in range(3)]
+    return *of_tokens, *(labels.new_empty(shape, dtype=torch.int32) for shape in starts)
