@@ -32,7 +32,7 @@ def tensor(op, name, value, *, dtypes, shape=None, like=None):
 def _fits(sizes, shape):
     if len(sizes) != len(shape):
         return False
-    for want, have in zip(shape, sizes):  # noqa: B905 - of equal length; this runs in every call
+    for want, have in zip(shape, sizes, strict=True):  # noqa: SIM110 - a generator would take longer, in every call
         if want != have and type(want) is not str:
             return False
     return True
