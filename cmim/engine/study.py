@@ -46,9 +46,13 @@ class Result(NamedTuple):
 
 
 def portable(config: Config) -> Config:
-    """`config` without what differs between machines, or does not change a result."""
-    data = config.data.model_copy(update={"root": None, "workers": None})
-    return config.model_copy(update={"data": data, "train": config.train.model_copy(update={"device": "auto"})})
+    """`config` without what differs between machines, or does not change a result; of other paths only the names."""
+    name = lambda path: None if path is None else Path(path.name)  # noqa: E731
+    data = config.data.model_copy(update={"root": None, "workers": None, "split": name(config.data.split)})
+    model = config.model.model_copy(update={"init_from": name(config.model.init_from)})
+    teacher = config.teacher.model_copy(update={"run": name(config.teacher.run)})
+    train = config.train.model_copy(update={"device": "auto"})
+    return config.model_copy(update={"data": data, "model": model, "teacher": teacher, "train": train})
 
 
 def load_result(path: Path, config: Config) -> Result | None:
