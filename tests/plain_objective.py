@@ -187,6 +187,10 @@ def base_terms(objective, batch):
     if taught:
         judge = (objective.judge or objective.teacher).eval()(normalise(u_w))
     weak = pseudo_labels(judge.detach(), y, batch["valid"], config.method)
+    balance = None
+    if config.method.class_balance:
+        side = judge.shape[-1]
+        balance = (shares(y, side) / shares(sure(weak, tau), side)).clamp(0.1, 10)
 
     strong = []
     for images, boxes in zip(batch["strong_image"], batch["box"], strict=True):
@@ -202,9 +206,9 @@ def base_terms(objective, batch):
 
     terms = labelled_terms(logits_x, y, objective)
     for i, (z, view) in enumerate(zip(logits_s, strong, strict=True)):
-        terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z, view[1:], tau)
+        terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z, view[1:], tau, balance)
     if "fp" in BASES[base]:
-        terms["fp"] = consistency(logits_fp, weak, tau)
+        terms["fp"] = consistency(logits_fp, weak, tau, balance)
     return terms, weak, strong[0]
 
 
@@ -395,8 +399,19 @@ def soft_dice(probability, y):
     return torch.stack(losses).mean() if losses else probability.sum() * 0
 
 
-def consistency(logits, labels, tau):
-    return cross_entropy(logits, sure(labels, tau)) / max(1, int(labels[2].sum()))
+def consistency(logits, labels, tau, balance):
+    target = sure(labels, tau)
+    if balance is None:
+        return cross_entropy(logits, target) / max(1, int(labels[2].sum()))
+    parts = [balance[k] * cross_entropy(logits, torch.where(target == k, target, 255)) for k in range(CLASSES)]
+    return sum(parts) / max(1, int(labels[2].sum()))
+
+
+def shares(classes, side):
+    """Of each class, at every `side`-th part of a row and column, from one pixel of each on."""
+    nearest = torch.arange(side) * CROP // side
+    counts = torch.tensor([(classes[:, nearest][:, :, nearest] == k).sum() + 1.0 for k in range(CLASSES)])
+    return counts / counts.sum()
 
 
 def sure(labels, tau):

@@ -38,6 +38,7 @@ CASES = [
     ("unimatch", {"method__class_weights": [0.1, 3, 7], "method__dice": 2.0, "method__w_unlabelled": 0.5}),
     ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
     ("fixmatch", {"method__align": True}),
+    ("fixmatch_fp", {"method__class_balance": True, "method__align": True}),
     ("fixmatch", {"teacher__kind": "ema", "method__class_thresholds": True, "method__tau": 0.7}),
     ("cmim", {"method__align": True, "method__class_thresholds": True, "method__tau": 0.7, "mim__tau": 0.8}),
     ("fixmatch_fp", {"teacher__kind": "ema"}),

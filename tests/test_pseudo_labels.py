@@ -125,7 +125,8 @@ def test_statistics_remember_earlier_steps():
     labels[:, :, 6:], valid = 1, torch.ones(1, 8, 8, dtype=torch.bool)
     valid[:, 4:] = False
     for _ in range(2):
-        aligned = statistics.align(logits, valid, labels, ranks=1)
+        statistics.count_labels(labels, logits.shape[-2:], ranks=1)
+        aligned = statistics.align(logits, valid, ranks=1)
     # 12 and 4 of 16 labels; half of each of the 8 valid predictions. What the step before counted weighs 0.99.
     assert torch.allclose(statistics.labelled, 1.99 * torch.tensor([12.0, 4.0]))
     assert torch.allclose(statistics.predicted, 1.99 * torch.tensor([4.0, 4.0]))

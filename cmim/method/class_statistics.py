@@ -1,4 +1,5 @@
-"""Running statistics of the classes, which adjust pseudo-labels to few labels: `method.align`, `method.class_thresholds`."""
+"""Running statistics of the classes, which adjust pseudo-labels to few labels: `method.align`, `class_thresholds` and
+`class_balance`."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from cmim.method.pseudo_labels import PseudoLabels
 
 DECAY = 0.99
 """Factor of the sums with each step: they remember about a hundred batches."""
+MOST_WEIGHT = 10.0
+"""Of a class, and one over it the least."""
 
 
 class ClassStatistics(nn.Module):
@@ -20,28 +23,30 @@ class ClassStatistics(nn.Module):
         self.register_buffer("predicted", torch.zeros(num_classes))  # probabilities of unlabelled pixels
         self.register_buffer("chosen", torch.zeros(num_classes))  # unlabelled pixels whose pseudo-label is this class
         self.register_buffer("confidence", torch.zeros(num_classes))  # of these pixels
+        self.register_buffer("counted", torch.zeros(num_classes))  # those of them that are confident enough to train
 
     @torch.no_grad()
-    def align(self, logits: Tensor, valid: Tensor, labels: Tensor, ranks: int) -> Tensor:
+    def count_labels(self, labels: Tensor, size: tuple[int, int], ranks: int) -> None:
+        """Count the classes of labelled images (B, H, W) at the resolution `size` of the logits; values from K on are
+        ignored."""
+        self._add(("labelled", self._one_hot(labels, size)), ranks=ranks)
+
+    @torch.no_grad()
+    def align(self, logits: Tensor, valid: Tensor, ranks: int) -> Tensor:
         """Distribution alignment (Berthelot et al. 2020, ReMixMatch, section 3.1): the probabilities of a class are
         multiplied by the ratio of its share of the labelled pixels to its share of the predictions.
 
         Args:
             logits: (B, K, h, w) of unlabelled images.
             valid: (B, H, W) bool, false on padding.
-            labels: (B', H, W) of labelled images; values from K on are ignored.
             ranks: number of processes.
 
         Returns:
             logits (B, K, h, w) float32 with the logarithm of this ratio added. It is the same everywhere in an image, and so
             can be added before the upsampling.
         """
-        labels = F.interpolate(labels[:, None].float(), size=logits.shape[-2:])
-        classes = torch.arange(len(self.labelled), device=logits.device).view(-1, 1, 1)
-        probability = logits.float().softmax(1) * _at_logits(valid, logits)
-        self._add(("labelled", labels == classes), ("predicted", probability), ranks=ranks)
-        shares = [(total + 1) / (total + 1).sum() for total in (self.labelled, self.predicted)]
-        return logits.float() + (shares[0] / shares[1]).log().view(-1, 1, 1)
+        self._add(("predicted", logits.float().softmax(1) * _at_logits(valid, logits)), ranks=ranks)
+        return logits.float() + (_shares(self.labelled) / _shares(self.predicted)).log().view(-1, 1, 1)
 
     @torch.no_grad()
     def relative(self, pseudo: PseudoLabels, logits: Tensor, ranks: int) -> PseudoLabels:
@@ -62,12 +67,36 @@ class ClassStatistics(nn.Module):
         relative = (mean / highest).clamp(max=1)
         return pseudo._replace(confidence=pseudo.confidence / relative[pseudo.label.long()])
 
+    @torch.no_grad()
+    def weights(self, target: Tensor, size: tuple[int, int], ranks: int) -> Tensor:
+        """Weights of the classes (K,) with which the classes have the same shares in pseudo-labels as in labelled images. Only
+        confident pixels train, and those of a rare class are few: without weights, they teach the network that this class is
+        rarer still.
+
+        Args:
+            target: (B, H, W) pseudo-labels that train; values from K on are ignored.
+            size: resolution of the logits, at which pixels are counted.
+            ranks: number of processes.
+        """
+        self._add(("counted", self._one_hot(target, size)), ranks=ranks)
+        return (_shares(self.labelled) / _shares(self.counted)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+
+    def _one_hot(self, labels, size):
+        """(B, K, h, w) bool."""
+        classes = torch.arange(len(self.labelled), device=labels.device).view(-1, 1, 1)
+        return F.interpolate(labels[:, None].float(), size=size) == classes
+
     def _add(self, *sums, ranks):
         """Add maps (B, K, h, w) to the sums of these names."""
         new = torch.stack([values.float().sum((0, 2, 3)) for _, values in sums])
         new = all_reduce(new) if ranks > 1 else new
         for (name, _), values in zip(sums, new, strict=True):
             getattr(self, name).mul_(DECAY).add_(values)
+
+
+def _shares(total):
+    """From one pixel of each class on, so that no share is zero."""
+    return (total + 1) / (total + 1).sum()
 
 
 def _at_logits(valid, logits):

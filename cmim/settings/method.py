@@ -76,6 +76,9 @@ class MethodSettings(Section):
     class_thresholds: bool = False
     """Lower thresholds for classes that are predicted less confidently: `tau` and `mim.tau` times the mean confidence of the
     class, relative to that of the most confident class."""
+    class_balance: bool = False
+    """Weight the confident pixels of the strong and the feature-perturbed views by their classes, so that the classes count
+    as in the labelled images, at most 10 times."""
     align: bool = False
     """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
     the labelled images."""
