@@ -69,9 +69,9 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def weights(self, target: Tensor, size: tuple[int, int], ranks: int) -> Tensor:
-        """Weights of the classes (K,) with which the classes have the same shares in pseudo-labels as in labelled images. Only
-        confident pixels train, and those of a rare class are few: without weights, they teach the network that this class is
-        rarer still.
+        """Weights of the classes (K,) that give them the same shares in pseudo-labels as in labelled images. Only confident
+        pixels train, and those of a rare class are few: without weights, they teach the network that this class is rarer
+        still.
 
         Args:
             target: (B, H, W) pseudo-labels that train; values from K on are ignored.

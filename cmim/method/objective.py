@@ -23,8 +23,8 @@ network); `valid` is false on padding. CutMix applies the same box to u_s, p, co
 Each preset is a row of `cmim.settings.PRESETS`, which holds these weights. L_strong and L_fp are also multiplied by
 `method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight. The class
 weights w are 1 unless `method.class_weights` gives others, and b are 1 without `method.class_balance`. `method.dice` times
-L_dice is added to L_sup; f(x)_k is a probability, and the sums are over the labelled pixels of all processes, for the classes
-that they have.
+L_dice is added to L_sup; f(x)_k is a probability, and the sums are over the labelled pixels of all processes, for the
+classes that they have.
 
 The masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once more
 with hidden pixels filled in. F and z are the features and logits of that pass, and c_t is the majority class of each token:
