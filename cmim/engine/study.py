@@ -39,7 +39,7 @@ class Result(NamedTuple):
     iou: dict[str, float | None]
     """Of the last step, on `split`."""
     seconds_per_step: float
-    """Of the fastest interval, so that other work on the machine counts little."""
+    """Mean over the run, without evaluations and pictures; other work on the machine makes it larger."""
     machine: str
     config: dict
     """The settings that are not the default, without paths of this machine."""
@@ -83,7 +83,7 @@ def keep_result(path: Path, variant: str, seed: int, run: Run, config: Config) -
     result = Result(
         variant=variant, seed=seed, miou=summary["miou"], best_miou=summary["best_miou"], split=summary["split"],
         val=[(line["step"], line["miou"]) for line in lines if line.get("split") == "val"], iou=summary.get("iou", {}),
-        seconds_per_step=round(images * train.accumulate / max(rates), 4) if rates else 0.0,
+        seconds_per_step=round(images * train.accumulate * statistics.mean(1 / r for r in rates), 4) if rates else 0.0,
         machine=f"{processor()}, torch {torch.__version__}",
         config=json.loads(portable(config).model_dump_json(exclude_defaults=True)),
     )  # fmt: skip
