@@ -121,7 +121,7 @@ def test_accumulation_takes_the_mean_of_the_gradients(tmp_path, monkeypatch):
             logged.append(figures["loss"].item())
             super().add(figures)
 
-    monkeypatch.setattr("cmim.train.RunLog", Log)
+    monkeypatch.setattr("cmim.engine.trainer.RunLog", Log)
     settings = dict(
         train__steps=1, train__accumulate=2, teacher__kind="student", optimizer__name="sgd", optimizer__momentum=0,
         optimizer__weight_decay=0, optimizer__lr=0.25, optimizer__lr_batch=8, optimizer__head_lr_factor=2,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cmim import checkpoint, train
-from cmim.engine import evaluation
+from cmim.engine import evaluation, trainer
 from cmim.engine.run import Run
 from cmim.errors import Stopped, UserError, run_command
 from tests.test_resume import assert_same_run
@@ -24,7 +24,7 @@ SETTINGS = dict(
 
 def send_at(monkeypatch, step, number, times=1):
     """The process sends itself a signal while it computes this step."""
-    write = train.set_learning_rate
+    write = trainer.set_learning_rate
     seen = []
 
     def set_learning_rate(*arguments):
@@ -34,7 +34,7 @@ def send_at(monkeypatch, step, number, times=1):
                 os.kill(os.getpid(), number)
         write(*arguments)
 
-    monkeypatch.setattr(train, "set_learning_rate", set_learning_rate)
+    monkeypatch.setattr(trainer, "set_learning_rate", set_learning_rate)
 
 
 @pytest.fixture(scope="module")
