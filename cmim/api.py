@@ -11,7 +11,7 @@ Mistakes in settings and data raise `cmim.UserError`, whose message is one line.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from cmim import train
 from cmim.config import dump_config, plain, words_of
 from cmim.engine.prediction import TrainedSegmenter
 from cmim.engine.run import load_trained
+from cmim.errors import UserError
 from cmim.settings import Config
 
 
@@ -71,9 +72,21 @@ def fit(
     words = ["--output", str(output)] if output is not None else []
     words += [*(["--resume"] if resume else []), *words_of(settings or {})]
     if config is None or isinstance(config, str | Path):
-        return train.main([*([] if config is None else [str(config)]), *words])
+        return _train([*([] if config is None else [str(config)]), *words])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "python.yaml"
         text = dump_config(config) if isinstance(config, Config) else yaml.safe_dump(plain(config), sort_keys=False)
         path.write_text(text, encoding="utf-8")
-        return train.main([str(path), *words])
+        return _train([str(path), *words], {f"{path}: ": "config: "})  # the file is gone when a message is read
+
+
+def _train(words: Sequence[str], names: Mapping[str, str] | None = None) -> Path:
+    """Train; messages on mistakes call the places of settings as the caller of `fit` knows them."""
+    try:
+        return train.main(words)
+    except UserError as error:
+        message = str(error)
+        for before, after in {"command line: ": "settings: ", **(names or {})}.items():
+            if message.startswith(before):
+                message = after + message.removeprefix(before)
+        raise UserError(message) from None

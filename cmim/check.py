@@ -55,6 +55,8 @@ READING = (
     "channels", "range", "exif",
 )  # fmt: skip
 """Settings of `data` that say how files are read."""
+MODES = {"L": "grey", "LA": "grey with alpha", "P": "palette", "1": "black and white"}
+"""What Pillow's names of kinds of pixels mean, where they do not say it themselves."""
 PICTURES = 6
 """Of each split on the sheet."""
 
@@ -181,7 +183,8 @@ def _images(found):
     size = (
         f"all {shown(areas[0])}" if len(sizes) == 1 else f"{len(sizes)} sizes from {shown(areas[0])} to {shown(areas[-1])}"
     )
-    modes = Counter(f.kind + (" with more than 8 bits" if f.deep and f.kind in ("I", "F") else "") for f in facts)
+    words = lambda f: "grey with more than 8 bits" if f.deep and f.kind[0] in "IF" else MODES.get(f.kind, f.kind)  # noqa: E731
+    modes = Counter(map(words, facts))
     kinds = ", ".join(f"{mode}{f' ({n})' if len(modes) > 1 else ''}" for mode, n in modes.most_common(4))
     turned = sum(f.orientation != 1 for f in facts)
     return f"{counts}; {size}; {kinds}" + (f"; {turned} with an EXIF orientation" if turned else "")

@@ -329,7 +329,7 @@ def _check(config: Config) -> None:
 def check_counts(config: Config, labelled: int, unlabelled: int, processes: int) -> None:
     """Raise a UserError if there are too few images, or if the processes cannot share a batch equally."""
     train = config.train
-    if labelled < train.labelled_batch:
+    if max(labelled, 2 * processes) < train.labelled_batch:  # BatchNorm may need two in a pass, even of a single image
         raise UserError(
             f"{labelled} labelled images are fewer than train.labelled_batch {train.labelled_batch}; "
             "lower it, or raise data.labelled"

@@ -66,13 +66,20 @@ def main(arguments: Sequence[str]) -> None:
         )
     if unreadable and len(unreadable) == len(paths):
         table.unlink()
-        raise UserError(str(unreadable[0]) + (f"; nor the other {len(paths) - 1} images" if len(paths) > 1 else ""))
+        if len(paths) == 1:
+            raise unreadable[0]
+        _list(unreadable)
+        raise UserError(f"none of {len(paths)} images can be used: the reasons are listed above")
     written = ", ".join(str(given.output / name) for name in (*folders, "classes.csv"))
     console.print(f"{len(paths) - len(unreadable)} images: {written}")
     if unreadable:
-        for error in unreadable:
-            console.print(f"skipped: {error}")
-        raise UserError(f"{len(unreadable)} of {len(paths)} images have no mask: they are listed above")
+        _list(unreadable)
+        raise UserError(f"{len(unreadable)} of {len(paths)} images got no mask: they are listed above")
+
+
+def _list(unreadable):
+    for error in unreadable:
+        console.print(f"skipped: {error}")
 
 
 def read(

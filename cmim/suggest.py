@@ -181,8 +181,11 @@ def _size(sizes):
 def _batches(facts, cuda):
     processes = world().size
     most = 8 if cuda else 4
-    labelled = max(processes, min(most, facts.labelled) // processes * processes)
-    why = f"{most} fit a {'GPU' if cuda else 'CPU'}" if labelled == most else f"there are {facts.labelled} labelled images"
+    # One image a pass is too few for BatchNorm: a single labelled image is taken twice, in different crops.
+    labelled = max(2 * processes, min(most, facts.labelled) // processes * processes)
+    why = f"{most} fit a {'GPU' if cuda else 'CPU'}" if labelled == most else f"labelled images: {facts.labelled}"
+    if labelled > facts.labelled:
+        why += "; BatchNorm needs two images a pass, so that one is taken several times, in different crops"
     choices = [Choice("train", "labelled_batch", labelled, why)]
     # Presets with unlabelled images need an even batch of them; where there are none, the labelled ones serve.
     pool, pairs = facts.unlabelled or facts.labelled, 2 * processes

@@ -50,7 +50,9 @@ def test_mistakes_are_one_line(folder, tmp_path):
     for call, said in (
         (lambda: cmim.load(tmp_path), "is not a run folder"),
         (lambda: cmim.load(folder, settings={"train.steps": 3}), "--train.steps has an effect only in training"),
-        (lambda: cmim.fit({"train": {"stps": 3}}), "did you mean train.steps?"),
+        (lambda: cmim.fit({"train": {"stps": 3}}), r"^config: unknown key train.stps; did you mean train.steps\?"),
+        (lambda: cmim.fit(settings={"train.stps": 3}), r"^settings: unknown key train.stps; did you mean train.steps\?"),
+        (lambda: cmim.fit({"seed": 1}, settings={"seed": "x"}), r"^settings: seed: "),
         (lambda: cmim.fit(output=folder, settings=TINY), "holds a run; continue it with --resume"),
     ):
         with pytest.raises(cmim.UserError, match=said):

@@ -239,11 +239,12 @@ def facts(sizes, labelled=100, unlabelled=0, **data):
         [(9, 9)],
     ],
 )
-@pytest.mark.parametrize("labelled, unlabelled", [(2, 0), (7, 50), (400, 3000)])
+@pytest.mark.parametrize("labelled, unlabelled", [(1, 0), (1, 50), (2, 0), (7, 50), (400, 3000)])
 def test_every_suggestion_is_valid(sizes, labelled, unlabelled, cuda):
     choices = suggest.suggest(facts(sizes, labelled, unlabelled), cuda)
     config = config_of(choices)
     check_sizes(config), check_counts(config, labelled, unlabelled or labelled, 1)
+    assert config.train.labelled_batch > 1  # BatchNorm needs two
     shown = yaml.safe_load(as_yaml(choices, ["x"], {}))
     assert shown["data"]["crop"] == config.data.crop and shown["train"]["steps"] == config.train.steps
     side = min(min(size) for size in ([config.data.size] if config.data.size else sizes))
@@ -272,3 +273,34 @@ def test_the_report_of_a_class_that_is_absent(root, capsys):
     (root / "classes.txt").write_text("sky\nroad\ntree\nsnow\n")
     code, said = checked(capsys, root)
     assert code == 0 and "1 of 4 classes have no training pixel, so that nothing teaches them: snow" in said
+
+
+def test_a_single_labelled_image_trains(tmp_path, monkeypatch, capsys):
+    """Of two masks one becomes val: the config that is suggested for the other one trains, though its network has
+    BatchNorm after a global pooling, which takes no single image."""
+    monkeypatch.chdir(tmp_path)
+    root = write_folder(tmp_path / "data", train=2)
+    for name in ("val", "test"):
+        shutil.rmtree(root / name)
+    code, _ = checked(capsys, root)
+    assert code == 0 and yaml.safe_load(Path("data.yaml").read_text())["train"]["labelled_batch"] == 2
+    train.main(["data.yaml", "--train.steps", "1", "--output", "run"])
+    assert "labelled images are 1: the same image is in a batch several times" in capsys.readouterr().out
+    assert Path("run/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "dtype, mode, shown",
+    [(np.uint8, None, "grey\n"), (np.uint16, None, "grey with more than 8 bits\n"), (np.uint8, "1", "black and white\n")],
+)
+def test_kinds_of_images_are_said_in_words(dtype, mode, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values = np.random.default_rng(0).integers(0, 250, (3, 40, 40)).astype(dtype)
+    for folder in ("images", "masks"):
+        Path("data", folder).mkdir(parents=True)
+    for i, pixels in enumerate(values):
+        image = Image.fromarray(pixels)
+        (image.convert(mode) if mode else image).save(f"data/images/{i}.png")
+        Image.fromarray((pixels % 2).astype(np.uint8)).save(f"data/masks/{i}.png")
+    said = checked(capsys, Path("data"))[1]
+    assert said.partition("\n\n")[0].splitlines()[0].endswith("; " + shown.strip())

@@ -140,7 +140,7 @@ def test_predict_skips_what_it_cannot_read(run, tmp_path, capsys):
         os.mkfifo(tmp_path / "in/pipe.jpg")
     else:
         (tmp_path / "in/pipe.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^4 of 6 images have no mask: they are listed above$"):
+    with pytest.raises(UserError, match=r"^4 of 6 images got no mask: they are listed above$"):
         predict.main([str(run.folder), str(tmp_path / "in"), "-o", str(tmp_path / "out")])
     said = capsys.readouterr().out
     unread = ("0.png", "2.png", "link.png", "pipe.jpg")
@@ -323,3 +323,17 @@ def test_images_of_other_channels_from_training_to_overlays(channels, tmp_path):
     colours = np.asarray(Image.open(tmp_path / "out/masks/test0.png").convert("RGB")).astype(int)
     overlay = np.asarray(Image.open(tmp_path / "out/overlays/test0.png")).astype(int)
     assert np.abs(overlay - (pixels / 2 + colours / 2)).max() <= 1
+
+
+def test_predict_says_why_no_image_can_be_used(run, tmp_path, capsys):
+    picture(tmp_path / "in/a.png", 0)
+    (tmp_path / "in/b.png").write_bytes(b"PNG")
+    (tmp_path / "in/c.npy").write_bytes(b"")
+    (tmp_path / "in/a.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"^none of 3 images can be used: the reasons are listed above$"):
+        predict.main([str(run.folder), str(tmp_path / "in"), "-o", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert all(f"{tmp_path / 'in' / name}" in said for name in ("a.png", "b.png", "c.npy"))
+    assert not (tmp_path / "out/classes.csv").exists()
+    with pytest.raises(UserError, match=r"^cannot read .*b\.png"):
+        predict.main([str(run.folder), str(tmp_path / "in/b.png"), "-o", str(tmp_path / "out")])

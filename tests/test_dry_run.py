@@ -59,6 +59,13 @@ def test_it_says_what_a_run_would_do_and_leaves_nothing(place, capsys):
         run_tiny(place / "run", "--dry-run", **OPTIONS, data__root=str(root))
 
 
+def test_long_settings_are_shortened():
+    names = [f"class {i}" for i in range(59)]
+    assert module._short(names) == f"{str(names[:6])[:-1]}, ...], 59 in all" and module._short(names[:8]) == names[:8]
+    colours = dict.fromkeys(names, "#ff0000")
+    assert module._short(colours).endswith("'class 5': '#ff0000', ...}, 59 in all")
+
+
 def test_two_processes_say_it_once(tmp_path):
     words = tiny(tmp_path / "run", "--dry-run", train__labelled_batch=2, train__unlabelled_batch=4)
     run_on_ranks(train_as, 2, tmp_path, words, free_port())

@@ -204,7 +204,9 @@ def test_missing_data(tmp_path, capfd):
     say = lambda **settings: said_by(capfd, train.main, *folder_run(tmp_path / "run", root, **settings))  # noqa: E731
     assert say(data__root=str(tmp_path / "none")) == f"data.root: there is no folder {tmp_path / 'none'}"
     assert say(data__labelled=9).startswith("data.labelled is 9, but only 2 training images have a mask")
-    assert say(data__labelled=1).startswith("1 labelled images are fewer than train.labelled_batch 2")
+    assert say(data__labelled=1, train__labelled_batch=3).startswith(
+        "1 labelled images are fewer than train.labelled_batch 3"
+    )
     assert "there is no folder" in say(data__val="validation")
     shutil.copy(root / "train/images/train0.png", root / "val/images/val0.png")
     assert "is a labelled image and also in val" in say()

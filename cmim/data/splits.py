@@ -103,8 +103,8 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
     notes = list(source.inspect_masks(masks))
     if not unlabelled and source.more_unlabelled:
         notes.append(
-            "no unlabelled image was found: the labelled ones serve as unlabelled, without their masks; "
-            + source.more_unlabelled
+            "no unlabelled image was found: the labelled ones serve as unlabelled, without their masks, if the preset uses "
+            "any; " + source.more_unlabelled
         )
     notes += _repeated(images)
     masks["unlabelled"] = [None] * len(images["unlabelled"])
@@ -117,7 +117,7 @@ def load_files(settings: DataSettings, source: Source, listed: Path | None = Non
         _refuse_names(made[name].names, name)
     if drawn:
         count = sum(mask is not None for _, mask in training)
-        notes.append(f"{len(val)} of the {count} training images that have a mask are val (data.val {settings.val})")
+        notes.append(f"data.val {settings.val} takes {len(val)} of the {count} training images that have a mask")
     about = {"class_names": source.class_names, "colours": source.colours, "notes": tuple(dict.fromkeys(notes))}
     return Splits(**{"test": None} | made | about)
 

@@ -21,6 +21,8 @@ from cmim.engine.schedule import total_steps
 from cmim.method.objective import Objective
 from cmim.settings import Config
 
+MOST_SHOWN = 8
+"""Values of a setting that are printed."""
 TIMED = 5
 """Steps that are timed in each phase of the training, after one to warm up."""
 
@@ -46,6 +48,15 @@ def untrained(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": "none", "init_from": None})})
 
 
+def _short(value):
+    """Long lists and tables, such as the names of many classes, by their first values and their length."""
+    if not isinstance(value, list | dict) or len(value) <= MOST_SHOWN:
+        return value
+    first = list(value.items() if isinstance(value, dict) else value)[: MOST_SHOWN - 2]
+    shown = str(dict(first) if isinstance(value, dict) else first)
+    return f"{shown[:-1]}, ...{shown[-1]}, {len(value)} in all"
+
+
 def dry_run(
     config: Config,
     splits: Splits,
@@ -66,7 +77,7 @@ def dry_run(
     """
     console.print("settings that are not the defaults:")
     for key, value in changed_settings(config).items():
-        console.print(f"  {key}: {value}")
+        console.print(f"  {key}: {_short(value)}")
     _describe_network(objective)
 
     total = total_steps(config.train, len(splits.unlabelled))

@@ -89,15 +89,21 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
     """Print the preset, the data and notes about the run."""
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
     processes = distributed.world().size
+    unused = "" if config.preset.uses_unlabelled else " (not used)"
     console.print(
-        f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images, "
-        f"{len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
+        f"{config.method.preset}: {len(splits.labelled)} labelled and {len(splits.unlabelled)} unlabelled images"
+        f"{unused}, {len(splits.val)} val{test}, {len(splits.class_names)} classes; {run.folder}"
         + (f"; {processes} processes" if processes > 1 else "")
     )
     way = transport_note(config.data.workers)
     for note in (*splits.notes, *notes, *([way] if way else [])):
         console.print(f"note: {note}")
     train, optimizer = config.train, config.optimizer
+    if train.labelled_batch > len(splits.labelled):
+        console.print(
+            f"note: train.labelled_batch is {train.labelled_batch}, but labelled images are {len(splits.labelled)}: the "
+            "same image is in a batch several times, in different crops"
+        )
     if train.epochs is not None:
         steps = total_steps(train, len(splits.unlabelled))
         console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")

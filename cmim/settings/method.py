@@ -104,8 +104,8 @@ class MethodSettings(Section):
         Literal["none", "inverse", "median"] | list[Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]]
     ) = "none"
     """Weights of the classes in the supervised cross-entropy: `none`; `inverse`, to the number of labelled pixels of each
-    class; `median`, median-frequency balancing; or a list with a number for each class. Weights from the data are printed
-    and kept in class_weights.txt of the run."""
+    class; `median`, median-frequency balancing; or a list with a number, 0 or more, for each class. Weights from the data
+    are printed and kept in class_weights.txt of the run."""
     dice: NonNegative = 0.0
     """Weight of the Dice loss of the labelled images, relative to their cross-entropy."""
 

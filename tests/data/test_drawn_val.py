@@ -36,7 +36,7 @@ def test_a_share_or_a_number_of_the_images_that_have_a_mask(root):
         drawn, labelled = names(splits.val), names(splits.labelled)
         assert len(drawn) == count and sorted(drawn + labelled) == sorted(every) and not set(drawn) & set(labelled)
         assert names(splits.unlabelled) == ["plain"]
-        assert f"{count} of the 20 training images that have a mask are val" in " ".join(splits.notes)
+        assert f"takes {count} of the 20 training images that have a mask" in " ".join(splits.notes)
     splits = load(root, val=5, labelled=0.2)  # a share of the others
     assert len(splits.labelled) == 3 and len(splits.unlabelled) == 13
     assert sorted(names(splits.val) + names(splits.labelled) + names(splits.unlabelled)) == sorted([*every, "plain"])
