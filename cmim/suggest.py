@@ -66,14 +66,19 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     lacks += "; with more images, in unlabeled/, take fixmatch or cmim"
     method = [Choice("method", "preset", "fixmatch" if semi else "supervised", learns if semi else lacks)]
     if semi:
-        method.append(Choice("method", "tau", 0.9, "a short training is rarely surer of a pixel than 0.9"))
+        method += [
+            Choice("method", "start", 0.25, "earlier, few pseudo-labels are right, and rare classes have none"),
+            Choice("method", "ramp", 0.25),
+            Choice("method", "tau", 0.95),
+            Choice("method", "class_thresholds", True, "else hardly a pixel of a rare class is sure enough"),
+        ]
     masked = [
         Choice(
             "mim", "views", ["strong"], "counts with --method.preset cmim, as does the rest of mim, mask, reconstruction"
         ),
-        Choice("mim", "tau", 0.9),
-        Choice("mim", "start", 0.1, "before that, few pseudo-labels are right"),
-        Choice("mim", "ramp", 0.1),
+        Choice("mim", "tau", 0.95),
+        Choice("mim", "start", 0.25),
+        Choice("mim", "ramp", 0.25),
         Choice("mim", "w_pix", 0.1),
         Choice("mim", "w_sem", 2),
         Choice("mask", "block", block, f"{crop // block} x {crop // block} blocks in a crop"),
