@@ -188,8 +188,9 @@ def test_pseudo_labels_of_another_run(tmp_path):
 
 IDLE = {
     "method__tau": 0.5, "method__class_thresholds": True, "method__align": True, "method__w_unlabelled": 2,
-    "method__start": 0.5, "method__ramp": 0.5, "method__cutmix": 0, "method__dropout": 0.1, "train__unlabelled_batch": 2, "mim__tau": 0.5,
-    "mask__ratio": 0.3, "reconstruction__tokens": "pixel", "teacher__run": "nowhere",
+    "method__start": 0.5, "method__ramp": 0.5, "method__cutmix": 0, "method__dropout": 0.1,
+    "train__unlabelled_batch": 2, "mim__tau": 0.5, "mask__ratio": 0.3, "reconstruction__tokens": "pixel",
+    "teacher__run": "nowhere",
 }  # fmt: skip
 
 
