@@ -326,6 +326,25 @@ def _check(config: Config) -> None:
         raise UserError(f"mask.ratio {mask.ratio} of {blocks} blocks hides {hidden}; change it, mask.block or data.crop")
 
 
+OF_UNLABELLED = (
+    "train.unlabelled_batch", "method.tau", "method.class_thresholds", "method.align", "method.w_unlabelled", "method.start",
+    "method.ramp", "method.cutmix", "method.dropout", "teacher.run",
+)  # fmt: skip
+"""Settings of the terms of unlabelled images."""
+
+
+def without_effect(config: Config, overrides: Sequence[str]) -> list[str]:
+    """The keys of overrides that the preset does not use. Those of a file are left aside: a file serves several presets."""
+    preset, unused = config.preset, []
+    for key, _ in overridden(overrides):
+        section = key.partition(".")[0]
+        masked = section in ("mim", "mask") and not preset.masked
+        pixels = section == "reconstruction" and "pix" not in preset.masked
+        if masked or pixels or (key in OF_UNLABELLED and not preset.uses_unlabelled):
+            unused.append(key)
+    return unused
+
+
 def check_counts(config: Config, labelled: int, unlabelled: int, processes: int) -> None:
     """Raise a UserError if there are too few images, or if the processes cannot share a batch equally."""
     train = config.train

@@ -32,7 +32,14 @@ from pathlib import Path
 from cmim import distributed
 from cmim.check import for_training
 from cmim.command_line import parser_of
-from cmim.config import check_background, check_class_weights, check_counts, default_config_path, load_config
+from cmim.config import (
+    check_background,
+    check_class_weights,
+    check_counts,
+    default_config_path,
+    load_config,
+    without_effect,
+)  # fmt: skip
 from cmim.data import load_splits
 from cmim.engine.device import choose_device
 from cmim.engine.dry_run import dry_run, scratch, untrained
@@ -68,12 +75,13 @@ def main(arguments: Sequence[str]) -> Path:
     check_background(config, len(splits.class_names))
     check_class_weights(config, len(splits.class_names))
     check_counts(config, len(splits.labelled), len(splits.unlabelled), distributed.world().size)
+    idle = [f"--{key} has no effect with the preset {config.method.preset}" for key in without_effect(config, overrides)]
     device = choose_device(config.train.device)
     folder = given.output or default_folder(os.path.abspath(config_path))
     run = open_run(folder, config, given.resume)
     if given.dry_run:
         config, splits, notes = settle(config, splits)
-        describe(config, splits, run, notes)
+        describe(config, splits, run, [*notes, *idle])
         with scratch(), distributed.process_group(device):
             objective = build_objective(untrained(config), len(splits.class_names), run)
             trainer = Trainer(config, splits, Run(os.devnull), objective, device)
@@ -84,7 +92,7 @@ def main(arguments: Sequence[str]) -> Path:
         notes = []
         if not continues:
             config, splits, notes = settle(config, splits)
-        describe(config, splits, run, notes)
+        describe(config, splits, run, [*notes, *idle])
         weights = None
         if distributed.world().rank == 0:  # the other processes wait for this one, or end with it
             open_files(config, splits)

@@ -150,3 +150,11 @@ def test_the_legend_of_a_picture_explains_the_hatch():
     tiles = {"masked": [np.zeros((8, 8, 3), np.uint8)], "truth": [np.zeros((8, 8, 3), np.uint8)]}
     sheet = np.asarray(pictures.grid(tiles, ["a", "b"], colour_map(2)))
     assert (sheet[-28:] == 96).all(-1).any() and (sheet[-28:] == 224).all(-1).any()
+
+
+@pytest.mark.parametrize("width, scale", [(90, 1), (999, 1), (4000, 4)])
+def test_the_legend_grows_with_the_image(width, scale):
+    colours = np.array([[9, 9, 9], [200, 30, 40]], np.uint8)
+    sheet = np.asarray(pictures.with_legend(Image.new("RGB", (width, 8)), ["ground", "road"], colours, [1]))
+    rows = np.nonzero((sheet == colours[1]).all(-1).any(1))[0]
+    assert sheet.shape[0] == 8 + 4 + 24 * scale and rows[0] >= 8 and len(rows) in range(15 * scale, 16 * scale + 1)

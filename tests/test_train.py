@@ -8,9 +8,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cmim import checkpoint, evaluate
-from cmim.config import load_config
+from cmim.config import load_config, without_effect
 from cmim.engine.metrics import Scores
 from cmim.errors import UserError
+from cmim.settings import Config
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 CLASSES = ["ground", "square", "triangle", "ring", "cross"]
@@ -183,3 +184,31 @@ def test_pseudo_labels_of_another_run(tmp_path):
     checkpoint.save(state | {"class_names": state["class_names"][:2]}, two.last)
     with pytest.raises(UserError):
         run_tiny(tmp_path / "other", **settings | {"teacher__run": str(two.folder)})
+
+
+IDLE = {
+    "method__tau": 0.5, "method__class_thresholds": True, "method__align": True, "method__w_unlabelled": 2,
+    "method__start": 0.5, "method__ramp": 0.5, "method__cutmix": 0, "method__dropout": 0.1,
+    "train__unlabelled_batch": 2, "mim__tau": 0.5, "mask__ratio": 0.3, "reconstruction__tokens": "pixel",
+    "teacher__run": "nowhere",
+}  # fmt: skip
+
+
+def test_settings_that_a_preset_does_not_use_are_noted_and_change_nothing(tmp_path, capsys):
+    losses = []
+    for i, settings in enumerate(({}, IDLE)):
+        run = run_tiny(tmp_path / str(i), train__steps=2, method__preset="supervised", **settings)
+        losses.append([line["loss"] for line in read_metrics(run) if "loss" in line])
+        said = capsys.readouterr().out
+    assert losses[0] == losses[1] and losses[0]
+    for key in IDLE:
+        assert f"note: --{key.replace('__', '.')} has no effect with the preset supervised\n" in said
+    assert not {f"method.{key}" for key in ("preset", "class_weights", "dice")} & set(without_effect_of("supervised"))
+    assert not {key.replace("__", ".") for key in IDLE} & set(without_effect_of("cmim"))
+    assert without_effect_of("fixmatch") == ["mim.tau", "mask.ratio", "reconstruction.tokens"]
+
+
+def without_effect_of(preset):
+    words = [f"--{key.replace('__', '.')}={value}" for key, value in IDLE.items()]
+    words += ["--method.class_weights=median", "--method.dice=1", f"--method.preset={preset}"]
+    return without_effect(Config(method={"preset": preset}), words)

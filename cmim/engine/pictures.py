@@ -139,21 +139,22 @@ def overlay(
 
 
 def with_legend(image: Image.Image, class_names: Sequence[str], colours: np.ndarray, present: Sequence[int]) -> Image.Image:
-    """An image with the names and colours of the classes `present` below it."""
-    width = max(image.width, 154)
-    per_line, line = max(1, width // 150), 24
+    """An image with the names and colours of the classes `present` below it, larger below an image of several megapixels."""
+    width, scale = max(image.width, 154), max(1, image.width // 1000)
+    per_line, line = max(1, width // (150 * scale)), 24 * scale
     sheet = Image.new("RGB", (width, image.height + 4 + -(-len(present) // per_line) * line), "white")
     sheet.paste(image, (0, 0))
-    _legend(sheet, image.height, per_line, line, [(class_names[k], colours[k]) for k in present])
+    _legend(sheet, image.height, per_line, line, [(class_names[k], colours[k]) for k in present], scale)
     return sheet
 
 
-def _legend(sheet, top, per_line, line, entries):
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+def _legend(sheet, top, per_line, line, entries, scale=1):
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16 * scale)
     for k, (name, colour) in enumerate(entries):
-        x, y = k % per_line * 150 + 4, top + k // per_line * line
-        draw.rectangle((x, y + 3, x + 16, y + 19), fill=tuple(int(c) for c in colour), outline="black")
-        draw.text((x + 22, y + 2), name[:15], fill="black", font=font)
+        x, y = (k % per_line * 150 + 4) * scale, top + k // per_line * line
+        box = (x, y + 3 * scale, x + 16 * scale, y + 19 * scale)
+        draw.rectangle(box, fill=tuple(int(c) for c in colour), outline="black")
+        draw.text((x + 22 * scale, y + 2 * scale), name[:15], fill="black", font=font)
 
 
 def grid(columns: dict[str, list[np.ndarray]], class_names: Sequence[str], colours: np.ndarray) -> Image.Image:
