@@ -134,7 +134,7 @@ def test_the_command_groups_images_and_writes_a_table(folder, tmp_path, monkeypa
     ]
     with open(out / "classes.csv", newline="") as file:
         head, *lines = csv.reader(file)
-    assert head[:3] == ["image (cmim.predict)", "width", "height"] and head[3:] == cmim.load(folder).classes
+    assert head[:3] == ["image", "width", "height"] and head[3:] == cmim.load(folder).classes
     assert [line[:3] for line in lines] == [["a/1.png", "30", "20"], ["a/2.png", "30", "20"], ["b/3.png", "30", "24"]]
     for line in lines:
         classes = np.asarray(Image.open(out / "masks" / line[0]))

@@ -15,7 +15,9 @@ from cmim.data.files import IMAGE_SUFFIXES
 from cmim.errors import UserError
 
 AUTHOR = f"{__name__.partition('.')[0]}.predict"
-"""Written into every PNG as its software, and into the table's first cell, to recognise files of `predict`."""
+"""Written into every PNG as its software, to recognise files of `predict`."""
+HEAD = ("image", "width", "height")
+"""The first columns of the table."""
 
 
 def write_mask(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
@@ -46,7 +48,7 @@ class ShareTable:
         self.file = open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 - see close
         self.writer = csv.writer(self.file)
         self.classes = len(class_names)
-        self.writer.writerow([f"image ({AUTHOR})", "width", "height", *class_names])
+        self.writer.writerow([*HEAD, *class_names])
 
     def add(self, name: Path, classes: np.ndarray) -> None:
         counts = np.bincount(classes.ravel(), minlength=self.classes)
@@ -65,7 +67,7 @@ def written_by_predict(path: Path) -> bool:
     try:
         if path.suffix.lower() == ".csv":
             with open(path, encoding="utf-8") as file:
-                return file.read(len(AUTHOR) + 20).startswith(f"image ({AUTHOR})")
+                return file.read(100).startswith(",".join(HEAD) + ",")
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get("Software") == AUTHOR
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
