@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
-from cmim import checkpoint, train
+from cmim import checkpoint
 from cmim.engine import dry_run as module
 from cmim.engine.dry_run import _phases
+from cmim.engine.schedule import ramp
 from cmim.errors import UserError
 from tests.ranks import run_on_ranks
 from tests.test_engine import tiny_config
@@ -95,8 +96,8 @@ def test_every_phase_of_the_training_is_timed(options, expected):
     config = tiny_config(**options)
     assert _phases(config, 100) == expected
     for first, _ in expected[1:]:  # where the ramps of the training begin too
-        starts = [train.ramp(step, 100, start, 0) is None for step in (first - 1, first) for start in (config.mim.start,)]
-        starts += [train.ramp(step, 100, config.method.start, 0) is None for step in (first - 1, first)]
+        starts = [ramp(step, 100, start, 0) is None for step in (first - 1, first) for start in (config.mim.start,)]
+        starts += [ramp(step, 100, config.method.start, 0) is None for step in (first - 1, first)]
         assert starts[0] != starts[1] or starts[2] != starts[3]
 
 
