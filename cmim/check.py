@@ -29,8 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from cmim.command_line import parser_of
 from cmim.config import check_counts, load_config, override
@@ -40,6 +38,7 @@ from cmim.data.files import SIDEWAYS
 from cmim.data.polygons import convert
 from cmim.distributed import world
 from cmim.engine.logging import Progress, console
+from cmim.engine.outputs import author_of, write_png
 from cmim.engine.run import write_text
 from cmim.engine.sheet import choose, sheet
 from cmim.errors import UserError, run_command
@@ -331,12 +330,7 @@ def refuse_foreign(path: Path) -> None:
             raise UserError(f"--output {path}: there is no folder {path.absolute().parent}; make it, or give another")
         return
     if path.suffix.lower() == ".png":
-        try:
-            with Image.open(path) as image:
-                own = image.info.get("Software") == AUTHOR
-        except (OSError, ValueError, SyntaxError):
-            own = False
-        if not own:
+        if author_of(path) != AUTHOR:
             raise UserError(f"{path} is there, and not written by cmim.check: give another --output")
         return
     try:
@@ -366,14 +360,7 @@ def write_sheet(found: Examination, path: Path) -> bool:
     if not parts:
         return False
     made = sheet(parts, found.names, found.colours, (pixels / max(1, pixels.sum())).tolist())
-    about = PngInfo()
-    about.add_text("Software", AUTHOR)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        made.save(partial, format="PNG", pnginfo=about)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_png(path, made, AUTHOR)
     return True
 
 

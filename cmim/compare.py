@@ -164,12 +164,7 @@ def finished(run: Run, config: Config) -> bool:
         return config.train.patience is not None and config.train.patience <= result["patience"]
     if config.train.epochs is not None:
         return result.get("epochs") == config.train.epochs
-    return is_complete(result["step"], config)
-
-
-def is_complete(step: int, config: Config) -> bool:
-    """Whether `step` is the last one; of a number of epochs, what was kept is."""
-    return config.train.epochs is not None or step == total_steps(config.train, unlabelled=0)
+    return result["step"] == total_steps(config.train, unlabelled=0)
 
 
 if __name__ == "__main__":

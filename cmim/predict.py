@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     shares = ShareTable(table, segmenter.classes)
     try:
         with Progress("predict", len(paths), "images") as progress:
-            for group in groups(segmenter, read(segmenter, paths, turned, unreadable, progress)):
+            images = read(segmenter, paths, turned, unreadable, progress)
+            for group in segmenter.groups(images, lambda pair: pair[1]):
                 predictions = segmenter.predict([image for _, image in group])
                 for (path, image), prediction in zip(group, predictions, strict=True):
                     write(given, segmenter, targets[path], image, prediction, clear)
@@ -97,20 +98,6 @@ def read(
         if data.exif != "apply" and orientation(path) != 1:
             turned.append(path)
         yield path, image
-
-
-def groups(
-    segmenter: TrainedSegmenter, images: Iterator[tuple[Path, np.ndarray]]
-) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    """Images that follow one another and can share a pass of the network."""
-    group = []
-    for path, image in images:
-        if group and (len(group) == segmenter.config.evaluation.batch or not segmenter.can_share(group[0][1], image)):
-            yield group
-            group = []
-        group.append((path, image))
-    if group:
-        yield group
 
 
 def write(

@@ -220,7 +220,7 @@ def seconds_per_step(config: Config, classes: int) -> float:
     """About the seconds of a training step on the CPU: a forward and backward pass of the network, timed, for each view."""
     choose_device("cpu")  # as many threads as training uses
     with torch.random.fork_rng(devices=[]):
-        net = build_segmenter(config.model.model_copy(update={"weights": "none"}), classes, *config.data.normalisation())
+        net = build_segmenter(config.model.untrained(), classes, *config.data.normalisation())
         side, batch = config.data.crop, max(2, config.train.labelled_batch)
         image = torch.zeros(batch, config.data.channels, side, side, dtype=torch.uint8)
         image = image.to(memory_format=torch.channels_last)

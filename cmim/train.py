@@ -39,7 +39,7 @@ from cmim.config import (
     default_config_path,
     load_config,
     without_effect,
-)  # fmt: skip
+)
 from cmim.data import load_splits
 from cmim.engine.device import choose_device
 from cmim.engine.dry_run import dry_run, scratch, untrained

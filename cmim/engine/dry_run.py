@@ -45,7 +45,7 @@ def scratch() -> Iterator[None]:
 
 def untrained(config: Config) -> Config:
     """`config` without pretrained weights, which change neither time nor memory and would be downloaded."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": "none", "init_from": None})})
+    return config.model_copy(update={"model": config.model.untrained()})
 
 
 def _short(value):

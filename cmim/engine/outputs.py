@@ -1,4 +1,4 @@
-"""Files that `cmim.predict` reads and writes: images in folders and patterns, PNGs, a table."""
+"""Files that commands read and write: images in folders and patterns, PNGs that say which command made them, a table."""
 
 import csv
 import glob
@@ -27,17 +27,26 @@ def write_mask(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
     write_png(path, mask)
 
 
-def write_png(path: Path, image: Image.Image) -> None:
-    """Write a PNG atomically, marked as written by `predict`."""
+def write_png(path: Path, image: Image.Image, author: str = AUTHOR) -> None:
+    """Write a PNG atomically, with the command that made it as its software."""
     path.parent.mkdir(parents=True, exist_ok=True)
     said = PngInfo()
-    said.add_text("Software", AUTHOR)
+    said.add_text("Software", author)
     partial = path.with_name(f".{path.name}.partial")
     try:
         image.save(partial, format="PNG", pnginfo=said)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def author_of(path: Path) -> str | None:
+    """The software that a PNG names; None for other files."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
 
 
 class ShareTable:
@@ -64,13 +73,12 @@ def written_by_predict(path: Path) -> bool:
     """Whether a file is a PNG or a table that `predict` wrote."""
     if path.suffix.lower() not in (".png", ".csv") or path.is_fifo():
         return False
+    if path.suffix.lower() == ".png":
+        return author_of(path) == AUTHOR
     try:
-        if path.suffix.lower() == ".csv":
-            with open(path, encoding="utf-8") as file:
-                return file.read(100).startswith(",".join(HEAD) + ",")
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.info.get("Software") == AUTHOR
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        with open(path, encoding="utf-8") as file:
+            return file.read(100).startswith(",".join(HEAD) + ",")
+    except (OSError, ValueError):
         return False
 
 

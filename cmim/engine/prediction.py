@@ -1,11 +1,12 @@
 """A trained network that predicts images of any kind and size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from cmim.engine.inference import NOT_FINITE, probabilities
 from cmim.engine.run import Trained
 from cmim.errors import UserError
 from cmim.settings import Config
+
+T = TypeVar("T")
 
 MOST_PIXELS = 1 << 22
 """An image with more pixels is cut into tiles, so that the memory that a network needs has a bound."""
@@ -74,11 +77,20 @@ class TrainedSegmenter:
             return self._predict([self._pixels(image) for image in images])
         return self._predict([self._pixels(images)])[0]
 
-    def can_share(self, image: np.ndarray, other: np.ndarray) -> bool:
-        """Whether two images can share a pass of the network."""
-        return image.shape == other.shape and not self.is_large(image)
+    def groups(self, items: Iterable[T], pixels: Callable[[T], np.ndarray] = lambda image: image) -> Iterator[list[T]]:
+        """Images, or what `pixels` gives the image of, that follow one another and can share a pass of the network."""
+        group = []
+        for item in items:
+            image = pixels(item)
+            full = len(group) == self.config.evaluation.batch
+            if group and (full or image.shape != pixels(group[0]).shape or self._is_large(image)):
+                yield group
+                group = []
+            group.append(item)
+        if group:
+            yield group
 
-    def is_large(self, image: np.ndarray) -> bool:
+    def _is_large(self, image):
         pixels = image.shape[0] * image.shape[1]
         return pixels > MOST_PIXELS or pixels * len(self.classes) > MOST_VALUES
 
@@ -107,16 +119,10 @@ class TrainedSegmenter:
     @torch.inference_mode()
     def _predict(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         torch.backends.cudnn.benchmark = False  # it would search for the fastest algorithms again for every image size
-        found, first = [], 0
-        while first < len(images):
-            last = first + 1
-            most = self.config.evaluation.batch
-            while last < len(images) and last - first < most and self.can_share(images[first], images[last]):
-                last += 1
-            group = images[first:last]
-            with autocast(self.device, self.dtype):
-                found += [self._in_tiles(group[0])] if self.is_large(group[0]) else self._whole(group)
-            first = last
+        found = []
+        with autocast(self.device, self.dtype):
+            for group in self.groups(images):
+                found += [self._in_tiles(group[0])] if self._is_large(group[0]) else self._whole(group)
         return found
 
     def _whole(self, images):
@@ -152,7 +158,7 @@ class TrainedSegmenter:
         confidence = torch.full(image.shape[:2], -1.0, device=self.device)
         classes = torch.zeros(image.shape[:2], dtype=torch.uint8, device=self.device)
         for k, of_class in enumerate(small):
-            large = torch.nn.functional.interpolate(
+            large = F.interpolate(
                 of_class[None, None], image.shape[:2], mode="bilinear", align_corners=self.net.align_corners
             )[0, 0]
             higher = large > confidence

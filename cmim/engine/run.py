@@ -319,8 +319,7 @@ def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: 
         raise UserError(f"{path} is not a complete checkpoint of cmim.train, it has no {lacking[0]}; use another checkpoint")
     state.setdefault("evaluated", load_config(run.config).evaluated_weights)  # older checkpoints do not say
     weights = checkpoint.network_weights(state, path, config.evaluated_weights)
-    model = config.model.model_copy(update={"weights": "none", "init_from": None})
-    net = build_segmenter(model, len(state["class_names"]), *config.data.normalisation())
+    net = build_segmenter(config.model.untrained(), len(state["class_names"]), *config.data.normalisation())
     checkpoint.load_into(net, weights, path)
     if config.train.channels_last:  # as in training, because another memory layout may round differently
         net.to(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cmim.data.datasets import IGNORED
-from cmim.engine.pictures import colourise, overlay
+from cmim.engine.pictures import colourise, overlay, rgb
 
 SIDE = 240
 """Longer side of a picture in pixels."""
@@ -76,8 +76,7 @@ def sheet(
 def _pair(image, classes, colours):
     """An image and its overlay, made smaller first: a class is drawn where its pixels are the nearest ones."""
     size = _size(classes.shape)
-    small = np.asarray(Image.fromarray(image[:, :, :3] if image.shape[2] >= 3 else image[:, :, 0]).resize(size))
-    small = small if small.ndim == 3 else np.repeat(small[..., None], 3, axis=2)
+    small = np.asarray(Image.fromarray(rgb(image)).resize(size))
     nearest = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
     return Image.fromarray(small), overlay(small, nearest, colours)
 

@@ -125,8 +125,7 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     """The `Objective` with its initial weights; a resumed run loads its weights from the checkpoint later."""
     torch.manual_seed(config.seed)
     if run.last.exists():
-        model = config.model.model_copy(update={"weights": "none", "init_from": None})
-        config = config.model_copy(update={"model": model})
+        config = config.model_copy(update={"model": config.model.untrained()})
     if config.model.weights != "none":  # loading may take some seconds
         name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
         where = {"timm": "fetched, or from the cache", "package": "from its package"}
