@@ -106,6 +106,16 @@ def test_tiles_agree_with_the_whole_image(segmenter, monkeypatch):
     assert (tiled.classes == whole.classes).mean() > 0.9 and (tiled.confidence > 0).all()
 
 
+def test_which_images_share_a_pass(segmenter, monkeypatch):
+    monkeypatch.setattr(prediction, "MOST_PIXELS", 100)
+    sizes = [(5, 6)] * 10 + [(6, 5)] + [(20, 20)] * 2 + [(5, 6)]
+    images = [np.zeros((*size, 3), np.uint8) for size in sizes]
+    assert segmenter.config.evaluation.batch == 8
+    groups = list(segmenter.groups(enumerate(images), lambda pair: pair[1]))
+    assert [[i for i, _ in group] for group in groups] == [[*range(8)], [8, 9], [10], [11], [12], [13]]
+    assert [p.classes.shape for p in segmenter.predict(images[-4:])] == sizes[-4:]
+
+
 def test_a_large_result_of_a_small_input(folder, monkeypatch):
     segmenter = cmim.load(folder, settings={"data.size": [32, 48]})
     image = noise(3, (90, 140))

@@ -144,6 +144,39 @@ def test_paired_differences_and_their_interval():
     assert study.interval([math.nan, 1], [2, 2]) == "-"
 
 
+def test_what_is_kept_holds_no_paths_of_this_machine(tmp_path):
+    def config(place):
+        return config_from(
+            {
+                "data": {"format": "folder", "root": f"{place}/data", "split": f"{place}/split", "workers": 3},
+                "model": {"init_from": f"{place}/first"}, "teacher": {"run": f"{place}/large"}, "train": {"device": "cpu"},
+            },
+            "a test",
+        )  # fmt: skip
+
+    here = study.portable(config(tmp_path))
+    assert here == study.portable(config("/elsewhere")) and str(tmp_path) not in here.model_dump_json()
+    other = study.portable(config_from({"data": {"format": "folder", "root": "x", "split": "other"}}, "a test"))
+    assert here.data.split.name == "split" and other.data.split != here.data.split
+
+
+def test_the_seconds_of_a_step_are_the_mean_over_the_run(tmp_path):
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.result.write_text(json.dumps({"miou": 0.5, "best_miou": 0.6, "split": "test", "step": 4, "iou": {}}))
+    lines = [
+        {"step": 2, "images_per_second": 8},
+        {"step": 2, "split": "val", "miou": 0.6},
+        {"step": 4, "images_per_second": 4},
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for preset, seconds in (("supervised", 4 * (1 / 8 + 1 / 4) / 2), ("fixmatch", 8 * (1 / 8 + 1 / 4) / 2)):
+        values = {"labelled_batch": 4, "unlabelled_batch": 4}
+        config = config_from({"data": {"format": "shapes"}, "method": {"preset": preset}, "train": values}, "a test")
+        kept = study.keep_result(tmp_path / "kept.json", preset, 0, run, config)
+        assert kept.seconds_per_step == pytest.approx(seconds, abs=1e-4) and kept.val == [(2, 0.6)]
+
+
 def test_val_at_the_time_of_the_base():
     base = result(0.5, [(10, 0.3), (20, 0.4)], seconds=1.0)
     assert study.at_equal_time(result(0.5, [(5, 0.1), (10, 0.2), (15, 0.9)], seconds=2.0), base) == 0.2

@@ -1,6 +1,7 @@
 """What a training run leaves in its folder."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cmim import checkpoint, evaluate
 from cmim.config import load_config, without_effect
+from cmim.engine import start
 from cmim.engine.metrics import Scores
 from cmim.errors import UserError
 from cmim.settings import Config
+from tests.test_engine import tiny_config
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 
 CLASSES = ["ground", "square", "triangle", "ring", "cross"]
@@ -179,11 +182,26 @@ def test_pseudo_labels_of_another_run(tmp_path):
     evaluate.main([str(run.folder)])
     with pytest.raises(UserError, match=r"nowhere is not a run folder"):
         run_tiny(tmp_path / "other", **settings | {"teacher__run": str(tmp_path / "nowhere")})
-    two = run_tiny(tmp_path / "two", method__preset="supervised", data__shapes__test=2)
-    state = checkpoint.load(two.last)
-    checkpoint.save(state | {"class_names": state["class_names"][:2]}, two.last)
-    with pytest.raises(UserError):
-        run_tiny(tmp_path / "other", **settings | {"teacher__run": str(two.folder)})
+
+
+@pytest.mark.parametrize(
+    "names, channels, multiple, said",
+    [
+        (["a"] * 4, 3, 1, "has 4 classes, the data have 5"),
+        (["a"] * 5, 4, 1, "has images of 4 channels, the data 3"),
+        (["a"] * 5, 3, 14, "takes multiples of 14 pixels, but data.crop is 32"),
+    ],
+)
+def test_a_run_that_cannot_make_pseudo_labels(names, channels, multiple, said, monkeypatch):
+    net = SimpleNamespace(size_multiple=multiple)
+    trained = SimpleNamespace(class_names=names, config=SimpleNamespace(data=SimpleNamespace(channels=channels)), net=net)
+    monkeypatch.setattr(start, "load_trained", lambda folder, which: trained)
+    config = tiny_config(method__preset="fixmatch", teacher__run="a run")
+    with pytest.raises(UserError, match=said):
+        start.load_judge(config, 5)
+    assert start.load_judge(tiny_config(method__preset="supervised", teacher__run="a run"), 5) is None
+    trained.class_names, trained.config.data.channels, net.size_multiple = ["a"] * 5, 3, 16
+    assert start.load_judge(config, 5) is net
 
 
 IDLE = {

@@ -324,3 +324,9 @@ def test_packages_that_are_not_there(monkeypatch):
     smp = ModelSettings(arch="smp:unet/tu-resnet18", weights="package")
     with pytest.raises(UserError, match="no package has the weights of resnet18"):
         build_segmenter(smp, 3, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_a_network_without_weights_to_load(tmp_path):
+    settings = ModelSettings(weights=str(tmp_path / "gone.pt"), init_from=tmp_path / "run", decoder_width=8)
+    bare = settings.untrained()
+    assert (bare.weights, bare.init_from, bare.decoder_width) == ("none", None, 8)
