@@ -154,6 +154,16 @@ inline void require_alike(const View& a, const View& b, const char* what) {
   require(a.dtype == b.dtype && a.dimensions == b.dimensions && std::equal(a.sizes, a.sizes + 4, b.sizes), what);
 }
 
+// How many blocks of `threads` threads run at the same time on this device.
+template <typename... Parameters>
+int64_t resident(void (*kernel)(Parameters...), int threads) {
+  int device = 0, processors = 1, blocks = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  return std::max<int64_t>(1, int64_t{processors} * blocks);
+}
+
 // Kernels stride over their work, so that any grid will do.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), Stream stream, int64_t blocks, unsigned threads, Arguments... arguments) {

@@ -26,6 +26,8 @@ constexpr int64_t PACK_TILE = 1024;          // tokens that one block of pack_cl
 constexpr int64_t PACK_MAX_CLASSES = 1151;   // with more, the counters of a block leave its shared memory
 constexpr int64_t CENTROIDS_RUN = 64;        // packed tokens that one group of threads adds up
 constexpr int64_t LOSS_MAX_CHANNELS = 16;    // of images of bytes, whose mean and std travel with the launch
+constexpr int64_t CONVOLUTION_PROGRAMS = 3;  // blocks of the weights' gradient that a multiprocessor runs at a time
+constexpr int64_t CONVOLUTION_CHANNELS = 32;  // of a block
 struct Constant {
   const char* name;
   int64_t value;
@@ -35,6 +37,8 @@ constexpr Constant CONSTANTS[] = {
     {"PACK_MAX_CLASSES", PACK_MAX_CLASSES},
     {"CENTROIDS_RUN", CENTROIDS_RUN},
     {"LOSS_MAX_CHANNELS", LOSS_MAX_CHANNELS},
+    {"CONVOLUTION_PROGRAMS", CONVOLUTION_PROGRAMS},
+    {"CONVOLUTION_CHANNELS", CONVOLUTION_CHANNELS},
 };
 
 void pack_classes(Stream, View labels, View masked, int64_t num_classes, MaybeView counts, View order, View inverse,

@@ -37,9 +37,11 @@ def test_packing_around_tiles_and_sizes_of_counters(tokens, classes):
 
 @pytest.mark.parametrize("size", [3, 5, 7, 1, 9])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 40, 17, 33), (2, 7, 34, 70), (1, 1, 16, 64), (0, 2, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 6), (1, 40, 17, 33), (2, 7, 34, 70), (1, 1, 16, 64), (0, 2, 4, 4), (1, 4, 43, 3)]
+)
 def test_convolution_around_tiles(shape, channels_last, size):
-    """A tile has 16 rows, 16 columns of 32 channels (channels-last) or 16, 32 or 64 columns of fewer channels."""
+    """A tile has at most 40 rows, which are taken 8 at a time, and 16 columns of 32 channels."""
     batch, channels, height, width = shape
     labels, _ = random_labels((batch, height // 3 + 1, width // 3 + 1), 3)
     labels = labels.repeat_interleave(3, 1).repeat_interleave(3, 2)[:, :height, :width]
@@ -49,6 +51,14 @@ def test_convolution_around_tiles(shape, channels_last, size):
     # Sums of thousands of products: scaled to their size.
     op = lambda x, w, b: same_class_conv2d(x, labels, w / size, b, num_classes=3) / max(1, width)  # noqa: E731
     assert_like_torch(op, inputs)
+
+
+def test_columns_that_are_too_far_apart_for_the_kernels_offsets_are_computed_otherwise():
+    from cmim_kernels.cuda_kernels.same_class_conv2d import is_compiled
+
+    weight = torch.empty(1, 3, 3)
+    image = lambda distance: torch.empty_strided((1, 1, 1, 2), (1, 1, 1, distance), device="meta")  # noqa: E731
+    assert is_compiled(image(2**30 - 1), weight) and not is_compiled(image(2**30), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -52,6 +52,20 @@ def test_no_kernel_spills_and_no_source_warns(built):
         assert [k for k, f in zip(kernels, frames, strict=True) if f != ("0", "0", "0")] == []
 
 
+@pytest.mark.parametrize("kernel", ["convolve_kernel", "weight_kernel"])
+def test_three_of_five_instructions_of_a_convolution_are_multiply_adds(built, tmp_path, kernel):
+    """In the loop over rows, for k = 7 on sm_90."""
+    from tests.backends import machine_code
+
+    cubin = machine_code.cubin_of(built[1] / "same_class_conv2d.cu.o", 90)
+    functions = [f for name, f in machine_code.disassemble(cubin).items() if kernel in name and "Li7E" in name]
+    assert len(functions) == 3  # of float32, float16 and bfloat16
+    for function in functions:
+        _, counts = function.hot_loop("FFMA")
+        assert counts["FFMA"] == 2 * 4 * 7 * 7  # two rows of a thread's four columns
+        assert counts["FFMA"] >= 0.6 * counts.total()
+
+
 def test_it_loads_without_a_gpu_and_registers_its_ops(built):
     program = f"""
 import torch
