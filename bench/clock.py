@@ -14,6 +14,7 @@ import torch
 
 ROUNDS = 15
 CPU_SECONDS = 0.4  # about how long a benchmark repeats on the CPU
+ALTERNATIONS_SECONDS = 10  # likewise, of two functions that are timed beside each other
 AT_LEAST_ON_DEVICE = 0.002  # seconds of work in a graph
 MOST_CALLS = 200  # in a graph
 
@@ -27,6 +28,7 @@ class Timing(NamedTuple):
     peak_bytes: int | None = None  # of memory that one call adds; None on the CPU
     launches: int | None = None  # kernels of one call; None on the CPU
     host_seconds: float | None = None  # None on the CPU, where it is the time itself
+    ours_beside: float | None = None  # least time of our own function, called in turn with this one
 
 
 class DeviceClock:
@@ -43,12 +45,14 @@ class DeviceClock:
         return self.start.elapsed_time(now) / 1000 / self.calls
 
 
-def time_calls(benchmark, function, arguments, *, capture=True):
+def time_calls(benchmark, function, arguments, *, capture=True, ours=None):
     """Time `function(*arguments)` with the fixture `benchmark`; returns the `Timing`.
 
     Args:
         arguments: tensors.
         capture: into a CUDA graph; else the function is called from Python.
+        ours: on the CPU, call this function with the same arguments in turn with `function`, so that a ratio close to 1
+            does not depend on what else the machine did in one of two minutes.
 
     Raises:
         CaptureError: the function cannot be captured.
@@ -58,6 +62,13 @@ def time_calls(benchmark, function, arguments, *, capture=True):
         clock = time.process_time if one_thread else time.perf_counter
         seconds = _seconds_on_cpu(clock, function, arguments)
         benchmark._timer = clock
+        if ours is not None:
+            beside = []
+            rounds = max(5, min(20, int(ALTERNATIONS_SECONDS / (2 * seconds))))
+            benchmark.pedantic(
+                function, arguments, setup=lambda: beside.append(_seconds(clock, ours, arguments)), rounds=rounds
+            )
+            return Timing("process" if one_thread else "wall", ours_beside=min(beside[1:]))
         rounds = max(3, min(ROUNDS, int(CPU_SECONDS / max(seconds, 1e-9))))
         # Short calls are repeated: the clock has its own grain.
         repeats = max(1, min(1000, int(CPU_SECONDS / ROUNDS / max(seconds, 1e-9))))
@@ -122,6 +133,10 @@ def differentiable(inputs):
 
 def _seconds_on_cpu(clock, function, arguments):
     function(*arguments)
+    return _seconds(clock, function, arguments)
+
+
+def _seconds(clock, function, arguments):
     start = clock()
     function(*arguments)
     return clock() - start

@@ -47,10 +47,11 @@ class _Timed:
     def __init__(self, benchmark):
         self.benchmark, self.timing, self.extra = benchmark, None, {}
 
-    def __call__(self, group, name, function, arguments, *, capture=True, images=None, **extra):
-        """`capture`: device time, or that of Python too. `images` of a call; `extra` goes into the JSON."""
+    def __call__(self, group, name, function, arguments, *, capture=True, ours=None, images=None, **extra):
+        """`capture`: device time, or that of Python too. `ours`: our own function, called in turn on a CPU. `images` of a
+        call; `extra` goes into the JSON."""
         self.benchmark.group = group
-        self.timing = time_calls(self.benchmark, function, list(arguments), capture=capture)
+        self.timing = time_calls(self.benchmark, function, list(arguments), capture=capture, ours=ours)
         self.benchmark.extra_info |= {"baseline": name, **self.timing._asdict(), **self.extra, **extra}
         if images is not None:
             self.benchmark.extra_info["images_per_second"] = images / self.benchmark.stats.stats.min

@@ -83,15 +83,19 @@ class Run:
         for group, baselines in self.groups.items():
             best = self.best_baseline(group)
             if OURS in baselines and best:
-                found[group] = best[0] / baselines[OURS][0]
+                found[group] = best[0] / self.ours_beside(group, best[1])
         return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+    def ours_beside(self, group, name):
+        """Our time to be compared with that of the baseline `name`: measured in turn with it where it was."""
+        return self.groups[group][name][1].get("ours_beside") or self.groups[group][OURS][0]
 
     def costs(self):
         """(group, baseline, how many times as long ours takes) of the baselines that do less than ours."""
         for group, baselines in self.groups.items():
             for name, (seconds, info) in baselines.items():
                 if OURS in baselines and name != OURS and not info.get("comparable", True):
-                    yield group, name, baselines[OURS][0] / seconds
+                    yield group, name, self.ours_beside(group, name) / seconds
 
 
 def all_rows(run):
@@ -101,7 +105,9 @@ def all_rows(run):
     yield "| --- | ---: | ---: | --- | ---: | ---: |"
     for group, ratio in run.speed_ups().items():
         seconds, info = run.groups[group][OURS]
-        others = sorted((other / seconds, name) for name, (other, _) in run.groups[group].items() if name != OURS)
+        others = sorted(
+            (other / run.ours_beside(group, name), name) for name, (other, _) in run.groups[group].items() if name != OURS
+        )
         listed = "; ".join(f"{name}: {times:.2f}" for times, name in others)
         share = f"{info['share_of_target']:.0%}" if "share_of_target" in info else ""
         error = f"{info['error']:.1e}" if info.get("error") is not None else ""

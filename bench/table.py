@@ -12,7 +12,7 @@ def ratio_table(rows):
         own = next((seconds for seconds, name, _ in entries if name == OURS), None)
         yield group
         for seconds, name, info in sorted(entries, key=lambda entry: entry[0]):
-            yield f"  {name:28} {in_words(seconds):>10}" + _ratio(seconds, own) + _details(info)
+            yield f"  {name:28} {in_words(seconds):>10}" + _ratio(seconds, info.get("ours_beside") or own) + _details(info)
 
 
 def in_words(seconds):

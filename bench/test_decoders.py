@@ -115,10 +115,11 @@ def test_decoder(decoder, classes, side, name, timed):
     if name != OURS and name != BLIND and decoder == "attention" and side > 80:
         pytest.skip("attention between all pairs of tokens does not fit in memory")
     comparison = comparison_of(decoder, classes, side)
-    with prepared(comparison, name, backward=True) as function:
+    with prepared(comparison, OURS, backward=True) as ours, prepared(comparison, name, backward=True) as function:
         group = f"decode and loss, {decoder}; K {classes}, {side} x {side} tokens; forward and backward"
         capture, about = (
             name not in comparison.eager,
             dict(comparable=name not in comparison.unchecked, decoder=decoder, classes=classes, tokens=side * side),
         )
-        timed(group, name, function, comparison.arguments, capture=capture, **about)
+        beside = {"ours": ours} if name == BLIND else {}
+        timed(group, name, function, comparison.arguments, capture=capture, **beside, **about)

@@ -51,6 +51,35 @@ def test_a_baseline_with_another_result_is_refused():
         assert function(*comparison.inputs)[0].shape == (3,)
 
 
+def test_what_is_timed_in_turn_with_ours_is_compared_with_that_time(tmp_path):
+    from bench.report import Run, all_rows
+
+    lines = [
+        {"stage": "", "item": name, "status": "passed", "group": "op; forward", "stats": {"min": seconds},
+         "extra_info": {"baseline": name, "comparable": name != "less", **info}}
+        for name, seconds, info in (
+            (OURS, 1.0, {}), ("same", 8.0, {"ours_beside": 4.0}), ("less", 2.0, {"ours_beside": 3.0}), ("other", 9.0, {}),
+        )
+    ]  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run(path)
+    assert run.speed_ups() == {"op; forward": 2.0} and list(run.costs()) == [("op; forward", "less", 1.5)]
+    assert "less: 0.67; same: 2.00; other: 9.00" in "".join(all_rows(run))
+    table = list(ratio_table([("op", OURS, 1.0, {}), ("op", "same", 8.0, {"ours_beside": 4.0})]))
+    assert any("same" in line and "( 2.00)" in line for line in table)
+
+
+def test_our_function_is_called_in_turn(benchmark):
+    from bench.clock import time_calls
+
+    calls = []
+    timing = time_calls(benchmark, lambda: calls.append("theirs"), [], ours=lambda: calls.append("ours"))
+    assert timing.ours_beside > 0
+    turns = "".join(name[0] for name in calls[calls.index("ours") :])
+    assert len(turns) >= 10 and turns == "ot" * (len(turns) // 2)
+
+
 def test_integers_and_shapes_have_to_be_equal():
     one = torch.ones(2, dtype=torch.int32)
     assert_equal("x", one, one.long(), 0)
