@@ -26,7 +26,7 @@ test-slow: .venv/installed-test
 
 # Every kernel and launch configuration for GPUs that need not be there: registers, spills, shared memory.
 cross-compile: .venv/installed-test
-	$(BIN)/python -m tests.backends.cross_compile
+	$(BIN)/python -m tests.backends.cross_compile && $(BIN)/python -m tests.backends.cross_compile --few --architectures 90
 
 # The kernels on other versions of Triton: interpreted against PyTorch, then compiled and launched on the stub driver.
 test-triton-versions: .venv/installed-test $(TRITONS:%=build/triton-%/installed)

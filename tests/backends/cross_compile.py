@@ -5,12 +5,17 @@ launched, specialised as it would have been. For each kernel, configuration and 
 a thread, bytes of local memory (spills) and bytes of shared memory; the exit code is 1 where a kernel spills on sm_80
 or sm_90, does not fit in shared memory, or lacks the matrix instruction that it is meant to use.
 
+`compiled.json` holds, for the version of Triton in constraints.txt, what a common case of each op compiles to on sm_90: how
+many warps a multiprocessor holds at a time, and the instructions of the hot loop (of the kernel, if it has none). A kernel
+that gets worse is a fault, too; `--update` writes the file anew, where that was meant.
+
 Runs without TRITON_INTERPRET, in a process of its own.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -29,13 +34,14 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cmim_kernels.ops.library import KERNELS
-from tests.backends import declared, launches
+from tests.backends import declared, launches, machine_code
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TABLE = Path(__file__).with_name("compiled.json")
+TABLE_ARCHITECTURE = 90
 
 
 class Launch(NamedTuple):
@@ -82,6 +88,16 @@ class Compiled(NamedTuple):
     shared: int
     ptx: str
     cubin: bytes
+    warps: int
+    """Of a program."""
+
+    def measures(self):
+        """What the table holds of it."""
+        (function,) = machine_code.disassemble(self.cubin).values()
+        return {
+            "warps": machine_code.resident_warps(self.registers, self.shared, self.warps),
+            "instructions": function.hot_loop()[1].total() or len(function.instructions),
+        }
 
 
 def compile_for(launch, architecture):
@@ -91,7 +107,9 @@ def compile_for(launch, architecture):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [machine_code.TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     number = lambda name: int(re.search(rf"{name}:(\d+)", usage)[1])  # noqa: E731
     # Stack and local memory both hold what did not fit in registers.
     return Compiled(
@@ -100,6 +118,7 @@ def compile_for(launch, architecture):
         compiled.metadata.shared,
         compiled.asm["ptx"],
         compiled.asm["cubin"],
+        compiled.metadata.num_warps,
     )
 
 
@@ -111,6 +130,18 @@ def faults(launch, architecture, compiled):
         yield f"needs {compiled.shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"
     if launch.kwargs.get("DOT") and not re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.ptx):
         yield "has no matrix instruction"
+
+
+def worse(name, found, table):
+    """In what a kernel is worse than the table says, in words."""
+    if name not in table:
+        yield f"is not in {TABLE.name}: run with --few --update"
+        return
+    before = table[name]
+    if found["warps"] < before["warps"]:
+        yield f"{found['warps']} warps at a time on a multiprocessor, {before['warps']} before"
+    if found["instructions"] > before["instructions"]:
+        yield f"{found['instructions']} instructions in the hot loop, {before['instructions']} before"
 
 
 def distinct(cases):
@@ -155,6 +186,7 @@ def main():
     parser.add_argument("--op", help="only this op")
     parser.add_argument("--list-missing", action="store_true", help="only list ops and configurations without a case")
     parser.add_argument("--few", action="store_true", help="only one case of each op")
+    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} anew; with --few")
     parser.add_argument("--cubins", type=Path, help="a folder for the compiled kernels, to be read with nvdisasm -c")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     options = parser.parse_args()
@@ -164,7 +196,11 @@ def main():
         ] + missing_configurations()
         print("\n".join(missing))
         return 1 if missing else 0
-    wrong = 0
+    if options.update and (not options.few or options.op or TABLE_ARCHITECTURE not in options.architectures):
+        parser.error(f"--update needs --few, every op and sm_{TABLE_ARCHITECTURE}")
+    wrong, measured, kept = 0, {}, json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    # Another version of Triton compiles otherwise.
+    compares = options.few and not options.update and kept.get("triton") == triton.__version__
     print(f"triton {triton.__version__}\n{'kernel':32} {'arch':7} {'regs':>4} {'spills':>6} {'shared':>7}  configuration")
     for op, cases in launches.cases(few=options.few).items():
         if options.op in (None, op):
@@ -177,9 +213,16 @@ def main():
                         options.cubins.mkdir(parents=True, exist_ok=True)
                         number = len(list(options.cubins.iterdir()))
                         (options.cubins / f"{number:03}_{launch.name}_sm_{architecture}.cubin").write_bytes(compiled.cubin)
-                    for fault in faults(launch, architecture, compiled):
+                    said = [*faults(launch, architecture, compiled)]
+                    if options.few and architecture == TABLE_ARCHITECTURE:
+                        name = f"{op}: {launch.name}: {launch.configuration}"
+                        measured[name] = compiled.measures()
+                        said += worse(name, measured[name], kept["kernels"]) if compares else []
+                    for fault in said:
                         wrong += 1
                         print(f"  ^ {fault}")
+    if options.update:
+        TABLE.write_text(json.dumps({"triton": triton.__version__, "kernels": measured}, indent=1) + "\n")
     print(f"{wrong} faults")
     return 1 if wrong else 0
 

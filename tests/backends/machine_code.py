@@ -39,11 +39,20 @@ class Function(NamedTuple):
         """Instructions of a loop by their names without modifiers."""
         return collections.Counter(i.name.split(".")[0] for i in self.instructions[loop.start : loop.end + 1])
 
-    def hot_loop(self, *names: str) -> tuple[Loop, collections.Counter]:
-        """The loop without a loop inside that has most instructions of these names."""
+    def hot_loop(self, *names: str) -> tuple[Loop | None, collections.Counter]:
+        """The loop without a loop inside that has most instructions of these names, or most of all; None without loops."""
         inner = [loop for loop in self.loops if not any(loop.holds(other) for other in self.loops)]
         counts = [(loop, self.count(loop)) for loop in inner]
-        return max(counts, key=lambda item: sum(item[1][name] for name in names))
+        size = lambda item: sum(item[1][name] for name in names) if names else item[1].total()  # noqa: E731
+        return max(counts, key=size, default=(None, collections.Counter()))
+
+
+def resident_warps(registers: int, shared: int, warps: int) -> int:
+    """How many warps a multiprocessor of sm_90 holds at a time, of programs of `warps` warps with `registers` a thread and
+    `shared` bytes each (the occupancy of CUDA's programming guide, compute capability 9.0)."""
+    of_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256
+    programs = min(64 // warps, 32, 65536 // of_warp // warps, 228 * 1024 // (-(-shared // 128) * 128 + 1024))
+    return programs * warps
 
 
 def cubin_of(file: Path, architecture: int) -> bytes:

@@ -1,10 +1,15 @@
 """A few kernels compiled for GPUs that need not be here; `make cross-compile` compiles them all."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.backends import machine_code
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -17,6 +22,55 @@ def test_a_common_case_of_each_op_compiles_without_faults():
     result = run("-m", "tests.backends.cross_compile", "--few", "--architectures", "90")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "one_hot_kernel" in result.stdout and result.stdout.endswith("\n0 faults\n")
+
+
+WORSE = """
+from tests.backends.cross_compile import worse
+table = {"kernel": {"warps": 16, "instructions": 100}}
+print(*worse("kernel", {"warps": 16, "instructions": 100}, table))
+print(*worse("kernel", {"warps": 24, "instructions": 90}, table))
+print(*worse("kernel", {"warps": 12, "instructions": 101}, table), sep="; ")
+print(*worse("other", {"warps": 12, "instructions": 101}, table))
+"""
+
+
+def test_a_kernel_that_compiles_to_something_worse_is_named():
+    said = run("-c", WORSE).stdout.splitlines()
+    assert said[:2] == ["", ""] and said[3].startswith("is not in compiled.json")
+    assert said[2] == "12 warps at a time on a multiprocessor, 16 before; 101 instructions in the hot loop, 100 before"
+
+
+def test_the_table_is_of_the_triton_that_is_installed():
+    """Else no kernel is compared: write it anew with `python -m tests.backends.cross_compile --few --update`."""
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    pinned = re.search(r"^triton==(\S+)", constraints, re.M)[1]
+    table = json.loads(Path(__file__).with_name("compiled.json").read_text())
+    assert table["triton"] == pinned and len(table["kernels"]) > 20
+
+
+def test_loops_and_warps_are_read_from_machine_code():
+    code = """
+.L_x_0:
+        /*0000*/                   MOV R1, 0x10 ;
+.L_x_1:
+        /*0010*/                   LDG.E R2, desc[UR4][R4.64] ;
+.L_x_2:
+        /*0020*/                   FFMA R2, R2, R3, R2 ;
+        /*0030*/               @P0 FFMA.FTZ R5, R2, R3, R5 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/              @!P2 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+"""
+    function = machine_code.parse(code)
+    assert function.loops == [(1, 5), (2, 4)]
+    loop, counts = function.hot_loop()
+    assert loop == (2, 4) and counts == {"FFMA": 2, "BRA": 1}
+    assert [i.conditional for i in function.instructions] == [False, False, False, True, True, True, False, False]
+    # 163 registers and 37,328 bytes: CUDA's occupancy calculator has three programs of four warps.
+    assert machine_code.resident_warps(163, 37328, 4) == 12
+    assert machine_code.resident_warps(32, 0, 4) == 64 and machine_code.resident_warps(32, 100_000, 4) == 8
 
 
 LIST_MISSING = """
