@@ -6,8 +6,9 @@
     python -m cmim.compare configs/aerial_cpu.yaml --output runs/aerial --variants variants.yaml --base fixmatch \\
         --seeds 0 1 2 3 4 --draw-splits --data.root AERIAL
 
-A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides. Each
-run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued. `--draw-splits`
+A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides, in which
+`{output}` and `{seed}` stand for OUTPUT and the seed of a run: with `teacher.run: "{output}/supervised-{seed}"` the variant
+`supervised` makes the pseudo-labels of another one, which is trained later. Each run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued. `--draw-splits`
 lets the seed draw the labelled images too. As soon as a run ends, its result is written to RESULTS/<variant>-<seed>.json (by
 default OUTPUT/results/): a few kB to keep, with which the run folder is not needed any more.
 
@@ -44,6 +45,9 @@ from cmim.errors import UserError, run_command
 from cmim.models.build import check_sizes
 from cmim.settings import Config
 
+OUTPUT, SEED = "{output}", "{seed}"
+"""What stands for them in a file of variants."""
+
 
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("compare", __doc__).parse(arguments)
@@ -66,9 +70,12 @@ def main(arguments: Sequence[str]) -> None:
         if twice is not None:
             remedy = "give --seeds and --presets" if given.variants is None else f"leave it away, or out of {name}"
             raise UserError(f"--{twice} is set for each run; {remedy}")
-        check_sizes(load_config(given.config, [*words, *overrides]))
+        check_sizes(load_config(given.config, settings_of(given, words, given.seeds[0], overrides)))
     given.output.mkdir(parents=True, exist_ok=True)
+    # Those that need the run of another variant come after all that do not.
+    needing = {name for name, words in variants.items() if any(OUTPUT in word for word in words)}
     jobs = [(name, seed) for seed in given.seeds for name in variants]
+    stages = [[job for job in jobs if (job[0] in needing) == later] for later in (False, True)]
     started, trained, done = time.perf_counter(), [], {}
 
     def work(job: tuple[str, int]) -> None:
@@ -80,7 +87,8 @@ def main(arguments: Sequence[str]) -> None:
             console.print(f"{len(done)} of {len(jobs)} runs, about {clock(left)} left")
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(work, jobs))
+        for stage in stages:
+            list(pool.map(work, stage))
     results = {name: [done[name, seed] for seed in given.seeds] for name in variants}
     table = make_table(results, base)
     write_text(given.output / "table.md", table)
@@ -115,7 +123,8 @@ def keys_of(words: Sequence[str]) -> list[str]:
 def settings_of(given: Namespace, variant: Sequence[str], seed: int, overrides: Sequence[str]) -> list[str]:
     """The overrides of a run."""
     split = [f"--data.split_seed={seed}"] if given.draw_splits else []
-    return [*variant, f"--seed={seed}", *split, *overrides]
+    words = [word.replace(OUTPUT, str(given.output)).replace(SEED, str(seed)) for word in variant]
+    return [*words, f"--seed={seed}", *split, *overrides]
 
 
 def result_of(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> tuple[Result, bool]:
