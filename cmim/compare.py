@@ -6,11 +6,13 @@
     python -m cmim.compare configs/aerial_cpu.yaml --output runs/aerial --variants variants.yaml --base fixmatch \\
         --seeds 0 1 2 3 4 --draw-splits --data.root AERIAL
 
-A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides, in which
-`{output}` and `{seed}` stand for OUTPUT and the seed of a run: with `teacher.run: "{output}/supervised-{seed}"` the variant
-`supervised` makes the pseudo-labels of another one, which is trained later. Each run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued. `--draw-splits`
-lets the seed draw the labelled images too. As soon as a run ends, its result is written to RESULTS/<variant>-<seed>.json (by
-default OUTPUT/results/): a few kB to keep, with which the run folder is not needed any more.
+A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides,
+in which `{output}` and `{seed}` stand for OUTPUT and the seed of a run. With `teacher.run:
+"{output}/supervised-{seed}"` a variant takes its pseudo-labels from the variant `supervised`, and is trained after it.
+Each run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued.
+`--draw-splits` lets the seed draw the labelled images too. As soon as a run ends, its result is written to
+RESULTS/<variant>-<seed>.json (by default OUTPUT/results/): a few kB to keep, with which the run folder is not needed
+any more.
 
 `--jobs N` trains N runs at a time, each on its share of the cores (leave it at 1 on one GPU); `--gpus N` trains each run in
 N processes, one per GPU. OUTPUT/table.md has the mIoU after the last step in per cent for every seed, mean and standard
