@@ -1,8 +1,9 @@
 """Attention within each (image, class), by `reconstruction.attention`: our own op, or another library's on the same packing.
 
 Each function here takes the `ClassLayout` of `pack_classes` and returns attend(q, k, v), for (B, heads, N, d) in packed
-order, with the result and the gradients of `cmim_kernels.class_attention`: zero at ignored tokens. A decoder makes one for
-each pass and uses it in all of its blocks.
+order, which gives the result and the gradients of `cmim_kernels.class_attention` at every token that has a class. Ignored
+tokens attend to the ignored ones of their image; a decoder does not use them. It makes one `attend` for each pass, for all of
+its blocks.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,11 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from cmim.errors import UserError
-from cmim.settings import Config
 from cmim_kernels import ClassLayout
 from cmim_kernels import class_attention as class_attention_op
+
+if TYPE_CHECKING:  # the benchmarks of ops use this module and need no pydantic
+    from cmim.settings import Config
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,9 +36,9 @@ def class_attention(layout: ClassLayout) -> Attend:
 def sdpa(layout: ClassLayout) -> Attend:
     """PyTorch's scaled_dot_product_attention with a mask (B, 1, N, N), for every dtype and device. It does not wait for the
     device. Values that are not finite spread to the other classes of their image."""
-    classes = layout.segment // 2  # of visible and masked tokens alike; the ignored ones attend to each other
+    classes = layout.segment // 2
     mask = (classes[:, :, None] == classes[:, None, :])[:, None]
-    return lambda q, k, v: _without_ignored(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), layout)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def varlen(layout: ClassLayout, *, longest: int | None = None, full_window: bool = False) -> Attend:
@@ -55,7 +59,7 @@ def varlen(layout: ClassLayout, *, longest: int | None = None, full_window: bool
         window = {"window_size": (q.shape[2], q.shape[2])} if full_window else {}
         flat = [_flat(x.bfloat16() if x.dtype == torch.float32 else x) for x in (q, k, v)]
         out = torch_varlen.varlen_attn(*flat, layout.cu_seqlens, layout.cu_seqlens, tokens, tokens, **window)
-        return _without_ignored(_unflat(out, q), layout).to(v.dtype)
+        return _unflat(out, q).to(v.dtype)
 
     return attend
 
@@ -72,7 +76,7 @@ def xformers(layout: ClassLayout) -> Attend:
         if bias is None:  # no token at all
             return torch.zeros_like(q)
         out = ops.memory_efficient_attention(*(_flat(x)[None] for x in (q, k, v)), attn_bias=bias)[0]
-        return _without_ignored(_unflat(out, q), layout)
+        return _unflat(out, q)
 
     return attend
 
@@ -86,7 +90,7 @@ ATTENTIONS: dict[str, Callable[[ClassLayout], Attend]] = {
 """By the values of `reconstruction.attention`."""
 
 
-def check_attention(config: Config, on_cuda: bool) -> None:
+def check_attention(config: "Config", on_cuda: bool) -> None:
     """Raise a UserError if a run cannot use its `reconstruction.attention` here.
 
     Args:
@@ -127,9 +131,3 @@ def _flat(x):
 def _unflat(x, like):
     batch, heads, tokens, dim = like.shape
     return x.view(batch, tokens, heads, dim).transpose(1, 2)
-
-
-def _without_ignored(out, layout):
-    """`out` with zeros at ignored tokens; they get no gradient either."""
-    ignored = layout.segment == layout.offsets.shape[1] - 2
-    return torch.where(ignored[:, None, :, None], 0, out)
