@@ -237,7 +237,9 @@ def test_what_is_wrong_with_apex_is_one_line(files, said, name, nearest, package
 
 def test_novograd_of_apex_needs_every_gradient_from_the_start(package):
     package(NVIDIAS)
-    with pytest.raises(UserError, match="fusednovograd needs the gradients of all parameters from the first step"):
+    with pytest.raises(
+        UserError, match=r"it needs every gradient from the first step: set mim.start and method.start to 0; novograd"
+    ):
         check_optimizer(config_of("fusednovograd", mim={"start": 0.1}), True)
     check_optimizer(config_of("fusednovograd", mim={"start": 0.1}, method={"preset": "fixmatch"}), True)
 

@@ -92,19 +92,18 @@ def check_optimizer(config: Config, on_cuda: bool) -> None:
             f"optimizer.name {name} needs more than gradients (second derivatives, or a mode for evaluation), which it "
             "would not get here; use adamw"
         )
+    if not isinstance(info.opt_class, str):
+        return
+    # One of a package, which timm imports when it is asked for.
+    package = info.opt_class.partition(".")[0]
+    problems = [_problem_of_apex() if package == "apex" else _problem_of(package)]
+    if not on_cuda:
+        problems.append("it runs on CUDA only, and this run is on the CPU")
     if name == "fusednovograd" and config.gains_parameters:
-        raise UserError(
-            "optimizer.name fusednovograd needs the gradients of all parameters from the first step, but mim.start or "
-            f"method.start is later; set them to 0, or use {nearest}"
-        )
-    if isinstance(info.opt_class, str):  # of a package that timm imports when it is asked for
-        problems = [
-            _problem_of_apex() if info.opt_class.startswith("apex.") else _problem_of(info.opt_class.partition(".")[0])
-        ]
-        problems += [] if on_cuda else ["it runs on CUDA only, and this run is on the CPU"]
-        problems = [problem for problem in problems if problem]
-        if problems:
-            raise UserError(f"optimizer.name {name}: {'; '.join(problems)}; {nearest} needs PyTorch alone")
+        problems.append("it needs every gradient from the first step: set mim.start and method.start to 0")
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise UserError(f"optimizer.name {name}: {'; '.join(problems)}; {nearest} needs PyTorch alone")
 
 
 def _without_package(name, known):

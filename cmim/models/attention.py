@@ -2,8 +2,8 @@
 
 Each function here takes the `ClassLayout` of `pack_classes` and returns attend(q, k, v), for (B, heads, N, d) in packed
 order, which gives the result and the gradients of `cmim_kernels.class_attention` at every token that has a class. Ignored
-tokens attend to the ignored ones of their image; a decoder does not use them. It makes one `attend` for each pass, for all of
-its blocks.
+tokens attend to the ignored ones of their image, and a decoder does not use them. It makes one `attend` for each pass, for
+all of its blocks.
 """
 
 import importlib.util
