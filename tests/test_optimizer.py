@@ -289,15 +289,20 @@ def test_a_run_with_apex_goes_on_to_the_bit(name, package, tmp_path, monkeypatch
 
 
 DPT = {
-    "model__arch": "dpt", "model__encoder": "test_vit", "model__weights": "none", "reconstruction__tokens": "encoder",
-    "mask__block": 16, "model__decoder_width": None,
+    "model__arch": "dpt", "model__encoder": "test_vit", "model__weights": "none", "method__preset": "supervised",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer__name": "lamb", "optimizer__warmup": 0.5, "train__clip_grad": 0.5, "train__accumulate": 2},
+        {
+            "optimizer__name": "lamb",
+            "optimizer__warmup": 0.5,
+            "train__clip_grad": 0.5,
+            "train__accumulate": 2,
+            "method__preset": "supervised",
+        },
         {"optimizer__name": "muon", "mim__start": 0.5, "mim__ramp": 0.1},
         {"optimizer__name": "adamw", "optimizer__layer_decay": 0.6, **DPT},
     ],

@@ -88,11 +88,13 @@ def test_it_gets_the_figures_of_the_run_and_a_resumed_run_continues_the_same(sta
     assert other.tracker.read_text() != run.tracker.read_text()
 
 
-def test_a_tracker_may_be_added_or_left_out_when_a_run_goes_on(stand_in, tmp_path):
+def test_a_tracker_may_be_added_or_left_out_when_a_run_goes_on(stand_in, tmp_path, capsys):
     run = run_tiny(tmp_path / "run", train__steps=2, **SUPERVISED)
     assert not run.tracker.exists()
     run_tiny(tmp_path / "run", "--resume", train__steps=3, logging__tracker="trackio", **SUPERVISED)
-    run_tiny(tmp_path / "run", "--resume", train__steps=4, logging__tracker="none", **SUPERVISED)
+    without = SUPERVISED | {"logging__tracker": "none", "logging__project": "roads"}
+    run_tiny(tmp_path / "run", "--resume", train__steps=4, **without)
+    assert "note: logging.project roads has no effect without logging.tracker\n" in capsys.readouterr().out
     assert [call[1] for call in stand_in() if call[0] == "log"] == [3, 3, 3] and run.tracker.exists()
 
 
@@ -130,7 +132,7 @@ def test_one_of_two_processes_tracks(stand_in, tmp_path):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_what_is_not_installed_is_said_before_a_run(name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = f"^logging.tracker: {name} is not installed: pip install 'cmim\\[trackers\\]', or pip install {name}$"
+    said = f"^logging.tracker: {name} is not installed: pip install {name}, or pip install 'cmim\\[trackers\\]'$"
     with pytest.raises(UserError, match=said):
         run_tiny(tmp_path / "run", logging__tracker=name, data__format="folder", data__root="nowhere")
 

@@ -246,10 +246,14 @@ class RunLog:
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, line["step"])
+        self._track(lambda tracker: tracker.log(scalars, line["step"]))
+
+    def _track(self, call):
+        """Call the tracker, if there is one; a run does not end because it fails, with an exception of any type."""
         if self.tracker is not None:
             try:
-                self.tracker.log(scalars, line["step"])
-            except Exception as error:  # of many types; a run does not end because of it
+                call(self.tracker)
+            except Exception as error:
                 self.warn(f"the tracker gets no more figures, metrics.jsonl has them all: {type(error).__name__}: {error}")
                 self.tracker = None
 
@@ -259,8 +263,7 @@ class RunLog:
             self.file.close()
             if self.board is not None:
                 self.board.close()
-        if self.tracker is not None:
-            self.tracker.close(failed)
+        self._track(lambda tracker: tracker.close(failed))
 
     def __enter__(self):
         return self

@@ -22,7 +22,7 @@ from cmim.models.attention import check_attention
 from cmim.models.build import check_sizes, normalisation, token_stride
 from cmim.models.reconstruction import receptive_warning
 from cmim.models.segmenter import Segmenter
-from cmim.settings import Config
+from cmim.settings import Config, LoggingSettings
 
 
 def check_parts(config: Config) -> None:
@@ -110,6 +110,8 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
     way = transport_note(config.data.workers)
     for note in (*splits.notes, *notes, *([way] if way else [])):
         console.print(f"note: {note}")
+    if config.logging.tracker == "none" and config.logging.project != LoggingSettings().project:
+        console.print(f"note: logging.project {config.logging.project} has no effect without logging.tracker")
     train, optimizer = config.train, config.optimizer
     if train.labelled_batch > len(splits.labelled):
         console.print(

@@ -30,7 +30,7 @@ def check_tracker(settings: LoggingSettings) -> None:
     if name == "none":
         return
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"logging.tracker: {name} is not installed: pip install 'cmim[trackers]', or pip install {name}")
+        raise UserError(f"logging.tracker: {name} is not installed: pip install {name}, or pip install 'cmim[trackers]'")
     if name == "wandb" and distributed.world().rank == 0:
         import wandb
 
@@ -70,7 +70,7 @@ class _Wandb:
             project=config.logging.project, name=run.folder.name, id=identifier, resume="allow", dir=run.folder,
             config=config.model_dump(mode="json"), settings=wandb.Settings(console="off", silent=True),
         )  # fmt: skip
-        self.where = self.run.url if not self.run.offline else f"{run.folder}/wandb, for `wandb sync`"
+        self.where = f"{run.folder}/wandb, for `wandb sync`" if self.run.offline else self.run.url
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self.run.log(figures, step=step)

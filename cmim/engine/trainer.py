@@ -58,7 +58,7 @@ class Trainer:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 broadcast_buffers=False,  # synchronised BatchNorm keeps buffers identical across ranks
                 gradient_as_bucket_view=True,
-                # Until then, the reconstruction decoder and a learned fill colour get no gradient.
+                # Parameters that get their first gradient later are unused until then.
                 find_unused_parameters=config.gains_parameters,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
