@@ -1,10 +1,14 @@
 """Packing, gathering, scattering, centroids and attention, as a user would write them without `cmim_kernels`."""
 
+import functools
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
 from bench.comparison import Comparison, compiled, ours, size_of
 from bench.inputs import DEVICE, DTYPE, class_map, normal, token_mask
+from cmim.models import attention as attentions
 from cmim_kernels import (
     ClassLayout,
     class_attention,
@@ -171,16 +175,14 @@ def attention(shape):
     def attend(q, k, v, *layout):
         return class_attention(q, k, v, ClassLayout(*layout))
 
-    def dense(q, k, v, order, inverse, segment, *_):
-        classes = segment // 2
-        same = (classes[:, :, None] == classes[:, None, :])[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=same)
+    def dense(q, k, v, *layout):
+        return attentions.sdpa(ClassLayout(*layout))(q, k, v)
 
     baselines = ours(attend)
     if tokens <= 10_000:  # the mask of more does not fit
         baselines |= {"SDPA with a mask": dense, "SDPA with a mask, compiled": compiled(dense)}
     if DEVICE.type == "cuda":
-        baselines |= _attention_on_cuda(layout, shape, tokens, heads, width // heads)
+        baselines |= _attention_on_cuda(layout, shape, tokens)
     moved = 4 * size_of(q) + size_of(layout.segment)
     starts = layout.cu_seqlens.long()
     pairs = heads * int((starts[1:] - starts[:-1]).square().sum())
@@ -190,7 +192,8 @@ def attention(shape):
     )  # fmt: skip
 
 
-def _attention_on_cuda(layout, shape, tokens, heads, dim):
+def _attention_on_cuda(layout, shape, tokens):
+    """Those of `cmim.models.attention` get the length of the longest segment, and xformers its mask, ready-made."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     classes = layout.segment // 2
@@ -200,32 +203,17 @@ def _attention_on_cuda(layout, shape, tokens, heads, dim):
 
     block_mask = create_block_mask(same, shape.batch, None, tokens, tokens, DEVICE)
     flex = torch.compile(lambda q, k, v, *_: flex_attention(q, k, v, block_mask=block_mask), dynamic=False)
-    baselines = {"flex_attention": flex}
-    flat = lambda x: x.transpose(1, 2).reshape(-1, heads, dim)  # noqa: E731
-    unflat = lambda x: x.view(shape.batch, tokens, heads, dim).transpose(1, 2)  # noqa: E731
-    lengths = (layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]).tolist()
-    longest = max(lengths)
-    try:
-        from torch.nn.attention.varlen import varlen_attn
+    longest = int(layout.cu_seqlens.diff().max())
 
-        def variable(q, k, v, order, inverse, segment, offsets, starts, **options):
-            return unflat(varlen_attn(flat(q), flat(k), flat(v), starts, starts, longest, longest, **options))
+    def variable(q, k, v, *layout, full_window=False):
+        return attentions.varlen(ClassLayout(*layout), longest=longest, full_window=full_window)(q, k, v)
 
-        def windowed(*arguments):
-            """A window that holds everything: cuDNN, which may serve the call without one, has none."""
-            return variable(*arguments, window_size=(tokens, tokens))
-
-        baselines |= {"varlen_attn": variable, "varlen_attn, full window": windowed}
-    except ImportError:
-        pass
-    try:
-        from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-        bias = BlockDiagonalMask.from_seqlens([n for n in lengths if n])
-        baselines["xformers, block-diagonal"] = lambda q, k, v, *_: unflat(
-            memory_efficient_attention(*(flat(x)[None] for x in (q, k, v)), attn_bias=bias)[0]
-        )
-    except ImportError:
-        pass
+    baselines = {
+        "flex_attention": flex,
+        "varlen_attn": variable,
+        "varlen_attn, full window": functools.partial(variable, full_window=True),
+    }
+    if importlib.util.find_spec("xformers"):
+        attend = attentions.xformers(layout)
+        baselines["xformers, block-diagonal"] = lambda q, k, v, *_: attend(q, k, v)
     return baselines

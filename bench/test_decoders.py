@@ -1,4 +1,5 @@
-"""Class-wise decoding and its loss: one pass against a pass per class, and against a decoder that knows no classes.
+"""Class-wise decoding and its loss: one pass against a pass per class, against a decoder that knows no classes, and, for the
+attention decoder, against the same pass with each other value of `reconstruction.attention`.
 
 Time and peak memory, forward and backward, for growing numbers of classes and of tokens. The decoders are the trainer's,
 with its default width and depth (on a CPU 128 and 4), on their own features.
@@ -6,6 +7,7 @@ with its default width and depth (on a CPU 128 and 4), on their own features.
 
 import copy
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from bench.comparison import OURS, Comparison, prepared
 from bench.inputs import DEVICE, DRY_RUN, DTYPE, ON_GPU, class_map, generator, normal, token_mask
 
 pytest.importorskip("pydantic", reason="the decoders are the trainer's, whose settings need pydantic")
+from cmim.models.attention import ATTENTIONS
 from cmim.models.reconstruction import build_reconstruction, decode_per_class
 from cmim.settings import ReconstructionSettings
 from cmim_kernels import masked_patch_loss
@@ -33,6 +36,7 @@ else:
 LOW_PRECISION = torch.bfloat16 == DTYPE
 BLIND = "a decoder without classes"
 EVERY, PRESENT = "a pass for every class", "a pass for each class present"
+BY_OTHERS = {f"attention by {name}": name for name in ATTENTIONS if name != "class_attention"}
 MOST_PASSES = 30  # a batch of the large shapes with more does not fit in memory
 
 
@@ -63,6 +67,13 @@ class _PerClassPresent(_PerClass):
         decoder = copy.copy(self.decoder)
         decoder.num_classes = len(present) - first
         return decode_per_class(decoder, features, index - first, masked)
+
+
+def is_usable(attention):
+    """Whether a value of `reconstruction.attention` computes here what is compared."""
+    if attention == "xformers":
+        return ON_GPU and importlib.util.find_spec("xformers") is not None
+    return attention == "sdpa" or (ON_GPU and LOW_PRECISION)
 
 
 @functools.lru_cache(maxsize=1)
@@ -101,18 +112,25 @@ def comparison_of(decoder, classes, side):
         EVERY: with_loss(_PerClass(net), classes, "decoder."),
         BLIND: with_loss(blind, 1, blind=True),
     }
+    for title, name in BY_OTHERS.items():
+        if decoder == "attention" and is_usable(name):
+            other = copy.copy(net)
+            other.attention = name
+            baselines[title] = with_loss(other, classes)
     return Comparison(
         [features, *(p.detach() for p in parameters)], baselines, constants=[labels, one_class, masked, image],
-        tolerance=0.1 if LOW_PRECISION else 1e-3, unchecked={BLIND}, eager={PRESENT},
+        tolerance=0.1 if LOW_PRECISION else 1e-3, unchecked={BLIND}, eager={PRESENT, "attention by xformers"},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("decoder, classes, side", list(cases()))
-@pytest.mark.parametrize("name", [OURS, EVERY, BLIND, PRESENT])
+@pytest.mark.parametrize("name", [OURS, EVERY, BLIND, PRESENT, *BY_OTHERS])
 def test_decoder(decoder, classes, side, name, timed):
     if name == EVERY and classes > MOST_PASSES:
         pytest.skip("does not fit in memory")
-    if name != OURS and name != BLIND and decoder == "attention" and side > 80:
+    if name in BY_OTHERS and (decoder != "attention" or not is_usable(BY_OTHERS[name])):
+        pytest.skip("not for this decoder, or not here")
+    if name in (EVERY, PRESENT, "attention by sdpa") and decoder == "attention" and side > 80:
         pytest.skip("attention between all pairs of tokens does not fit in memory")
     comparison = comparison_of(decoder, classes, side)
     with prepared(comparison, OURS, backward=True) as ours, prepared(comparison, name, backward=True) as function:

@@ -42,9 +42,9 @@ from cmim.distributed import available_cores
 from cmim.engine.logging import clock, console
 from cmim.engine.run import Run, changed_setting, write_text
 from cmim.engine.schedule import total_steps
+from cmim.engine.start import check_parts
 from cmim.engine.study import Result, keep_result, load_result, make_table, read_result, save_plot
 from cmim.errors import UserError, run_command
-from cmim.models.build import check_sizes
 from cmim.settings import Config
 
 OUTPUT, SEED = "{output}", "{seed}"
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         if twice is not None:
             remedy = "give --seeds and --presets" if given.variants is None else f"leave it away, or out of {name}"
             raise UserError(f"--{twice} is set for each run; {remedy}")
-        check_sizes(load_config(given.config, settings_of(given, words, given.seeds[0], overrides)))
+        check_parts(load_config(given.config, settings_of(given, words, given.seeds[0], overrides)))
     given.output.mkdir(parents=True, exist_ok=True)
     # Those that need the run of another variant come after all that do not.
     needing = {name for name, words in variants.items() if any(OUTPUT in word for word in words)}

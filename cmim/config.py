@@ -313,6 +313,18 @@ def _check(config: Config) -> None:
         )
     if config.model.checkpointing and config.train.compile:
         raise UserError("model.checkpointing does not work with train.compile; leave one of them away")
+    if config.attention == "xformers" and config.train.compile:
+        raise UserError("reconstruction.attention xformers does not work with train.compile; leave one of them away")
+    decay = config.optimizer.layer_decay
+    if decay < 1 and config.model.arch != "dpt":
+        raise UserError(
+            f"optimizer.layer_decay is {decay:g}, but model.arch {config.model.arch} has no transformer blocks; leave it "
+            "out, or use --model.arch dpt"
+        )
+    if decay < 1 and config.model.freeze_encoder:
+        raise UserError(
+            f"optimizer.layer_decay is {decay:g}, but model.freeze_encoder trains no block; leave one of them away"
+        )
     if not preset.masked:
         return
     if not preset.uses_unlabelled and config.mim.views != ["labelled"]:

@@ -45,11 +45,10 @@ from cmim.engine.device import choose_device
 from cmim.engine.dry_run import dry_run, scratch, untrained
 from cmim.engine.logging import console
 from cmim.engine.run import Run, default_folder, locked, open_run, start_run, take_over
-from cmim.engine.start import build_objective, describe, open_files, settle, settle_class_weights
+from cmim.engine.start import build_objective, check_parts, describe, open_files, settle, settle_class_weights
 from cmim.engine.state import names_of
 from cmim.engine.trainer import Trainer
 from cmim.errors import UserError, run_command
-from cmim.models.build import check_sizes
 
 
 def main(arguments: Sequence[str]) -> Path:
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str]) -> Path:
     continues = earlier is not None and earlier.config.exists() and earlier.has_results()
     if continues:
         config = take_over(config, load_config(earlier.config))
-    check_sizes(config)
+    check_parts(config)
     lists = [path if continues and path.exists() else None for path in ((earlier.labelled, earlier.val) if earlier else ())]
     splits = load_splits(config.data, *lists)
     check_background(config, len(splits.class_names))

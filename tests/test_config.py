@@ -252,6 +252,11 @@ def test_a_wrong_option_is_one_line(arguments, said):
             ["--reconstruction.decoder", "attention", "--reconstruction.width", "40"],
             "multiple of 4 x reconstruction.num_heads",
         ),
+        (["--optimizer.layer_decay", "0.7"], "model.arch deeplabv3plus has no transformer blocks; leave it out"),
+        (
+            ["--optimizer.layer_decay", "0.7", "--model.arch", "dpt", "--model.freeze_encoder", "true"],
+            "optimizer.layer_decay is 0.7, but model.freeze_encoder trains no block",
+        ),
         (["--mim.views", "[]"], "mim.views is empty"),
         (["--method.preset", "semantic", "--mim.views", "[]"], "mim.views is empty"),
         (["--mim.views", "[weak, weak]"], "mim.views names a view twice"),

@@ -20,7 +20,7 @@ from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Scores, confusion_matrix, mean_iou, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
 from cmim.engine.run import cut_metrics
-from cmim.engine.schedule import poly, ramp
+from cmim.engine.schedule import lr_factor, ramp
 from cmim.method.objective import Objective
 from tests.tiny_runs import read_metrics, run_tiny, tiny, write_folder
 
@@ -88,8 +88,10 @@ def test_dice_is_the_harmonic_mean_of_precision_and_recall():
 
 
 def test_schedules():
-    assert [poly(s, 4, 0.9) for s in (0, 2)] == [1.0, pytest.approx(0.5**0.9)]
-    assert poly(3, 4, 0) == 1.0
+    assert [lr_factor(s, 4, 0.9) for s in (0, 2)] == [1.0, pytest.approx(0.5**0.9)]
+    assert lr_factor(3, 4, 0) == 1.0
+    assert [lr_factor(s, 10, 2, 0.2) for s in (0, 1, 2, 6, 9)] == pytest.approx([1 / 2, 1, 1, 1 / 4, 1 / 64])
+    assert [lr_factor(s, 2, 0.9, 1) for s in (0, 1)] == [1 / 2, 1]
     assert [ramp(s, 10, 0.2, 0.4) for s in (0, 1)] == [None, None]
     assert [ramp(s, 10, 0.2, 0.4) for s in (2, 3, 4, 6, 9)] == pytest.approx([0, 0.25, 0.5, 1, 1])
     assert ramp(0, 10, 0, 0) == 1.0 and ramp(9, 10, 1, 0) is None
@@ -113,8 +115,8 @@ def test_accumulation_takes_the_mean_of_the_gradients(tmp_path, monkeypatch):
     logged = []
 
     class Log(logging.RunLog):
-        def __init__(self, run, first_step, steps, images, device, micro=1):
-            super().__init__(run, first_step, steps, images, device, micro)
+        def __init__(self, run, first_step, steps, images, *more):
+            super().__init__(run, first_step, steps, images, *more)
             logged.append(images)
 
         def add(self, figures):

@@ -46,7 +46,7 @@ def assert_close_runs(one, other, rel=2e-3):
     for ours, theirs in zip(read_metrics(one), read_metrics(other), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            if name.startswith(("loss", "coverage", "gradient", "pairs", "miou", "lr", "pixel_accuracy")):
+            if name.startswith(("loss", "coverage", "grad", "pairs", "miou", "lr", "pixel_accuracy")):
                 assert theirs[name] == pytest.approx(value, rel=rel, abs=1e-5), (ours["step"], name)
     ours, theirs = (checkpoint.load(run.last)["objective"] for run in (one, other))
     assert ours.keys() == theirs.keys()
@@ -66,6 +66,14 @@ def assert_close_runs(one, other, rel=2e-3):
             "train__accumulate": 2,
             "model__checkpointing": True,
             "train__patience": 1,
+        },
+        {
+            "method__preset": "supervised",
+            "optimizer__name": "lamb",
+            "optimizer__warmup": 0.5,
+            "train__clip_grad": 0.5,
+            "train__accumulate": 2,
+            "train__steps": 4,
         },
     ],
 )

@@ -101,6 +101,7 @@ def dry_run(
     lists = ["labelled.txt"]
     lists += [] if isinstance(config.data.val, str) else ["val.txt"]
     lists += ["class_weights.txt"] if config.method.class_weights in ("inverse", "median") else []
+    lists += ["tracker.txt"] if config.logging.tracker != "none" else []
     lists = ", ".join(lists)
     console.print(
         f"it would write {run.folder}: checkpoints/last.pt ({last / 2**20:.1f} MiB) and best.pt ({best / 2**20:.1f} MiB), "

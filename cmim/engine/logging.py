@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cmim import distributed
 from cmim.engine.metrics import Scores
 from cmim.engine.run import Run
+from cmim.engine.tracker import Tracker
 from cmim.errors import UserError
 
 if TYPE_CHECKING:  # evaluation imports this module
@@ -103,8 +104,18 @@ class RunLog:
     removes the bar before an error message is printed.
     """
 
-    def __init__(self, run: Run, first_step: int, steps: int, images: int, device: torch.device, micro: int = 1):
-        """`images`: number of images, over all processes, of each call of `add`; `micro`: calls of `add` per step."""
+    def __init__(
+        self,
+        run: Run,
+        first_step: int,
+        steps: int,
+        images: int,
+        device: torch.device,
+        micro: int = 1,
+        tracker: Tracker | None = None,
+    ):
+        """`images`: number of images, over all processes, of each call of `add`; `micro`: calls of `add` per step;
+        `tracker`: gets what TensorBoard gets."""
         self.is_rank0 = distributed.rank() == 0
         if self.is_rank0:
             self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -113,6 +124,9 @@ class RunLog:
             except UnicodeEncodeError:
                 self.board = None
                 self.warn("TensorBoard writes no files, because it needs a path in UTF-8; give another --output")
+        self.tracker = tracker
+        if tracker is not None:
+            console.print(f"figures also go to {tracker.where}")
         self.device, self.steps, self.images, self.micro = device, steps, images, micro
         self.started, self.first_step = time.perf_counter(), first_step
         self.progress = Progress("train", steps, "steps", first_step, lines=False)
@@ -227,22 +241,35 @@ class RunLog:
         # JSON has no NaN and no infinity: write null instead.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in line.items():
-            if self.board is not None and isinstance(value, int | float) and name != "step":
-                self.board.add_scalar(f"{line['split']}/{name}" if "split" in line else name, value, line["step"])
+        split = f"{line['split']}/" if "split" in line else ""
+        scalars = {split + k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, line["step"])
+        self._track(lambda tracker: tracker.log(scalars, line["step"]))
 
-    def close(self) -> None:
+    def _track(self, call):
+        """Call the tracker, if there is one; a run does not end because it fails, with an exception of any type."""
+        if self.tracker is not None:
+            try:
+                call(self.tracker)
+            except Exception as error:
+                self.warn(f"the tracker gets no more figures, metrics.jsonl has them all: {type(error).__name__}: {error}")
+                self.tracker = None
+
+    def close(self, failed: bool = False) -> None:
         self.progress.close()
         if self.is_rank0:
             self.file.close()
             if self.board is not None:
                 self.board.close()
+        self._track(lambda tracker: tracker.close(failed))
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        self.close()
+    def __exit__(self, kind, *error):
+        self.close(failed=kind is not None)
 
 
 def peak_memory(device: torch.device) -> float | None:

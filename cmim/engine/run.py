@@ -1,5 +1,6 @@
 """The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/; and val.txt
-where val images are drawn from the training images, class_weights.txt where the classes have weights from the data."""
+where val images are drawn from the training images, class_weights.txt where the classes have weights from the data,
+tracker.txt where a tracker has the figures too."""
 
 import errno
 import json
@@ -29,7 +30,7 @@ except ModuleNotFoundError:  # on Windows
 # Settings that may change when a run is resumed: they affect how long or where it runs, not what it computes.
 FREE_ON_RESUME = (
     ("train", "steps"), ("train", "epochs"), ("train", "device"), ("data", "workers"), ("data", "strict"),
-    ("train", "patience"), ("evaluation", "table"),
+    ("train", "patience"), ("evaluation", "table"), ("logging", "tracker"), ("logging", "project"),
 )  # fmt: skip
 
 SETTLED = ("exif", "mean", "std", "labelled")
@@ -51,6 +52,7 @@ class Run:
         self.best = self.folder / "checkpoints" / "best.pt"
         self.pictures = self.folder / "pictures"
         self.tensorboard = self.folder / "tensorboard"
+        self.tracker = self.folder / "tracker.txt"
         self.lock = self.folder / ".lock"
 
     def has_results(self) -> bool:

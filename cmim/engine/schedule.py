@@ -10,9 +10,13 @@ def total_steps(settings: TrainSettings, unlabelled: int) -> int:
     return max(1, round(settings.epochs * (unlabelled // (settings.unlabelled_batch * settings.accumulate))))
 
 
-def poly(step: int, steps: int, power: float) -> float:
-    """Factor of the learning rate at step `step` (counted from 0): (1 - step / steps) ** power."""
-    return (1 - step / steps) ** power
+def lr_factor(step: int, steps: int, power: float, warmup: float = 0.0) -> float:
+    """Factor of the learning rate at step `step` (counted from 0). For the first w = `warmup` x `steps` steps it grows
+    linearly, (step + 1) / w; then it is (1 - (step - w) / (steps - w)) ** `power`."""
+    first = round(warmup * steps)
+    if step < first:
+        return (step + 1) / first
+    return (1 - (step - first) / (steps - first)) ** power
 
 
 def ramp(step: int, steps: int, start: float, length: float) -> float | None:

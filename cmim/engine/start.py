@@ -12,15 +12,27 @@ from cmim.data.datasets import Splits
 from cmim.data.loading import transport_note
 from cmim.data.survey import count_labels, decide_exif, survey, surveyed
 from cmim.engine.logging import Progress, console
-from cmim.engine.optimizer import scaled_lr
+from cmim.engine.optimizer import check_optimizer, scaled_lr
 from cmim.engine.run import Run, load_trained, read_class_weights, with_data
 from cmim.engine.schedule import total_steps
+from cmim.engine.tracker import check_tracker
 from cmim.errors import UserError
 from cmim.method.objective import Objective
-from cmim.models.build import normalisation, token_stride
+from cmim.models.attention import check_attention
+from cmim.models.build import check_sizes, normalisation, token_stride
 from cmim.models.reconstruction import receptive_warning
 from cmim.models.segmenter import Segmenter
-from cmim.settings import Config
+from cmim.settings import Config, LoggingSettings
+
+
+def check_parts(config: Config) -> None:
+    """Raise a UserError if the network does not fit the sizes, or if the optimiser, the attention or the tracker that the
+    settings name cannot be used here."""
+    on_cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    check_sizes(config)
+    check_optimizer(config, on_cuda)
+    check_attention(config, on_cuda)
+    check_tracker(config.logging)
 
 
 def settle(config: Config, splits: Splits) -> tuple[Config, Splits, list[str]]:
@@ -98,6 +110,8 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
     way = transport_note(config.data.workers)
     for note in (*splits.notes, *notes, *([way] if way else [])):
         console.print(f"note: {note}")
+    if config.logging.tracker == "none" and config.logging.project != LoggingSettings().project:
+        console.print(f"note: logging.project {config.logging.project} has no effect without logging.tracker")
     train, optimizer = config.train, config.optimizer
     if train.labelled_batch > len(splits.labelled):
         console.print(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from cmim.engine.run import Run, write_text
 from cmim.errors import UserError
-from cmim.settings import Config
+from cmim.settings import Config, LoggingSettings
 
 T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
@@ -52,7 +52,8 @@ def portable(config: Config) -> Config:
     model = config.model.model_copy(update={"init_from": name(config.model.init_from)})
     teacher = config.teacher.model_copy(update={"run": name(config.teacher.run)})
     train = config.train.model_copy(update={"device": "auto"})
-    return config.model_copy(update={"data": data, "model": model, "teacher": teacher, "train": train})
+    parts = {"data": data, "model": model, "teacher": teacher, "train": train, "logging": LoggingSettings()}
+    return config.model_copy(update=parts)
 
 
 def load_result(path: Path, config: Config) -> Result | None:

@@ -20,8 +20,9 @@ from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
 from cmim.engine.run import Run, cut_metrics, write_text
-from cmim.engine.schedule import poly, ramp, total_steps
+from cmim.engine.schedule import lr_factor, ramp, total_steps
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
+from cmim.engine.tracker import open_tracker
 from cmim.errors import Stopped, UserError
 from cmim.method.objective import Objective
 from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
@@ -49,7 +50,7 @@ class Trainer:
             objective.to(memory_format=torch.channels_last)
         compiles = config.train.compile
         if compiles is None:
-            compiles = device.type == "cuda" and not config.model.checkpointing
+            compiles = device.type == "cuda" and not config.model.checkpointing and config.attention != "xformers"
         self.compute = torch.compile(objective, fullgraph=True) if compiles else objective
         if self.ranks > 1:
             self.compute = DistributedDataParallel(
@@ -57,8 +58,8 @@ class Trainer:
                 device_ids=[device.index] if device.type == "cuda" else None,
                 broadcast_buffers=False,  # synchronised BatchNorm keeps buffers identical across ranks
                 gradient_as_bucket_view=True,
-                # Before the masked terms begin, the reconstruction decoder and a learned fill colour get no gradient.
-                find_unused_parameters=bool(config.preset.masked) and max(config.mim.start, config.method.start) > 0,
+                # Parameters that get their first gradient later are unused until then.
+                find_unused_parameters=config.gains_parameters,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -80,7 +81,8 @@ class Trainer:
     def train(self) -> None:
         train = self.config.train
         images = train.labelled_batch + train.unlabelled_batch * self.config.preset.uses_unlabelled
-        with RunLog(self.run, self.step, self.steps, images, self.device, train.accumulate) as log, self.stop:
+        tracker = open_tracker(self.config, self.run, self.step) if self.rank == 0 else None
+        with RunLog(self.run, self.step, self.steps, images, self.device, train.accumulate, tracker) as log, self.stop:
             log.continue_interval(self.interval)
             try:
                 self.train_steps(log)
@@ -144,7 +146,7 @@ class Trainer:
         """
         config, micro = self.config, self.config.train.accumulate
         ramps = self.ramp(config.mim), self.ramp(config.method)
-        factor = poly(self.step, self.steps, config.optimizer.poly_power)
+        factor = lr_factor(self.step, self.steps, config.optimizer.poly_power, config.optimizer.warmup)
         set_learning_rate(self.optimizer, factor)
 
         self.objective.train()
@@ -158,14 +160,24 @@ class Trainer:
                 with autocast(self.device, self.dtype), explain_single_values():
                     output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
                 self.scaler.scale(output.loss / micro).backward()
-            add({"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+            figures = {"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures
+            add(figures if i + 1 < micro else figures | self.update())
         if config.has_teacher:
             self.objective.update_teacher(self.step)
         self.step += 1
         return factor
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Update the weights by the gradients of all micro-batches and processes; returns figures of these gradients."""
+        figures, most = {}, self.config.train.clip_grad
+        if most is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, most)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return figures
 
     def time_steps(self, first: int, count: int) -> list[float]:
         """Seconds of each of `count` real training steps from step number `first`, for a dry run. The first also computes

@@ -61,6 +61,14 @@ class TransformerEncoder(nn.Module):
         self.channels, self.patch = model.embed_dim, model.feature_info[-1]["reduction"]
         model.prune_intermediate_layers(self.layers, prune_head=True)
 
+    def layers_above(self, name: str) -> int:
+        """The number of layers between the encoder's output and that of a parameter, by its name: 0 for the final norm, 1
+        for the last of n blocks, n for the first, n + 1 for the embeddings below it."""
+        _, part, index, *_ = [*name.split("."), "", ""]
+        if part == "blocks":
+            return len(self.model.blocks) - int(index)
+        return 0 if part == "norm" else len(self.model.blocks) + 1
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, channels, H, W), sides multiples of the patch p -> 4 maps (B, C, H / p, W / p), channels-last."""
         height, width = (side // self.patch for side in images.shape[-2:])

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmim.models.attention import ATTENTIONS
 from cmim.settings import ReconstructionSettings
-from cmim_kernels import checks, class_attention, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
+from cmim_kernels import checks, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
 
 
 class _ClassDecoder(nn.Module):
@@ -125,6 +126,7 @@ class ClassAttentionDecoder(_ClassDecoder):
     Args:
         in_channels, patch_size, num_classes, width, depth, mask_token, image_channels: see `ClassConvDecoder`.
         num_heads: attention heads; `width` must be a multiple of this number and of 4.
+        attention: what computes the attention, one of `cmim.models.attention.ATTENTIONS`.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ClassAttentionDecoder(_ClassDecoder):
         width: int,
         depth: int,
         num_heads: int,
+        attention: str = "class_attention",
         mask_token: bool = True,
         image_channels: int = 3,
     ):
@@ -144,6 +147,7 @@ class ClassAttentionDecoder(_ClassDecoder):
                 f"ClassAttentionDecoder: width is {width}, expected a multiple of num_heads {num_heads} and of 4"
             )
         super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
+        self.attention = attention
         self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads) for _ in range(depth)])
 
     def mix(self, tokens: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
@@ -152,8 +156,9 @@ class ClassAttentionDecoder(_ClassDecoder):
         packed = gather_class_tokens(
             tokens.flatten(1, 2), layout, mask_token=self.mask_token, position=sine_cosine_positions(tokens)
         )
+        attend = ATTENTIONS[self.attention](layout)
         for block in self.blocks:
-            packed = block(packed, lambda q, k, v: class_attention(q, k, v, layout))
+            packed = block(packed, attend)
         return scatter_class_tokens(packed, layout).view(batch, height, width, channels)
 
     def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
@@ -219,7 +224,9 @@ def build_reconstruction(
     )  # fmt: skip
     if settings.decoder == "conv":
         return ClassConvDecoder(in_channels, patch_size, kernel_size=settings.kernel_size, **common)
-    return ClassAttentionDecoder(in_channels, patch_size, num_heads=settings.num_heads, **common)
+    return ClassAttentionDecoder(
+        in_channels, patch_size, num_heads=settings.num_heads, attention=settings.attention, **common
+    )
 
 
 def receptive_warning(depth: int, kernel_size: int, block: int, stride: int) -> str | None:

@@ -25,7 +25,7 @@ from cmim.settings.method import (
 )
 from cmim.settings.model import NAMED_WEIGHTS, ModelSettings
 from cmim.settings.section import Section
-from cmim.settings.training import EvaluationSettings, OptimizerSettings, TrainSettings
+from cmim.settings.training import EvaluationSettings, LoggingSettings, OptimizerSettings, TrainSettings
 
 __all__ = [
     "BASES",
@@ -38,6 +38,7 @@ __all__ = [
     "Config",
     "DataSettings",
     "EvaluationSettings",
+    "LoggingSettings",
     "MaskSettings",
     "MethodSettings",
     "MimSettings",
@@ -69,6 +70,7 @@ class Config(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    logging: LoggingSettings = LoggingSettings()
 
     @property
     def preset(self) -> Preset:
@@ -77,6 +79,18 @@ class Config(Section):
         if row.masked and self.method.base is not None:
             row = standing_on(self.method.base, *row.masked, class_wise=row.class_wise)
         return row._replace(masked=tuple(term for term in row.masked if getattr(self.mim, f"w_{term}") > 0))
+
+    @property
+    def attention(self) -> str | None:
+        """`reconstruction.attention` if the run has an attention decoder, else None."""
+        uses = "pix" in self.preset.masked and self.reconstruction.decoder == "attention"
+        return self.reconstruction.attention if uses else None
+
+    @property
+    def gains_parameters(self) -> bool:
+        """Whether some parameters get their first gradient in a later step: the reconstruction decoder and a learned fill
+        colour, if the masked terms begin later."""
+        return bool(self.preset.masked) and max(self.mim.start, self.method.start) > 0
 
     @property
     def centroid_features(self) -> Literal["decoder", "encoder", "pixel"]:

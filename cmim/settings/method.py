@@ -171,6 +171,10 @@ class ReconstructionSettings(Section):
     """Kernel size of the conv decoder; odd."""
     num_heads: Positive = 8
     """Attention heads of the attention decoder."""
+    attention: Literal["class_attention", "xformers", "varlen", "sdpa"] = "class_attention"
+    """What computes the attention decoder's attention, with equal results: `class_attention`, our own; PyTorch's `sdpa` with
+    a mask (anywhere, in memory that grows with the square of the tokens) or `varlen` (bf16 and fp16 on CUDA); `xformers`, a
+    package (CUDA)."""
     mask_token: bool = True
     """Replace the features of hidden tokens by a learned mask token before decoding."""
     distance: Literal["l1", "mse", "smooth_l1"] = "l1"
@@ -187,6 +191,16 @@ class ReconstructionSettings(Section):
             raise UserError(f"reconstruction.kernel_size is {self.kernel_size}, expected an odd number")
         if self.decoder == "attention" and self.width % (4 * self.num_heads):
             raise UserError("reconstruction.width must be a multiple of 4 x reconstruction.num_heads")
+        if self.decoder != "attention" and self.attention != "class_attention":
+            raise UserError(
+                f"reconstruction.attention is {self.attention}, but the {self.decoder} decoder has no attention; leave it "
+                "out, or use --reconstruction.decoder attention"
+            )
+        if self.attention in ("varlen", "xformers") and self.width % (8 * self.num_heads):
+            raise UserError(
+                f"reconstruction.attention {self.attention} needs reconstruction.width to be a multiple of 8 x "
+                "reconstruction.num_heads"
+            )
 
 
 class CentroidSettings(Section):

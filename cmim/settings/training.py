@@ -1,4 +1,4 @@
-"""Settings of training and evaluation: `optimizer`, `train`, `evaluation`."""
+"""Settings of training and evaluation: `optimizer`, `train`, `evaluation`, `logging`."""
 
 from typing import Annotated, Literal
 
@@ -9,20 +9,27 @@ from cmim.settings.section import Fraction, NonNegative, Positive, Section
 
 
 class OptimizerSettings(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    name: str = "sgd"
+    """`sgd` (with momentum) and `adamw` are PyTorch's, fused. Any other name is one of timm.optim.list_optimizers(): lamb,
+    lars, lion, muon, adopt, ...; fusedlamb, fusednovograd, fusedadamw and fusedsgd are those of NVIDIA's apex, on CUDA."""
     lr: Annotated[float, Field(gt=0, strict=True)] = 0.001
     """Learning rate of the encoder."""
     lr_batch: Positive = 8
     """Number of labelled images a step that `lr` is meant for; for other batch sizes, `lr` is scaled in proportion."""
     head_lr_factor: Annotated[float, Field(gt=0, strict=True)] = 10.0
     """The learning rate of everything but the encoder is `lr` times this."""
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
+    """Layer-wise decay for the transformers of `dpt`: the learning rate of each block is this times that of the layer above
+    it, up to the final norm, which has `lr`; the embeddings come below the first block. 1: all have `lr`."""
     momentum: Fraction = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD, and of those others of timm that have one number for it, such as lars and muon."""
     weight_decay: NonNegative = 1e-4
-    """L2 penalty for SGD, decoupled weight decay for AdamW."""
+    """L2 penalty for SGD, decoupled weight decay for AdamW; for others as timm says. It applies to every parameter."""
+    warmup: Fraction = 0.0
+    """Share of the steps over which the learning rate first grows linearly, from almost 0 to all of it."""
     poly_power: NonNegative = 0.9
-    """Power of the polynomial schedule: the learning rate is multiplied by (1 - step / steps) to this power."""
+    """Power of the polynomial schedule: the learning rate is multiplied by (1 - step / steps) to this power; both are
+    counted from the end of `warmup`."""
 
 
 class TrainSettings(Section):
@@ -38,6 +45,9 @@ class TrainSettings(Section):
     accumulate: Positive = 1
     """Number of micro-batches of these sizes for each optimiser step (gradient accumulation); the loss is normalised
     within each micro-batch."""
+    clip_grad: Annotated[float, Field(gt=0, strict=True)] | None = None
+    """Largest L2 norm of the gradients of a step, of all parameters together: larger ones are scaled down to it. The log
+    then has their norm before that, `grad_norm`. None: gradients stay as they are."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -93,3 +103,15 @@ class EvaluationSettings(Section):
                 f"evaluation.table is [{', '.join(self.table)}]: name at least one of iou, dice, precision and recall, each "
                 "once"
             )
+
+
+class LoggingSettings(Section):
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Where the figures of TensorBoard also go: `wandb` (Weights & Biases) or `trackio`, which keeps them on this machine.
+    The extra `trackers` brings both. They have environment variables of their own, such as WANDB_MODE=offline."""
+    project: str = "cmim"
+    """Project of the tracker in which the run appears."""
+
+    def check(self) -> None:
+        if not self.project.strip():
+            raise UserError("logging.project is empty; give a name, such as cmim")
