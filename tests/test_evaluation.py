@@ -16,12 +16,15 @@ from cmim.engine import evaluation, logging
 from cmim.engine.evaluation import evaluate
 from cmim.engine.inference import probabilities
 from cmim.errors import UserError
+from cmim.models.segmenter import Segmenter
 
 CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
     """Logits of K classes on a grid of 4 pixels that depend on the surroundings; keeps the shapes it was shown."""
+
+    accepted_size = Segmenter.accepted_size
 
     def __init__(self, classes=3, channels=2, multiple=1, align_corners=True):
         super().__init__()

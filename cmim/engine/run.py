@@ -50,6 +50,7 @@ class Run:
         self.last = self.folder / "checkpoints" / "last.pt"
         self.best = self.folder / "checkpoints" / "best.pt"
         self.pictures = self.folder / "pictures"
+        self.export = self.folder / "export"
         self.tensorboard = self.folder / "tensorboard"
         self.lock = self.folder / ".lock"
 
@@ -254,6 +255,16 @@ def write_text(path: Path, text: str) -> None:
 
 def _read(path):
     return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def scores_of(run: Run, step: int) -> dict[str, Any] | None:
+    """The scores that metrics.jsonl has of a step, on test or else on val; None if it has none."""
+    try:
+        lines = [json.loads(line) for line in _read(run.metrics).splitlines()]
+        found = {line["split"]: line for line in lines if "split" in line and line["step"] == step}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found.get("test") or found.get("val")
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
