@@ -160,16 +160,15 @@ class Exporter:
             try:
                 with _quiet():
                     run = save(path, self._traced(free), about)
-            except UserError:
-                raise
+                    return self._checked(path, run, about, self.argmax)
             except Exception as error:  # networks and converters refuse what they cannot do by exceptions of many types
-                refused = refused or error
-                continue
-            return self._checked(path, run, about, self.argmax)
+                refused = error
+        if isinstance(refused, UserError):
+            raise refused
         line = next(iter(str(refused).strip().splitlines()), "")
         raise UserError(
             f"{path.suffix} cannot hold this network ({type(refused).__name__}: {line:.160}); leave it out of --formats"
-        )
+        ) from refused
 
     def _output(self, shape):
         batch, _, *size = shape

@@ -166,7 +166,7 @@ def open_session(path: Path, cuda: bool = False) -> Any:
     except ImportError:
         raise UserError(f"{path}: onnxruntime is not installed; {INSTALL}") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
     wanted = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
