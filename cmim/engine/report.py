@@ -288,7 +288,8 @@ def _pseudo_labels(steps, val, colours) -> str:
     order = sorted(coverage, key=lambda name: (coverage[name] is None, coverage[name] or 0))
     rows = [
         [
-            _named(name, colours), bar(coverage[name]), percent(coverage[name]), bar(accuracy.get(name)), percent(accuracy.get(name)),
+            _named(name, colours), bar(coverage[name]), percent(coverage[name]),
+            bar(accuracy.get(name)), percent(accuracy.get(name)),
         ]
         for name in order
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, confusion.json, about.json, report.html,
-checkpoints/, pictures/, tensorboard/; val.txt where val images are drawn from the training images; class_weights.txt where the
-classes have weights from the data; export/."""
+checkpoints/, pictures/, tensorboard/; val.txt where val images are drawn from the training images; class_weights.txt where
+the classes have weights from the data; export/."""
 
 import errno
 import json
