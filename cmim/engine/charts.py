@@ -156,10 +156,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
     heads = "".join(f'<th scope="col"{kind(i)}>{cell}</th>' for i, cell in enumerate(head))
     cells = ("".join(f"<td{kind(i, cell)}>{cell}</td>" for i, cell in enumerate(row)) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    title = f'<p class="caption">{escape(caption)}</p>' if caption else ""
+    label = f' aria-label="{escape(caption)}"' if caption else ""
+    content = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+    return f'{title}<div class="scroll" tabindex="0"><table{label}>{content}</table></div>'
 
 
 def matrix_chart(names: Sequence[str], pixels: Sequence[Sequence[int]]) -> str:
@@ -228,12 +228,12 @@ def range_chart(title: str, rows: Sequence[Row], about: str = "", zero: bool = F
         middle = y + 28
         if math.isfinite(row.low) and math.isfinite(row.high):
             parts.append(
-                f'<line class="c{colour}" stroke-width="3" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" '
+                f'<line class="range c{colour}" x1="{across(row.low):.1f}" x2="{across(row.high):.1f}" '
                 f'y1="{middle}" y2="{middle}"/>'
             )
         for said, value in row.points:
             parts.append(
-                f'<circle class="f{colour}" fill-opacity="0.55" cx="{across(value):.1f}" cy="{middle}" r="4">'
+                f'<circle class="dot f{colour}" cx="{across(value):.1f}" cy="{middle}" r="4">'
                 f"<title>{escape(said)}: {value:.2f}</title></circle>"
             )
         x = across(row.middle)
