@@ -32,12 +32,12 @@ _WORDS = """
     Symbol Integer Float Rational Add Mul Pow Mod PythonMod Max Min FloorDiv CleanDiv CeilDiv IntTrueDiv FloatTrueDiv
     TruncToInt TruncToFloat ToFloat CeilToInt FloorToInt RoundToInt Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan
     LessThan StrictGreaterThan GreaterThan And Or Not Where positive integer nonnegative negative True False true false
-    L images size and or not max min
+    L images size and or not max min torch sym_max sym_min
 """
 _NAMES = frozenset(_WORDS.split())
 """Words of expressions of sizes."""
 _SIZE = re.compile(r"[su]\d+")
-_SIGNS = re.compile(r"[\w\s+\-*/%(),.<>=!'\[\]]*")
+_SIGNS = re.compile(r"([\w\s+\-*/%(),<>=!'\[\]]|\.\d|\.size\(\)|(?<=torch)\.sym_)*")
 _NODES = frozenset(("builtins.tuple", "builtins.list", "builtins.dict", None))
 
 
