@@ -41,7 +41,9 @@ def assert_safe(page):
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert parts[f"{tag}-src"] == f"'sha256-{digest}'"
-    assert page.count("<script") == 1 and not re.search(r"{{(title|lead|nav|main|foot|\w+_hash)}}", page.replace("d{{main}}", ""))
+    assert page.count("<script") == 1 and not re.search(
+        r"{{(title|lead|nav|main|foot|\w+_hash)}}", page.replace("d{{main}}", "")
+    )
     assert all(url.startswith(("data:image/jpeg;base64,", "#")) for url in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
@@ -340,7 +342,8 @@ def test_text_has_enough_contrast(run, tmp_path, dark):
           const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
             if (c !== "rgba(0, 0, 0, 0)") return c; } };
           let worst = 99;
-          for (const e of document.querySelectorAll("h1,h2,p,a,dt,dd,b,td,th,output,li,pre,summary,figcaption,svg text:not(.high,.low)")) {
+          const texts = "h1,h2,p,a,dt,dd,b,td,th,output,li,pre,summary,figcaption,svg text:not(.high,.low)";
+          for (const e of document.querySelectorAll(texts)) {
             const style = getComputedStyle(e), ink = light(e.namespaceURI.includes("svg") ? style.fill : style.color);
             const [a, b] = [ink, light(behind(e))].sort((x, y) => y - x);
             worst = Math.min(worst, (a + 0.05) / (b + 0.05));

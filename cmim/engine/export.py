@@ -40,7 +40,7 @@ EQUAL = 0.999
 FREE = ((0, 2, 3), (0,), ())
 """Dimensions of the images that may have any size; the next ones are tried where a network does not allow the first."""
 SIDE = 192
-"""Side of the images that are compared, or that of a smaller crop."""
+"""Side of the images that are compared, or that of a smaller crop; at least three times the size multiple."""
 
 
 class Written(NamedTuple):
@@ -214,16 +214,18 @@ class Exporter:
         """Compare a file with our own output."""
         difference, equal, pixels, largest, sizes = 0.0, 0, 0, 1.0, []
         with torch.inference_mode():
-            for images in _images(about["input"]["shape"], min(self.crop, SIDE)):
+            side = max(min(self.crop, SIDE), 3 * self.net.size_multiple)
+            for images in _images(about["input"]["shape"], side):
                 ours, theirs = full_logits(self.net, images), run(images)
                 best, classes = ours.max(1)
                 found = theirs.long() if argmax else theirs.argmax(1)
                 off = best - ours.gather(1, found[:, None])[:, 0] if argmax else (ours - theirs).abs()
+                off = torch.where(off.isfinite(), off, torch.inf)  # max() would pass over NaN
                 difference, largest = max(difference, float(off.max())), max(largest, float(ours.abs().max()))
                 equal, pixels = equal + int((found == classes).sum()), pixels + found.numel()
                 sizes.append((len(images), *images.shape[-2:]))
         written = Written(path, about, difference, equal / pixels, sizes)
-        if not (difference <= TOLERANCE * largest and written.equal >= EQUAL):  # NaN is a mismatch
+        if difference > TOLERANCE * largest or written.equal < EQUAL:
             raise UserError(
                 f"{path.name.removeprefix('.partial-')} does not give what the run gives: the largest difference is "
                 f"{difference:.3g}, {written.equal:.2%} of the pixels have the same class; it is not written: leave this "
