@@ -1,4 +1,4 @@
-"""Write files of a trained network that run without cmim: ONNX, torch.export (.pt2), safetensors with JSON.
+"""Write files of a trained network that run without cmim: ONNX, torch.export, safetensors.
 
     python -m cmim.export runs/shapes-20260101-120000                  # into RUN/export/
     python -m cmim.export RUN --checkpoint best --output DIR --formats onnx --argmax

@@ -1,4 +1,4 @@
-"""Write report.html of a run again: curves, scores of the classes, confusions, pictures, settings, on one page.
+"""Write the page of a run again: curves, classes, confusions, pictures and settings.
 
     python -m cmim.report runs/shapes-20260101-120000       # RUN/report.html
 
