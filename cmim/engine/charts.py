@@ -152,7 +152,11 @@ def bar(share: float | None) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", wide: Sequence[int] = ()) -> str:
     """A table of cells that are HTML already; columns `wide` are left out on a narrow screen."""
-    kind = lambda i, cell="": ' class="wide"' if i in wide else ' class="bar"' * cell.startswith(_BAR)  # noqa: E731
+
+    def kind(i, cell=""):
+        names = " ".join(["bar"] * cell.startswith(_BAR) + ["wide"] * (i in wide))
+        return f' class="{names}"' if names else ""
+
     heads = "".join(f'<th scope="col"{kind(i)}>{cell}</th>' for i, cell in enumerate(head))
     cells = ("".join(f"<td{kind(i, cell)}>{cell}</td>" for i, cell in enumerate(row)) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)

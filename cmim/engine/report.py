@@ -245,7 +245,7 @@ def pictures(folder: Path) -> str:
     if not encoded:
         return ""
     images = "".join(
-        f'<img src="data:image/jpeg;base64,{base64.b64encode(data).decode()}" data-step="{step}" decoding="async"'
+        f'<img src="data:image/jpeg;base64,{base64.b64encode(data).decode()}" data-step="{step}"'
         f' alt="images, pseudo-labels, predictions and truth after step {step}"{" hidden" * (i < len(encoded) - 1)}>'
         for i, (step, data) in enumerate(encoded)
     )
@@ -297,7 +297,7 @@ def _pseudo_labels(steps, val, colours) -> str:
         f"Pixels of val predicted as a class, after step {val[-1]['step']}: the share that is confident, and of these the"
     )
     caption += " share that is right. Least covered first."
-    return f"{grid}<div class='card'>{table(['class', '', 'coverage %', '', 'accuracy %'], rows, caption)}</div>"
+    return f"{grid}<div class='card'>{table(['class', '', 'coverage %', '', 'accuracy %'], rows, caption, wide=(3,))}</div>"
 
 
 _ELSEWHERE = (

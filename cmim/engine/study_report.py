@@ -119,7 +119,7 @@ def _classes(results, base, split) -> str:
             value = mean[variant][name]
             cell = percent(value)
             if variant != base and value is not None and reference is not None:
-                change = 100 * (value - reference)
+                change = round(100 * (value - reference), 1) + 0.0  # and no -0.0
                 cell += f" <small class='{'up' if change >= 0 else 'down'}'>{change:+.1f}</small>"
             row.append(cell)
         rows.append(row)
