@@ -108,7 +108,7 @@ def _classes(about):
     if scores:
         lines += [
             "",
-            f"On `{scores['split']}`, at the original resolution, single scale: mIoU {_percent(scores['miou'])} %,",
+            f"On `{scores['split']}`, at the original resolution: mIoU {_percent(scores['miou'])} %,",
         ]
         lines[-1] += f" pixel accuracy {_percent(scores['pixel_accuracy'])} %."
     else:
