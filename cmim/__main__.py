@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cmim.errors import UserError, run_command
 
-COMMANDS = ("check", "train", "evaluate", "predict", "compare")
+COMMANDS = ("check", "train", "evaluate", "predict", "compare", "report", "export")
 
 
 def main() -> None:

@@ -19,15 +19,15 @@ import yaml
 
 from cmim import train
 from cmim.config import dump_config, plain, words_of
+from cmim.engine.exported import load_model
 from cmim.engine.prediction import TrainedSegmenter
-from cmim.engine.run import load_trained
 from cmim.errors import UserError
 from cmim.settings import Config
 
 
 def load(
     run: str | Path,
-    checkpoint: Literal["last", "best"] = "last",
+    checkpoint: Literal["last", "best"] | None = None,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     settings: Mapping[str, Any] | None = None,
@@ -35,15 +35,15 @@ def load(
     """The trained network of a run folder, ready to predict.
 
     Args:
-        run: a run folder.
-        checkpoint: `last` or `best` (on val) weights.
+        run: a run folder, or a .safetensors, .pt2 or .onnx file that `cmim.export` wrote.
+        checkpoint: of a run folder, `last` (the default) or `best` (on val) weights.
         device: where it runs; auto: on a CUDA device if there is one.
         settings: other settings of prediction than those of the run: {"evaluation.flip": True}.
 
     Raises:
         UserError: there is no such run or checkpoint, or a setting is wrong or matters in training only.
     """
-    return TrainedSegmenter(load_trained(run, checkpoint, [f"--train.device={device}", *words_of(settings or {})]))
+    return TrainedSegmenter(load_model(run, checkpoint, [f"--train.device={device}", *words_of(settings or {})]))
 
 
 def fit(

@@ -17,9 +17,7 @@ from cmim import early
 if __name__ == "__main__":
     early.begin("check", __doc__)
 
-import hashlib
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +36,7 @@ from cmim.data.files import SIDEWAYS
 from cmim.data.polygons import convert
 from cmim.distributed import world
 from cmim.engine.logging import Progress, console
-from cmim.engine.outputs import author_of, write_png
+from cmim.engine.outputs import author_of, is_signed, sign, write_png
 from cmim.engine.run import write_text
 from cmim.engine.sheet import choose, sheet
 from cmim.errors import UserError, run_command
@@ -316,11 +314,7 @@ def default_output(folder: Path) -> Path:
 
 
 def write_config(path: Path, text: str) -> None:
-    write_text(path, f"{MARK}{_digest(text)}\n{text}")
-
-
-def _digest(text):
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    write_text(path, sign(text, MARK))
 
 
 def refuse_foreign(path: Path) -> None:
@@ -334,10 +328,10 @@ def refuse_foreign(path: Path) -> None:
             raise UserError(f"{path} is there, and not written by cmim.check: give another --output")
         return
     try:
-        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        first, rest = "", ""
-    if not re.fullmatch(re.escape(MARK) + "[0-9a-f]{16}", first) or first.removeprefix(MARK) != _digest(rest):
+        text = ""
+    if not is_signed(text, MARK):
         raise UserError(f"{path} was changed, or is not written by cmim.check: give another --output, or remove it")
 
 

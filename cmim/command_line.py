@@ -96,7 +96,20 @@ def parser_of(command: str, doc: str) -> CommandLine:
         add("--jobs", type=int, default=1, help="number of runs at a time; by default 1")
         add("--gpus", type=int, default=1, help="number of processes (and GPUs) of each run; by default 1")
     else:
-        add("run", help="folder of a run")
+        files = command in ("evaluate", "predict")
+        add("run", help="folder of a run" + ", or a file that cmim.export wrote" * files)
+        if command == "export":
+            add("--output", type=Path, metavar="DIR", help="folder of the files; by default RUN/export")
+            add(
+                "--formats",
+                nargs="+",
+                choices=("safetensors", "pt2", "onnx"),
+                default=("safetensors", "pt2", "onnx"),
+                help="files to write, of safetensors, pt2 and onnx; by default all",
+            )
+            add("--argmax", action="store_true", help="pt2 and onnx return the class of each pixel instead of logits")
+        if command == "report":
+            return parser
         if command == "predict":
             add("images", nargs="+", help="images, folders of images, patterns in quotes")
             add("-o", "--output", type=Path, required=True, help="folder for masks/, overlays/ and classes.csv")
@@ -107,7 +120,8 @@ def parser_of(command: str, doc: str) -> CommandLine:
                 help="class that overlays leave out, by name or number, such as the background",
             )
             add("--legend", action="store_true", help="add the class names below each overlay")
-        add("--checkpoint", choices=("last", "best"), default="last", help="checkpoint to use; by default last")
+        default = None if files else "last"  # a file has no checkpoints to choose from
+        add("--checkpoint", choices=("last", "best"), default=default, help="checkpoint of the run; by default last")
         if command == "evaluate":
             add("--split", choices=("val", "test"), help="by default test, or val if there is no test split")
     return parser

@@ -18,7 +18,8 @@ any more.
 N processes, one per GPU. OUTPUT/table.md has the mIoU after the last step in per cent for every seed, mean and standard
 deviation over the seeds, of the last step and of the best evaluation on data.val, and the mean difference to the base (by
 default the first variant) with its 95 % interval: on the split of the result, on val, and on val when the training time of
-the base is over. OUTPUT/plot.png shows the runs.
+the base is over. OUTPUT/plot.png shows the runs, and OUTPUT/report.html is a page with the table, differences, curves and
+classes.
 """
 
 from cmim import early
@@ -44,6 +45,7 @@ from cmim.engine.run import Run, changed_setting, write_text
 from cmim.engine.schedule import total_steps
 from cmim.engine.start import check_parts
 from cmim.engine.study import Result, keep_result, load_result, make_table, read_result, save_plot
+from cmim.engine.study_report import study_page
 from cmim.errors import UserError, run_command
 from cmim.settings import Config
 
@@ -95,6 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     table = make_table(results, base)
     write_text(given.output / "table.md", table)
     save_plot(results, base, given.output / "plot.png")
+    write_text(given.output / "report.html", study_page(results, base, given.output))
     console.print(table)
 
 

@@ -5,6 +5,7 @@
     python -m cmim.evaluate RUN --data.root /elsewhere/CamVid           # overrides settings: data.*, train.device, ...
     python -m cmim.evaluate RUN --evaluation.mode slide --evaluation.flip true --evaluation.scales "[0.75, 1, 1.25]"
     python -m cmim.evaluate RUN --evaluation.table "[iou, dice, precision, recall, image_miou]"
+    python -m cmim.evaluate model.onnx --data.root CamVid               # or .pt2, .safetensors: written by cmim.export
     torchrun --nproc-per-node 8 -m cmim.evaluate RUN
 
 Prints the IoU of every class, the mean IoU, the mean accuracy and the pixel accuracy, at the original resolution.
@@ -25,8 +26,9 @@ from cmim.config import load_config
 from cmim.data import load_held_out
 from cmim.engine.device import choose_device, choose_precision
 from cmim.engine.evaluation import evaluate
+from cmim.engine.exported import is_exported, load_model
 from cmim.engine.logging import console, print_table
-from cmim.engine.run import Run, load_trained, with_data
+from cmim.engine.run import Run, with_data
 from cmim.errors import UserError, run_command
 from cmim.settings import DataSettings
 
@@ -34,16 +36,16 @@ from cmim.settings import DataSettings
 def main(arguments: Sequence[str]) -> None:
     given, overrides = parser_of("evaluate", __doc__).parse(arguments)
     console.quiet = distributed.world().rank > 0
-    trained = load_trained(given.run, given.checkpoint, overrides)
+    trained = load_model(given.run, given.checkpoint, overrides, data=True)
     config, data = trained.config, trained.config.data
     if data.format == "folder" and data.classes is None and not (data.root / "classes.txt").exists():
         config = with_data(config, classes=trained.class_names)  # use the class names of the run
     split = given.split or "test"
-    val = drawn_val(given.run, config.data)
+    val = drawn_val(given.run, config.data, split)
     image_set, class_names = load_held_out(config.data, split, val)
     if image_set is None and given.split is None:
         split = "val"
-        image_set, class_names = load_held_out(config.data, split, val)
+        image_set, class_names = load_held_out(config.data, split, drawn_val(given.run, config.data, split))
     if list(class_names) != trained.class_names:
         raise UserError(f"the data's classes {list(class_names)} are not those of the run, {trained.class_names}")
     if image_set is None:
@@ -54,17 +56,24 @@ def main(arguments: Sequence[str]) -> None:
         result = evaluate(trained.net.to(device), image_set, config, len(trained.class_names), device, dtype, split)
     if all(iou is None for iou in result.scores.iou):
         raise UserError(f"not one pixel of the {split} masks has a class, so there is nothing to measure; give other masks")
-    title = f"{given.run}, {given.checkpoint}, step {trained.step}, {split}"
+    which = "exported" if is_exported(given.run) else given.checkpoint or "last"
+    title = f"{given.run}, {which}, step {trained.step}, {split}"
     print_table(result.scores, trained.class_names, title, config.evaluation.table)
 
 
-def drawn_val(folder: str, data: DataSettings) -> Path | None:
+def drawn_val(folder: str, data: DataSettings, split: str) -> Path | None:
     """The list of the run's val images; None where `data.val` names them.
 
     Raises:
         UserError: the list is gone, or other val images are to be drawn, which would be images of the training.
     """
     if isinstance(data.val, str):
+        return None
+    if is_exported(folder):  # the val images of the run are not known here
+        if split == "val":
+            raise UserError(
+                f"the val images of the run were drawn, and {folder} does not list them: give --data.val RUN/val.txt"
+            )
         return None
     run = Run(folder)
     own = load_config(run.config).data.val

@@ -2,6 +2,7 @@
 
     python -m cmim.predict runs/shapes-20260101-120000 IMAGES -o OUT
     python -m cmim.predict RUN "photos/*.jpg" more/ -o OUT --clear background --legend --confidence
+    python -m cmim.predict model.onnx IMAGES -o OUT             # or .pt2, .safetensors: a file that cmim.export wrote
 
 IMAGES are images, folders, which are searched at any depth, and patterns. For each image, OUT/masks gets a palette PNG of
 class ids at the original resolution, and OUT/overlays gets the image with the classes drawn over it; OUT/classes.csv says
@@ -29,11 +30,11 @@ from PIL import Image
 
 from cmim.command_line import parser_of
 from cmim.data.files import open_image, orientation
+from cmim.engine.exported import load_model
 from cmim.engine.logging import Progress, console
 from cmim.engine.outputs import ShareTable, find_images, name_targets, refuse_foreign, write_mask, write_png
 from cmim.engine.pictures import overlay, with_legend
 from cmim.engine.prediction import Prediction, TrainedSegmenter
-from cmim.engine.run import load_trained
 from cmim.errors import UserError, run_command
 
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     folders = ["masks", "overlays", *(["confidence"] if given.confidence else [])]
     table = given.output / "classes.csv"
     refuse_foreign([table, *(given.output / folder / name for name in targets.values() for folder in folders)])
-    segmenter = TrainedSegmenter(load_trained(given.run, given.checkpoint, overrides))
+    segmenter = TrainedSegmenter(load_model(given.run, given.checkpoint, overrides))
     clear = find_class(given.clear, segmenter.classes)
     turned, unreadable = [], []
     shares = ShareTable(table, segmenter.classes)

@@ -14,7 +14,7 @@
 
 Batch sizes count the images of all processes together, so the result does not depend on the number of processes, which must
 divide the batch sizes. Every setting of cmim/settings/ can be overridden: --section.key VALUE. The run folder gets
-config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/ and TensorBoard's files.
+config.yaml, labelled.txt, metrics.jsonl, result.json, report.html, checkpoints/, pictures/ and TensorBoard's files.
 """
 
 from cmim import early
@@ -41,10 +41,10 @@ from cmim.config import (
     without_effect,
 )
 from cmim.data import load_splits
-from cmim.engine.device import choose_device
+from cmim.engine.device import choose_device, environment
 from cmim.engine.dry_run import dry_run, scratch, untrained
 from cmim.engine.logging import console
-from cmim.engine.run import Run, default_folder, locked, open_run, start_run, take_over
+from cmim.engine.run import Run, default_folder, locked, note_start, open_run, start_run, take_over
 from cmim.engine.start import build_objective, check_parts, describe, open_files, settle, settle_class_weights
 from cmim.engine.state import names_of
 from cmim.engine.trainer import Trainer
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str]) -> Path:
         notes = []
         if not continues:
             config, splits, notes = settle(config, splits)
-        describe(config, splits, run, [*notes, *idle])
+        notes = describe(config, splits, run, [*notes, *idle])
         weights = None
         if distributed.world().rank == 0:  # the other processes wait for this one, or end with it
-            open_files(config, splits)
+            notes += [*(suggested.found.notes if suggested is not None else ()), *open_files(config, splits)]
             weights = settle_class_weights(config, splits, run if continues else None)
         objective = build_objective(config, len(splits.class_names), run)
         with distributed.process_group(device):  # after all checks, so that no process waits for one that failed them
@@ -106,6 +106,7 @@ def main(arguments: Sequence[str]) -> Path:
             if distributed.rank() == 0:
                 drawn = None if isinstance(config.data.val, str) else names_of(splits.val)
                 start_run(run, config, names_of(splits.labelled), drawn, weights)
+                note_start(run, environment(device), notes, splits.class_names, splits.colours)
                 if suggested is not None:
                     suggested.write(run.folder)
             trainer.train()

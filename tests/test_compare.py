@@ -99,6 +99,11 @@ def test_variants_of_a_file_and_what_is_kept_of_them(tmp_path, monkeypatch, caps
     assert kept["seconds_per_step"] > 0 and "root" not in kept["config"].get("data", {})
     table, plot = (tmp_path / "table/table.md").read_text(), (tmp_path / "table/plot.png").read_bytes()
     assert table.splitlines()[0].count("minus plain") == 2 and plot.startswith(b"\x89PNG")
+    page = (tmp_path / "table/report.html").read_text()
+    cells = [cell.strip() for cell in table.splitlines()[3].split("|")]
+    assert cells[4] in page and all(
+        f'href="{name}-{seed}/report.html"' in page for name in ("plain", "wide") for seed in (3, 4)
+    )
 
     # The kept results stand for the run folders, on another machine too, but not for other settings.
     compared(tmp_path / "elsewhere", *wanted, data__workers=1)

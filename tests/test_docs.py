@@ -31,6 +31,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
 def test_programs_run(page):
     programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    programs = [program for program in programs if "onnxruntime" not in program]  # which tests/test_export.py runs
     assert programs
     for program in programs:
         exec(compile(program, page, "exec"), {})

@@ -16,12 +16,15 @@ from cmim.engine import evaluation, logging
 from cmim.engine.evaluation import evaluate
 from cmim.engine.inference import probabilities
 from cmim.errors import UserError
+from cmim.models.segmenter import Segmenter
 
 CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
     """Logits of K classes on a grid of 4 pixels that depend on the surroundings; keeps the shapes it was shown."""
+
+    accepted_size = Segmenter.accepted_size
 
     def __init__(self, classes=3, channels=2, multiple=1, align_corners=True):
         super().__init__()
@@ -306,3 +309,36 @@ def test_outputs_that_are_not_finite_are_no_result():
         UserError, match=r"the outputs of the network are not finite; lower optimizer.lr, use --train.precision fp32"
     ):
         evaluate(Broken(), Images(2), full_config(), 3, CPU, None, "test")
+
+
+@pytest.mark.parametrize("background", [0, None])
+def test_pseudo_labels_by_class_and_the_confusion_matrix(background):
+    """By counting pixel by pixel; class 3 of four never occurs and is never predicted."""
+    image_set, net = Images(3), Net(classes=3)
+    net.weight = torch.cat([net.weight, torch.zeros_like(net.weight[:1])])
+    of_all = net.forward
+    net.forward = lambda images: of_all(images) - torch.tensor([0, 0, 0, 1e4]).view(1, 4, 1, 1)
+    settings = full_config()
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"background": background})})
+    found = evaluate(net, image_set, settings, 4, CPU, None, "val")
+    counts, sure = np.zeros((4, 4), int), np.zeros((4, 4), int)
+    for image, label in zip(image_set.images, image_set.labels, strict=True):
+        images = torch.from_numpy(image).permute(2, 0, 1)[None]
+        (probability,) = probabilities(net, images, [label.shape], settings)
+        confidence, classes = (part.flatten().tolist() for part in probability.max(0))
+        for t, c, k in zip(label.flatten().tolist(), confidence, classes, strict=True):
+            if t < 4:
+                counts[t, k] += 1
+                sure[t, k] += c >= 0.7
+    assert found.confusion == counts.tolist() and 0 < sure.sum() < counts.sum()
+    share = lambda a, b: [x / y if y else None for x, y in zip(a.tolist(), b.tolist(), strict=True)]  # noqa: E731
+    assert found.pseudo_label_classes == {
+        "pseudo_label_class_coverage": share(sure.sum(0), counts.sum(0)),
+        "pseudo_label_class_accuracy": share(sure.diagonal(), sure.sum(0)),
+    }
+    expected = {"pseudo_label_coverage": sure.sum() / counts.sum(), "pseudo_label_accuracy": sure.trace() / sure.sum()}
+    if background is not None:
+        expected["pseudo_label_coverage_foreground"] = sure[1:].sum() / counts[1:].sum()
+        expected["pseudo_label_accuracy_foreground"] = sure[1:, 1:].trace() / sure[1:].sum()
+    assert found.pseudo_labels == pytest.approx(expected)
+    assert found.pseudo_label_classes["pseudo_label_class_coverage"][3] is None

@@ -16,7 +16,7 @@ from cmim.command_line import _sections, parser_of, section_help, sections
 from cmim.early import NEEDED
 from cmim.settings import Config
 
-COMMANDS = ("check", "train", "evaluate", "predict", "compare")
+COMMANDS = ("check", "train", "evaluate", "predict", "compare", "report", "export")
 
 
 def run(*arguments, before=""):

@@ -13,6 +13,7 @@ GROUND = ("cmim.errors", "cmim.randomness", "cmim.distributed", "cmim.checkpoint
 SETTINGS = ("cmim.settings", "cmim.config", "cmim.command_line", "cmim.early")
 COMMANDS = (
     "cmim.__main__", "cmim.api", "cmim.check", "cmim.suggest", "cmim.train", "cmim.evaluate", "cmim.predict", "cmim.compare",
+    "cmim.report", "cmim.export",
 )  # fmt: skip
 PUBLIC = {
     "cmim",

@@ -11,6 +11,7 @@ import torch
 
 from cmim import distributed
 from cmim.engine import logging
+from cmim.engine.evaluation import Evaluation
 from cmim.engine.metrics import scores
 from cmim.engine.run import Run
 from cmim.errors import UserError
@@ -142,7 +143,7 @@ def test_the_first_process_logs_the_means_of_all(tmp_path, monkeypatch, capsys):
         log.close()
 
     (tmp_path / "0").mkdir()
-    evaluation = SimpleNamespace(scores=scores(torch.ones(1, 1), torch.ones(1)), pseudo_labels={})
+    evaluation = Evaluation(scores(torch.ones(1, 1), torch.ones(1)), {}, {}, [[1]])
     log_as(1, [5.0, 9.0], 1.5, lambda vector: vectors.append(vector.clone()) or vector)
     assert not (tmp_path / "1").exists() and capsys.readouterr().out == ""
     log_as(0, [1.0, 3.0], 0.5, lambda vector: vector.add_(vectors[0]))

@@ -1,7 +1,11 @@
 """Device, precision and memory layout of a run."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import platform
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 from cmim.data.batches import IMAGES
 from cmim.distributed import available_cores, world
 from cmim.errors import UserError
+from cmim_kernels import __version__
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -45,6 +50,31 @@ def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torc
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to the dtype from `choose_precision`; None: no autocast."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def processor(device: torch.device | None = None) -> str:
+    """The name of the device; by default of the GPU, if there is one, else of the processor."""
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Time, versions and machine, by what a report calls them."""
+    found = {"started": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %z}", "cmim": __version__}
+    found |= {"Python": platform.python_version(), "PyTorch": torch.__version__}
+    for name in ("numpy", "torchvision", "timm", "segmentation-models-pytorch", "Pillow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    processes = world().size
+    return found | {
+        "device": processor(device), "processes": str(processes), "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+    }  # fmt: skip
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device, channels_last: bool) -> dict[str, Tensor]:

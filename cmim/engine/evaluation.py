@@ -21,6 +21,11 @@ class Evaluation(NamedTuple):
     pseudo_labels: dict[str, float]
     """Quality of the pseudo-labels that these weights would give: the share of confident pixels and their accuracy, over all
     pixels with a class and over those whose class is not the background."""
+    pseudo_label_classes: dict[str, list[float | None]]
+    """The same of the pixels that are predicted as each class: the share of confident ones, and the share of these that are
+    right; None where there are none."""
+    confusion: list[list[int]]
+    """Pixels by their class in the truth (rows) and in the prediction (columns)."""
 
 
 @torch.inference_mode()
@@ -45,9 +50,7 @@ def evaluate(
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     # One entry for each image, so that the sum over processes, to which others add zeros, is exact.
     image_miou = torch.zeros(len(image_set), dtype=torch.float64, device=device)
-    background = config.data.background
-    # rows: all pixels, foreground; columns: pixels with a class, confident pixels, confident and correct pixels
-    counts = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    sure = torch.zeros_like(matrix)  # the confident pixels alone
     broken = torch.zeros((), dtype=torch.int64, device=device)
     workers = distributed.loader_workers(config.data.workers)
     rank, ranks = distributed.rank(), distributed.size()
@@ -63,21 +66,33 @@ def evaluate(
                 own = confusion_matrix(classes, truth, num_classes)
                 matrix += own
                 image_miou[i] = mean_iou(own)
-                known = truth < num_classes
-                sure = known & (confidence >= config.method.tau)
-                right = sure & (classes == truth)
-                foreground = known & (truth != (-1 if background is None else background))
-                areas = [[(m & area).sum() for m in (known, sure, right)] for area in (known, foreground)]
-                counts += torch.stack([torch.stack(row) for row in areas])
+                kept = torch.where(confidence >= config.method.tau, truth.long(), num_classes)
+                sure += confusion_matrix(classes, kept, num_classes)
             progress.advance(len(images) * ranks)
     distributed.sum_over_ranks(matrix)
     distributed.sum_over_ranks(image_miou)
-    distributed.sum_over_ranks(counts)
+    distributed.sum_over_ranks(sure)
     if distributed.sum_over_ranks(broken):
         raise UserError(NOT_FINITE)
-    names = ("",) if background is None else ("", "_foreground")
-    figures = {}
-    for name, (total, sure, right) in zip(names, counts.tolist(), strict=False):
-        figures[f"pseudo_label_coverage{name}"] = sure / max(1, total)
-        figures[f"pseudo_label_accuracy{name}"] = right / max(1, sure)
-    return Evaluation(scores(matrix, image_miou), figures)
+    figures, background = _quality(matrix, sure, ""), config.data.background
+    if background is not None:
+        rows = [k for k in range(num_classes) if k != background]
+        figures |= _quality(matrix[rows], sure[rows], "_foreground", sure.diagonal()[rows])
+    return Evaluation(scores(matrix, image_miou), figures, _quality_of_classes(matrix, sure), matrix.tolist())
+
+
+def _quality(matrix, sure, name, right=None):
+    total, confident = int(matrix.sum()), int(sure.sum())
+    right = int((sure.diagonal() if right is None else right).sum())
+    return {
+        f"pseudo_label_coverage{name}": confident / max(1, total),
+        f"pseudo_label_accuracy{name}": right / max(1, confident),
+    }
+
+
+def _quality_of_classes(matrix, sure):
+    share = lambda parts, wholes: [p / w if w else None for p, w in zip(parts.tolist(), wholes.tolist(), strict=True)]  # noqa: E731
+    return {
+        "pseudo_label_class_coverage": share(sure.sum(0), matrix.sum(0)),
+        "pseudo_label_class_accuracy": share(sure.diagonal(), sure.sum(0)),
+    }

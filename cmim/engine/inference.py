@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmim.models.geometry import nearest_multiple
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config
 
@@ -51,7 +52,7 @@ def _whole(net, images, scale, sizes, config):
 
 
 def _slide(net, images, scale, sizes, config):
-    images = _resize(images, [_nearest(side * scale, 1) for side in images.shape[-2:]], net.align_corners)
+    images = _resize(images, [nearest_multiple(side * scale, 1) for side in images.shape[-2:]], net.align_corners)
     side = config.evaluation.window or config.data.crop
     stride = config.evaluation.stride or max(1, side * 2 // 3)
     height, width = images.shape[-2:]
@@ -85,17 +86,21 @@ def _starts(length, window, stride):
 def _logits(net, images, scale=1.0):
     """Logits, at the stride of the network, for uint8 or float images, which are resized to a size that the network
     supports."""
-    size = [_nearest(side * scale, net.size_multiple) for side in images.shape[-2:]]
+    size = net.accepted_size(*(side * scale for side in images.shape[-2:]))
     return net(net.normalise(_resize(images, size, net.align_corners)))
 
 
+def full_logits(net: Segmenter, images: Tensor) -> Tensor:
+    """(B, C, H, W) uint8 or float images -> logits (B, K, H, W) float32, those that `probabilities` normalises."""
+    return _upsample(_logits(net, images), images.shape[-2:], net)
+
+
 def _softmax(logits, size, net):
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=net.align_corners).softmax(1)
+    return _upsample(logits, size, net).softmax(1)
 
 
-def _nearest(side, multiple):
-    """The multiple nearest to a side, but at least one times `multiple`."""
-    return max(1, int(side / multiple + 0.5)) * multiple
+def _upsample(logits, size, net):
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=net.align_corners)
 
 
 def _resize(images, size, align_corners):

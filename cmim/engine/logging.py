@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cmim import distributed
 from cmim.engine.metrics import Scores
-from cmim.engine.run import Run
+from cmim.engine.run import Run, add_notes, write_confusion
 from cmim.engine.tracker import Tracker
 from cmim.errors import UserError
 
@@ -116,7 +116,7 @@ class RunLog:
     ):
         """`images`: number of images, over all processes, of each call of `add`; `micro`: calls of `add` per step;
         `tracker`: gets what TensorBoard gets."""
-        self.is_rank0 = distributed.rank() == 0
+        self.run, self.is_rank0 = run, distributed.rank() == 0
         if self.is_rank0:
             self.file = open(run.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
             try:
@@ -225,8 +225,11 @@ class RunLog:
         console.print("".join(line))
 
     def warn(self, text: str) -> None:
-        """Print a warning, from any process."""
+        """Print a warning, from any process; the first one keeps it for the report."""
         rank = distributed.rank()
+        if rank == 0:
+            with suppress(OSError):  # what a full disk prevents is reported where it matters
+                add_notes(self.run, [text])
         quiet, console.quiet = console.quiet, False
         console.print(f"warning: {text}" if rank == 0 else f"warning of process {rank}: {text}")
         console.quiet = quiet
@@ -235,7 +238,9 @@ class RunLog:
         """Store an evaluation."""
         if self.is_rank0:
             figures = named(evaluation.scores, class_names)
-            self._store({"step": step, "split": split, **figures, **evaluation.pseudo_labels})
+            classes = {k: dict(zip(class_names, v, strict=True)) for k, v in evaluation.pseudo_label_classes.items()}
+            self._store({"step": step, "split": split, **figures, **evaluation.pseudo_labels, **classes})
+            write_confusion(self.run, step, split, class_names, evaluation.confusion)
 
     def _store(self, line):
         # JSON has no NaN and no infinity: write null instead.

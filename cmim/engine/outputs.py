@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,20 @@ def author_of(path: Path) -> str | None:
             return image.info.get("Software")
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
         return None
+
+
+def sign(text: str, mark: str) -> str:
+    """A text under a line of `mark` and a digest of the text, by which `is_signed` sees whether it was changed since."""
+    return f"{mark}{_digest(text)}\n{text}"
+
+
+def is_signed(text: str, mark: str) -> bool:
+    first, _, rest = text.partition("\n")
+    return first == mark + _digest(rest)
+
+
+def _digest(text):
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class ShareTable:

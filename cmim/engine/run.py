@@ -1,11 +1,12 @@
-"""The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, checkpoints/, pictures/, tensorboard/; and val.txt
-where val images are drawn from the training images, class_weights.txt where the classes have weights from the data,
-tracker.txt where a tracker has the figures too."""
+"""The run folder: config.yaml, labelled.txt, metrics.jsonl, result.json, confusion.json, about.json, report.html,
+checkpoints/, pictures/, tensorboard/; val.txt where val images are drawn from the training images; class_weights.txt where
+the classes have weights from the data; tracker.txt where a tracker has the figures too; export/."""
 
 import errno
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +52,10 @@ class Run:
         self.last = self.folder / "checkpoints" / "last.pt"
         self.best = self.folder / "checkpoints" / "best.pt"
         self.pictures = self.folder / "pictures"
+        self.export = self.folder / "export"
+        self.confusion = self.folder / "confusion.json"
+        self.about = self.folder / "about.json"
+        self.report = self.folder / "report.html"
         self.tensorboard = self.folder / "tensorboard"
         self.tracker = self.folder / "tracker.txt"
         self.lock = self.folder / ".lock"
@@ -256,6 +261,71 @@ def write_text(path: Path, text: str) -> None:
 
 def _read(path):
     return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def write_confusion(run: Run, step: int, split: str, class_names: Sequence[str], pixels: Sequence[Sequence[int]]) -> None:
+    """The confusion matrix of the last evaluation: rows are the truth, columns the prediction."""
+    rows = ",\n  ".join(json.dumps(list(row)) for row in pixels)
+    head = {"step": step, "split": split, "classes": list(class_names)}
+    write_text(run.confusion, json.dumps(head)[:-1] + f', "pixels": [\n  {rows}\n]}}\n')
+
+
+class About(NamedTuple):
+    """What about.json keeps for the report."""
+
+    starts: list[dict[str, str]]
+    """Versions and machine at each start of the run."""
+    notes: list[str]
+    """Notes and warnings, each once."""
+    colours: dict[str, str]
+    """The colour of each class, `#rrggbb`."""
+
+
+def note_start(
+    run: Run,
+    environment: Mapping[str, str],
+    notes: Iterable[str],
+    class_names: Sequence[str],
+    colours: Iterable[Sequence[int]],
+) -> None:
+    """Keep what a start of the run, the first or a later one, said."""
+    about = read_about(run)
+    shown = {name: f"#{bytes(map(int, colour)).hex()}" for name, colour in zip(class_names, colours, strict=False)}
+    _write_about(run, About([*about.starts, dict(environment)], about.notes, shown))
+    add_notes(run, notes)
+
+
+def add_notes(run: Run, notes: Iterable[str]) -> None:
+    """Keep warnings and notes."""
+    about = read_about(run)
+    new = [note for note in dict.fromkeys(notes) if note not in about.notes]
+    if new:
+        _write_about(run, about._replace(notes=[*about.notes, *new]))
+
+
+def _write_about(run, about):
+    write_text(run.about, json.dumps(about._asdict(), indent=1) + "\n")
+
+
+def read_about(run: Run) -> About:
+    """What was kept; nothing if there is no such file, as in runs of earlier versions, or it is damaged."""
+    try:
+        found = About(**json.loads(_read(run.about)))
+        starts = [{str(k): str(v) for k, v in start.items()} for start in found.starts]
+        colours = {name: c for name, c in found.colours.items() if re.fullmatch("#[0-9a-f]{6}", c)}
+        return About(starts, list(map(str, found.notes)), colours)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return About([], [], {})
+
+
+def scores_of(run: Run, step: int) -> dict[str, Any] | None:
+    """The scores that metrics.jsonl has of a step, on test or else on val; None if it has none."""
+    try:
+        lines = [json.loads(line) for line in _read(run.metrics).splitlines()]
+        found = {line["split"]: line for line in lines if "split" in line and line["step"] == step}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found.get("test") or found.get("val")
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:

@@ -75,11 +75,13 @@ def settle_normalisation(config: Config) -> tuple[Config, str | None]:
     return with_data(config, **values), f"{shown} are those of the weights of {source}"
 
 
-def open_files(config: Config, splits: Splits) -> None:
-    """Open every image and mask that must be readable, and warn about classes that do not occur."""
+def open_files(config: Config, splits: Splits) -> list[str]:
+    """Open every image and mask that must be readable, and warn about classes that do not occur; returns the warnings."""
     with Progress("opening images and masks", sum(map(len, surveyed(splits).values())), "images") as progress:
-        for line in survey(splits, config.data, progress.advance):
-            console.print(f"warning: {line}")
+        lines = list(survey(splits, config.data, progress.advance))
+    for line in lines:
+        console.print(f"warning: {line}")
+    return lines
 
 
 def settle_class_weights(config: Config, splits: Splits, earlier: Run | None) -> dict[str, float] | None:
@@ -97,8 +99,8 @@ def settle_class_weights(config: Config, splits: Splits, earlier: Run | None) ->
     return weights
 
 
-def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> None:
-    """Print the preset, the data and notes about the run."""
+def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()) -> list[str]:
+    """Print the preset, the data and notes about the run, which are returned."""
     test = f", {len(splits.test)} test" if splits.test is not None else ", no test images: the result is on val"
     processes = distributed.world().size
     unused = "" if config.preset.uses_unlabelled else " (not used)"
@@ -108,23 +110,22 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
         + (f"; {processes} processes" if processes > 1 else "")
     )
     way = transport_note(config.data.workers)
-    for note in (*splits.notes, *notes, *([way] if way else [])):
-        console.print(f"note: {note}")
+    notes = [*splits.notes, *notes, *([way] if way else [])]
     if config.logging.tracker == "none" and config.logging.project != LoggingSettings().project:
-        console.print(f"note: logging.project {config.logging.project} has no effect without logging.tracker")
+        notes.append(f"logging.project {config.logging.project} has no effect without logging.tracker")
     train, optimizer = config.train, config.optimizer
     if train.labelled_batch > len(splits.labelled):
-        console.print(
-            f"note: train.labelled_batch is {train.labelled_batch}, but labelled images are {len(splits.labelled)}: the "
+        notes.append(
+            f"train.labelled_batch is {train.labelled_batch}, but labelled images are {len(splits.labelled)}: the "
             "same image is in a batch several times, in different crops"
         )
     if train.epochs is not None:
         steps = total_steps(train, len(splits.unlabelled))
-        console.print(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
+        notes.append(f"{train.epochs:g} epochs of the unlabelled images: {steps} steps")
     lr = scaled_lr(optimizer, train)
     if lr != optimizer.lr:
-        console.print(
-            f"note: the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
+        notes.append(
+            f"the learning rate is {lr:g}: optimizer.lr {optimizer.lr:g} is meant for {optimizer.lr_batch} labelled "
             f"images a step (optimizer.lr_batch), here are {train.labelled_batch * train.accumulate}"
         )
     reconstruction = config.reconstruction
@@ -132,7 +133,10 @@ def describe(config: Config, splits: Splits, run: Run, notes: Sequence[str] = ()
         stride = token_stride(config)
         note = receptive_warning(reconstruction.depth, reconstruction.kernel_size, config.mask.block, stride)
         if note:
-            console.print(f"note: {note}")
+            notes.append(note)
+    for note in notes:
+        console.print(f"note: {note}")
+    return notes
 
 
 def build_objective(config: Config, num_classes: int, run: Run) -> Objective:

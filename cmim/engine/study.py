@@ -2,10 +2,8 @@
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cmim.engine.device import processor
 from cmim.engine.run import Run, write_text
 from cmim.errors import UserError
 from cmim.settings import Config, LoggingSettings
@@ -101,17 +100,6 @@ def read_result(run: Run) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{run.result} is not a result of cmim.train; remove it, and the run will write it again") from None
     return result
-
-
-def processor() -> str:
-    """The name of the processor or, if there is one, of the GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def difference(of: Sequence[float], base: Sequence[float]) -> tuple[float, float]:

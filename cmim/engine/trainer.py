@@ -19,6 +19,7 @@ from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
+from cmim.engine.report import write_report
 from cmim.engine.run import Run, cut_metrics, write_text
 from cmim.engine.schedule import lr_factor, ramp, total_steps
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
@@ -64,7 +65,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
-        self.saved, self.interval, self.stop, self.between_steps, self.warned = None, [], StopSignals(), True, False
+        self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
+        self.warned, self.report_failed = False, False
         self.images = {name: state.digest(getattr(splits, name)) for name in ("unlabelled", "val")}
         if run.last.exists():
             state.load(self)
@@ -97,6 +99,7 @@ class Trainer:
         loader = self.loader(self.step, self.steps)
         if self.evaluation_is_due:
             self.evaluate(log)
+            self.write_report(log)
         while self.step < self.steps and not self.is_out_of_patience():
             evaluate, picture, save = self.due("evaluate_every"), self.due("picture_every"), self.due("checkpoint_every")
             # Report before each checkpoint: a loss term that is not finite stops the run, with its name.
@@ -120,6 +123,8 @@ class Trainer:
                     state.save(self)
                 if (picture or stops) and self.rank == 0:
                     self.picture()
+                if evaluate:
+                    self.write_report(log)
         if self.step < self.steps:
             console.print(
                 f"stopped early after step {self.step} of {self.steps}: no better val mIoU within train.patience "
@@ -297,10 +302,21 @@ class Trainer:
         }
         if self.rank == 0:
             write_text(self.run.result, json.dumps(summary, indent=2) + "\n")
+        self.write_report(log)
         title = f"{self.config.method.preset}, step {self.step}, {split}"
         print_table(result.scores, names, title, self.config.evaluation.table)
         console.print(f"best on val: mIoU {100 * self.best_miou:.2f}, checkpoints/best.pt")
-        console.print(f"{self.run.folder}: result.json, metrics.jsonl, checkpoints/, pictures/")
+        console.print(f"{self.run.folder}: result.json, report.html, metrics.jsonl, checkpoints/, pictures/")
+
+    def write_report(self, log: RunLog) -> None:
+        """Write report.html; whatever prevents that is only worth a warning, for `python -m cmim.report` writes it too."""
+        if self.rank or self.report_failed:
+            return
+        try:
+            write_report(self.run)
+        except Exception as error:
+            self.report_failed = True
+            log.warn(f"report.html is not written ({type(error).__name__}: {error!s:.200}); the training goes on without it")
 
     def report_unreadable(self) -> None:
         mask = torch.zeros(len(self.splits.unlabelled), device=self.device)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cmim.models.geometry import Geometry
+from cmim.models.geometry import Geometry, nearest_multiple
 from cmim_kernels import checks
 
 
@@ -70,6 +70,10 @@ class Segmenter(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise uint8 images (B, c, H, W) for the encoder: (x / 255 - mean) / std, float32."""
         return (images.float() / 255 - self.mean) / self.std
+
+    def accepted_size(self, height: float, width: float) -> tuple[int, int]:
+        """The size nearest to this one that the network takes."""
+        return nearest_multiple(height, self.size_multiple), nearest_multiple(width, self.size_multiple)
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, c, H, W) -> tuple of encoder maps, the deepest last.

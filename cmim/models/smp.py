@@ -94,7 +94,7 @@ class SmpSegmenter(Segmenter):
         height, width = (side * stride for side in maps[0].shape[-2:])
 
         def stand_in(form: EncoderMap) -> Tensor:
-            return zero.expand(len(maps[0]), form.channels, height // form.stride, width // form.stride)
+            return zero.expand(maps[0].shape[0], form.channels, height // form.stride, width // form.stride)
 
         return self.decoder([next(learned) if form.learned else stand_in(form) for form in self.maps])
 
