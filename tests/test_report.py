@@ -14,7 +14,7 @@ from PIL import Image
 
 from cmim import report
 from cmim.engine import trainer
-from cmim.engine.charts import MOST_POINTS, escape, number, range_chart, thinned, ticks
+from cmim.engine.charts import MOST_POINTS, _short, escape, number, range_chart, thinned, ticks
 from cmim.engine.report import MOST_PICTURES, make_report, write_report
 from cmim.engine.run import Run, add_notes, read_about
 from cmim.engine.study import Result
@@ -186,6 +186,12 @@ def test_thin_curves_keep_their_extremes():
 def test_ticks_enclose_the_values(low, high):
     marks = ticks(low, high)
     assert marks[0] <= low and high <= marks[-1] and 2 <= len(marks) <= 7 and marks == sorted(set(marks))
+
+
+@pytest.mark.parametrize("high", [1e-3, 3e-4, 1e-5, 0.01, 1, 60, 7000])
+def test_labels_of_ticks_say_their_values(high):
+    for mark in ticks(0, high):
+        assert float(_short(mark).replace("k", "e3")) == pytest.approx(mark)
 
 
 def test_numbers():

@@ -131,7 +131,7 @@ def ticks(low: float, high: float) -> list[float]:
 def _short(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value / 1000:.4g}k"
-    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
 
 
 def swatch(colour: str) -> str:
