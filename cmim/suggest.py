@@ -72,6 +72,8 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
             Choice("method", "tau", 0.95),
             Choice("method", "class_thresholds", True, "else hardly a pixel of a rare class is sure enough"),
         ]
+    if pretrained:
+        method.append(Choice("method", "dice", 1, "with cross-entropy alone, rare classes are learnt late or never"))
     masked = [
         Choice(
             "mim", "views", ["strong"], "counts with --method.preset cmim, as does the rest of mim, mask, reconstruction"
@@ -87,7 +89,7 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     ]
     optimizer = [
         Choice("optimizer", "name", "adamw", "needs less tuning than SGD in a short training"),
-        Choice("optimizer", "lr", 0.0003 if pretrained else 0.002),
+        Choice("optimizer", "lr", 0.001 if pretrained else 0.002),
         Choice("optimizer", "lr_batch", batches[0].value, "the labelled batch, so that lr counts as it stands here"),
         Choice("optimizer", "head_lr_factor", 5 if pretrained else 1),
     ]
