@@ -65,22 +65,24 @@ def weak(
     return _to_tensor(pixels), torch.from_numpy(classes.copy()), torch.from_numpy(valid.copy())
 
 
-def strong(image: Tensor, rng: np.random.Generator) -> Tensor:
+def strong(image: Tensor, rng: np.random.Generator, colour: float = 1.0) -> Tensor:
     """Colour jitter (brightness, contrast and saturation 0.5, hue 0.25; probability 0.8) in random order, grey (0.2) and
     Gaussian blur of radius 0.1 to 2 (0.5). For other than three channels: brightness, contrast and blur, the same for all.
 
     Args:
         image: (C, H, W) uint8, a weak view.
+        rng: draws.
+        colour: factor of the ranges of the jitter and of the probability of grey, from 0 to 1.
 
     Returns:
         (C, H, W) uint8.
     """
     if len(image) != 3:
-        return _strong_of_any(image.numpy(), rng)
+        return _strong_of_any(image.numpy(), rng, colour)
     view = Image.fromarray(image.permute(1, 2, 0).numpy())
     if rng.random() < 0.8:
-        brightness, contrast, saturation = rng.uniform(0.5, 1.5, 3)
-        hue = rng.uniform(-0.25, 0.25)
+        brightness, contrast, saturation = rng.uniform(1 - 0.5 * colour, 1 + 0.5 * colour, 3)
+        hue = rng.uniform(-0.25 * colour, 0.25 * colour)
         jitter = [
             lambda x: ImageEnhance.Brightness(x).enhance(brightness),
             lambda x: ImageEnhance.Contrast(x).enhance(contrast),
@@ -89,7 +91,7 @@ def strong(image: Tensor, rng: np.random.Generator) -> Tensor:
         ]
         for i in rng.permutation(4):
             view = jitter[i](view)
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 * colour:
         view = view.convert("L").convert("RGB")
     if rng.random() < 0.5:
         view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
@@ -129,11 +131,11 @@ def cutmix_box(rng: np.random.Generator, size: int, p: float) -> tuple[int, int,
             return top, left, top + height, left + width
 
 
-def _strong_of_any(image, rng):
+def _strong_of_any(image, rng, colour):
     """The channels (C, H, W) as one grey image, one below another, for brightness and contrast."""
     view = Image.fromarray(image.reshape(-1, image.shape[2]))
     if rng.random() < 0.8:
-        factors = rng.uniform(0.5, 1.5, 2)
+        factors = rng.uniform(1 - 0.5 * colour, 1 + 0.5 * colour, 2)
         for i in rng.permutation(2):
             view = (ImageEnhance.Brightness, ImageEnhance.Contrast)[i](view).enhance(factors[i])
     pixels = np.asarray(view).reshape(image.shape)

@@ -80,7 +80,7 @@ class TrainBatches(Dataset):
         return {"labelled_image": image, "label": label} | self._masks(position, "labelled")
 
     def _unlabelled(self, position):
-        config, seed = self.config, self.config.seed
+        config, seed, colour = self.config, self.config.seed, self.config.data.colour_jitter
         image, replaced = self._readable(position)
         image, _, valid = self._weak(image, None, position, "unlabelled weak")
         views = range(config.preset.strong_views)
@@ -91,7 +91,9 @@ class TrainBatches(Dataset):
             "weak_image": image,
             "valid": valid,
             "channel_key": torch.tensor(key(seed, position, "dropped channels")),
-            "strong_image": torch.stack([strong(image, numpy_generator(seed, position, f"strong {v}")) for v in views]),
+            "strong_image": torch.stack(
+                [strong(image, numpy_generator(seed, position, f"strong {v}"), colour) for v in views]
+            ),
             "box": torch.tensor(boxes),
         } | ({"replaced": replaced} if replaced else {})
         return sample | self._masks(position, "weak") | self._masks(position, "strong")

@@ -120,6 +120,9 @@ class DataSettings(Section):
     """Random resize of the weak augmentation."""
     flips: list[Literal["horizontal", "vertical"]] = ["horizontal"]
     """Random flips of the weak augmentation, each with probability 1/2: any of horizontal and vertical, [] for none."""
+    colour_jitter: Fraction = 1.0
+    """Strength of the colour distortions of strong views, relative to UniMatch's: a factor of the ranges of brightness,
+    contrast, saturation and hue, and of the probability of grey. Less where classes differ by their colour; 0: none."""
     rotate90: bool = False
     """Turn crops by 0, 90, 180 or 270 degrees at random, for images without an up and down, such as aerial ones and those of
     a microscope."""

@@ -198,6 +198,19 @@ def test_strong_probabilities():
     assert 0.04 < same < 0.13  # 0.2 x 0.8 x 0.5, and blurs of a radius too small to show
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_less_colour_jitter(channels):
+    """The same draws, closer to the image; with 0 only blur is left."""
+    pixels = torch.tensor([160, 80, 90, 70][:channels], dtype=torch.uint8)[:, None, None].expand(channels, 4, 4).contiguous()
+    views = lambda colour: [strong(pixels, np.random.default_rng(seed), colour) for seed in range(200)]  # noqa: E731
+    assert all(torch.equal(view, pixels) for view in views(0))
+    assert all(torch.equal(a, strong(pixels, np.random.default_rng(i))) for i, a in enumerate(views(1)))
+    spread = {colour: max((v.float() - pixels.float()).abs().max().item() for v in views(colour)) for colour in (0.2, 1)}
+    assert 5 < spread[0.2] < 0.5 * spread[1]
+    grey = [sum(bool((v[0] == v[1]).all()) for v in views(colour)) for colour in (0.2, 1)]
+    assert channels > 3 or 1 <= grey[0] < grey[1] / 2
+
+
 def test_strong_ranges():
     """A flat colour shows the jitter in HSV."""
     pixels = torch.tensor([160, 80, 80], dtype=torch.uint8)[:, None, None].expand(3, 4, 4).contiguous()
