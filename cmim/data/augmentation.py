@@ -80,7 +80,7 @@ def strong(image: Tensor, rng: np.random.Generator, colour: float = 1.0) -> Tens
     if len(image) != 3:
         return _strong_of_any(image.numpy(), rng, colour)
     view = Image.fromarray(image.permute(1, 2, 0).numpy())
-    if rng.random() < 0.8:
+    if rng.random() < 0.8 and colour:  # even a hue that is not turned is rounded
         brightness, contrast, saturation = rng.uniform(1 - 0.5 * colour, 1 + 0.5 * colour, 3)
         hue = rng.uniform(-0.25 * colour, 0.25 * colour)
         jitter = [
@@ -134,7 +134,7 @@ def cutmix_box(rng: np.random.Generator, size: int, p: float) -> tuple[int, int,
 def _strong_of_any(image, rng, colour):
     """The channels (C, H, W) as one grey image, one below another, for brightness and contrast."""
     view = Image.fromarray(image.reshape(-1, image.shape[2]))
-    if rng.random() < 0.8:
+    if rng.random() < 0.8 and colour:
         factors = rng.uniform(1 - 0.5 * colour, 1 + 0.5 * colour, 2)
         for i in rng.permutation(2):
             view = (ImageEnhance.Brightness, ImageEnhance.Contrast)[i](view).enhance(factors[i])

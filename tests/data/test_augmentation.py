@@ -200,7 +200,7 @@ def test_strong_probabilities():
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_less_colour_jitter(channels):
-    """The same draws, closer to the image; with 0 only blur is left."""
+    """Closer to the image; with 0 only blur is left."""
     pixels = torch.tensor([160, 80, 90, 70][:channels], dtype=torch.uint8)[:, None, None].expand(channels, 4, 4).contiguous()
     views = lambda colour: [strong(pixels, np.random.default_rng(seed), colour) for seed in range(200)]  # noqa: E731
     assert all(torch.equal(view, pixels) for view in views(0))
