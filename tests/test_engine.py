@@ -160,6 +160,9 @@ class ColourNet(nn.Module):
 
     align_corners, size_multiple = True, 1
 
+    def accepted_size(self, height, width):
+        return round(height), round(width)
+
     def normalise(self, images):
         return images.float() / 64 - 2
 
