@@ -62,12 +62,19 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     semi = facts.unlabelled >= FEWEST
     pretrained = settings.weights != "none"
     learns = "learns from the images without masks too; compare it with cmim and supervised"
+    ignores = (
+        f"the {facts.unlabelled} images without masks count with fixmatch and cmim, which have not helped so far from "
+        "pretrained weights (docs/experiments.md): compare them on your images"
+    )
     lacks = "every image has a mask" if not facts.unlabelled else f"{facts.unlabelled} images without a mask are too few"
     lacks += "; with more images, in unlabeled/, take fixmatch or cmim"
-    method = [Choice("method", "preset", "fixmatch" if semi else "supervised", learns if semi else lacks)]
+    if semi and not pretrained:
+        method = [Choice("method", "preset", "fixmatch", learns)]
+    else:
+        method = [Choice("method", "preset", "supervised", ignores if semi else lacks)]
     if semi:
         method += [
-            Choice("method", "start", 0.25, "earlier, few pseudo-labels are right, and rare classes have none"),
+            Choice("method", "start", 0.25, "of fixmatch: earlier, few pseudo-labels are right, and rare classes have none"),
             Choice("method", "ramp", 0.25),
             Choice("method", "tau", 0.95),
             Choice("method", "class_thresholds", True, "else hardly a pixel of a rare class is sure enough"),

@@ -254,6 +254,15 @@ def test_every_suggestion_is_valid(sizes, labelled, unlabelled, cuda):
     assert config.method.preset == ("fixmatch" if unlabelled else "supervised")
 
 
+def test_from_pretrained_weights_what_won_the_study_is_suggested(monkeypatch):
+    """docs/experiments.md; a package of Python's own stands for that of the weights."""
+    monkeypatch.setattr(suggest, "PACKAGE", "json")
+    chosen = {c.key: c for c in suggest.suggest(facts([(256, 256)], 26, 388), cuda=False) if c.section != "mim"}
+    assert chosen["preset"].value == "supervised" and "the 388 images without masks" in chosen["preset"].why
+    assert (chosen["dice"].value, chosen["lr"].value, chosen["lr_batch"].value) == (1, 0.001, 4)
+    assert chosen["start"].value == 0.25  # for who asks for fixmatch
+
+
 def test_a_class_name_that_yaml_would_read_otherwise():
     names = ["no", "3", "a: b", "# c", "ü", '"']
     choices = [Choice("data", "classes", names, "why"), Choice("data", "label_map", {255: 1}), Choice("data", "val", None)]
