@@ -104,6 +104,14 @@ def usual(batch, *, dropout=None):
     return UsualLoop(net, optimizer, tau=0.3, dropout=dropout or (lambda maps: [layer(m) for m in maps])), theirs
 
 
+def beside_of(preset, batch):
+    """A step of ours to be timed in turn with another; None on CUDA, where device times do not need it."""
+    if ON_GPU:
+        return None
+    ours = Ours(preset)
+    return lambda: ours.step(batch)
+
+
 def host_waits(step):
     """How often a step reads a value of the device, compiled parts aside."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,15 +140,16 @@ def test_losses_are_equal(labelled, unlabelled):
 @pytest.mark.parametrize("labelled, unlabelled", BATCHES)
 @pytest.mark.parametrize("name", [OURS, USUAL])
 def test_unimatch(labelled, unlabelled, name, timed, request):
-    batch, ours, beside = batch_of(labelled, unlabelled), Ours("unimatch"), None
-    step = lambda: ours.step(batch)  # noqa: E731
+    batch, beside = batch_of(labelled, unlabelled), None
     if name == USUAL:
         loop, theirs = usual(batch)
-        beside, step = step, lambda: loop.step(theirs)
+        step, beside = lambda: loop.step(theirs), beside_of("unimatch", batch)
         waits = host_waits(step)
     else:
         uncompiled = Ours("unimatch", compile=False)
         waits = host_waits(lambda: uncompiled.step(batch))
+        ours = Ours("unimatch")
+        step = lambda: ours.step(batch)  # noqa: E731
     group = f"step, unimatch; batch {labelled} + {unlabelled}, crop {CROP}"
     timed(group, name, step, [], capture=False, ours=beside, host_waits=waits, images=labelled + unlabelled)
     trace(step, f"unimatch {name} {labelled}", request)
@@ -152,21 +161,9 @@ def test_presets(labelled, unlabelled, preset, timed, request):
     batch, ours = batch_of(labelled, unlabelled), Ours(preset)
     step = lambda: ours.step(batch)  # noqa: E731
     group = f"step, cmim; batch {labelled} + {unlabelled}, crop {CROP}"
-    if preset == "cmim":
-        timed(group, OURS, step, [], capture=False, images=labelled + unlabelled)
-    else:
-        cmim = Ours("cmim")
-        beside = lambda: cmim.step(batch)  # noqa: E731
-        timed(
-            group,
-            "the unimatch preset",
-            step,
-            [],
-            capture=False,
-            ours=beside,
-            images=labelled + unlabelled,
-            comparable=False,
-        )
+    name, beside = (OURS, None) if preset == "cmim" else ("the unimatch preset", beside_of("cmim", batch))
+    about = dict(images=labelled + unlabelled, comparable=preset == "cmim")
+    timed(group, name, step, [], capture=False, ours=beside, **about)
     trace(step, f"{preset} {labelled}", request)
 
 

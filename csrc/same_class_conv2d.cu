@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int right = static_cast<int>(out.strides[3]);
     T* result = out.as<T>() + place.b * out.strides[0] + c * out.strides[1] + place.y0 * out.strides[2] + first * right;
     float sums[K][WIDTH] = {};  // sums[i]: of the output row whose taps of row i meet the input row at hand
-    walk<K>(place.rows, [&](int r) { chunk.template fill<T>(x, grid, place, r, vectors, channels_last); }, [&](int r, auto near_edge) {
+    const auto fill = [&](int r) { chunk.template fill<T>(x, grid, place, r, vectors, channels_last); };
+    walk<K>(place.rows, fill, [&](int r, auto near_edge) {
       constexpr bool edge = decltype(near_edge)::value;
       float row[WIDTH + K - 1];
       chunk.row(static_cast<unsigned>(r) % CHUNK, group, own_channel(), row);
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int t = 0; t < WIDTH; ++t) columns[t] = static_cast<int>(min(first + t, grid.width - 1) * grad.strides[3]);
     float g[K][WIDTH] = {};  // g[i]: of the output row whose taps of row i meet the input row at hand
-    walk<K>(place.rows, [&](int r) { chunk.template fill<T>(x, grid, place, r, vectors, channels_last); }, [&](int r, auto near_edge) {
+    const auto fill = [&](int r) { chunk.template fill<T>(x, grid, place, r, vectors, channels_last); };
+    walk<K>(place.rows, fill, [&](int r, auto near_edge) {
       constexpr bool edge = decltype(near_edge)::value;
       float row[WIDTH + K - 1];
       chunk.row(static_cast<unsigned>(r) % CHUNK, group, own_channel(), row);

@@ -67,12 +67,11 @@ def make_card(run: Run, config: Config, about: Mapping[str, Any], written: Seque
 
 
 def _title(config, about):
-    network = config.model.arch if config.model.arch.startswith("smp:") else f"{config.model.arch} on {config.model.encoder}"
     what = "semi-supervised" if config.preset.uses_unlabelled else "supervised"
     return (
         f"# Semantic segmentation, {len(about['classes'])} classes\n\n"
-        f"{_plain(network)}, trained with cmim {about['cmim']} ({what}, preset `{config.method.preset}`); the weights are "
-        f"those of step {about['step']} (`{about['checkpoint']}.pt`)."
+        f"{_plain(config.model.title)}, trained with cmim {about['cmim']} ({what}, preset `{config.method.preset}`); the "
+        f"weights are those of step {about['step']} (`{about['checkpoint']}.pt`)."
     )
 
 

@@ -74,19 +74,18 @@ def evaluate(
     distributed.sum_over_ranks(sure)
     if distributed.sum_over_ranks(broken):
         raise UserError(NOT_FINITE)
-    figures, background = _quality(matrix, sure, ""), config.data.background
+    figures, background = _quality("", matrix, sure, sure.diagonal()), config.data.background
     if background is not None:
         rows = [k for k in range(num_classes) if k != background]
-        figures |= _quality(matrix[rows], sure[rows], "_foreground", sure.diagonal()[rows])
+        figures |= _quality("_foreground", matrix[rows], sure[rows], sure.diagonal()[rows])
     return Evaluation(scores(matrix, image_miou), figures, _quality_of_classes(matrix, sure), matrix.tolist())
 
 
-def _quality(matrix, sure, name, right=None):
+def _quality(name, matrix, sure, right):
     total, confident = int(matrix.sum()), int(sure.sum())
-    right = int((sure.diagonal() if right is None else right).sum())
     return {
         f"pseudo_label_coverage{name}": confident / max(1, total),
-        f"pseudo_label_accuracy{name}": right / max(1, confident),
+        f"pseudo_label_accuracy{name}": int(right.sum()) / max(1, confident),
     }
 
 

@@ -133,29 +133,26 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _lead(config: Config, result: Mapping[str, Any], last: int) -> str:
-    network = config.model.arch if config.model.arch.startswith("smp:") else f"{config.model.arch} on {config.model.encoder}"
     data = config.data.format if config.data.root is None else config.data.root.name
     state = "finished" if result else "not finished"
     state = "stopped early, as train.patience says" if result.get("stopped_early") else state
-    return f"<b>{escape(config.method.preset)}</b> · {escape(network)} · {escape(data)} · step {last}, {state}"
+    return f"<b>{escape(config.method.preset)}</b> · {escape(config.model.title)} · {escape(data)} · step {last}, {state}"
 
 
 def _tiles(config, steps, val, result, last) -> str:
     tiles = {}
     if result:
         tiles[f"mIoU on {result.get('split', 'val')}, %"] = percent(result.get("miou"))
-    mious = [(line["miou"], line["step"]) for line in val if _is_number(line.get("miou"))]
+    mious = points(val, "miou")
     if mious:
-        best = max(mious)
-        tiles["best mIoU on val, %"] = f"{percent(best[0])} <small>step {best[1]}</small>"
-        tiles["last mIoU on val, %"] = percent(mious[-1][0])
-    rates = sorted(line["images_per_second"] for line in steps if _is_number(line.get("images_per_second")))
+        step, best = max(mious, key=lambda point: point[::-1])
+        tiles["best mIoU on val, %"] = f"{percent(best)} <small>step {step}</small>"
+        tiles["last mIoU on val, %"] = percent(mious[-1][1])
+    rates, waits, memory = ([v for _, v in points(steps, key)] for key in ("images_per_second", "data_wait", "memory_gib"))
     if rates:
-        tiles["images/s, median"] = number(rates[len(rates) // 2])
-    waits = [line["data_wait"] for line in steps if _is_number(line.get("data_wait"))]
+        tiles["images/s, median"] = number(sorted(rates)[len(rates) // 2])
     if waits:
         tiles["waiting for data, %"] = percent(sum(waits) / len(waits))
-    memory = [line["memory_gib"] for line in steps if _is_number(line.get("memory_gib"))]
     if memory:
         tiles["peak memory, GiB"] = number(max(memory))
     return f"<dl class='tiles'>{''.join(f'<div><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k, v in tiles.items())}</dl>"
@@ -294,23 +291,15 @@ def _pseudo_labels(steps, val, colours) -> str:
         for name in order
     ]  # fmt: skip
     caption = (
-        f"Pixels of val predicted as a class, after step {val[-1]['step']}: the share that is confident, and of these the"
+        f"Pixels of val predicted as a class, after step {val[-1]['step']}: the share that is confident, and of these the "
+        "share that is right. Least covered first."
     )
-    caption += " share that is right. Least covered first."
     return f"{grid}<div class='card'>{table(['class', '', 'coverage %', '', 'accuracy %'], rows, caption, wide=(3,))}</div>"
 
 
 _ELSEWHERE = (
-    "step",
-    "lr",
-    "loss",
-    "seconds",
-    "images_per_second",
-    "data_wait",
-    "memory_gib",
-    "coverage",
-    "coverage_foreground",
-)
+    "step", "lr", "loss", "seconds", "images_per_second", "data_wait", "memory_gib", "coverage", "coverage_foreground",
+)  # fmt: skip
 
 
 def _diagnostics(steps) -> str:

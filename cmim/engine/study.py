@@ -137,10 +137,7 @@ def make_table(results: dict[str, list[Result]], base: str) -> str:
         if paired and variant == base:
             row += ["", "", ""]
         elif paired:
-            theirs = [100 * run.miou for run in results[base]]
-            val = ([100 * run.val[-1][1] for run in of] for of in (runs, results[base]))
-            timely = [100 * at_equal_time(run, other) for run, other in zip(runs, results[base], strict=True)]
-            row += [interval(last, theirs), interval(*val), interval(timely, [100 * r.val[-1][1] for r in results[base]])]
+            row += differences(runs, results[base])
         rows.append([*row, f"{statistics.median(run.seconds_per_step for run in runs):.2f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -157,6 +154,15 @@ def interval(of: Sequence[float], base: Sequence[float]) -> str:
     if math.isnan(mean):  # not one evaluation in this time
         return "-"
     return f"{mean:+.2f}" + (f" [{mean - half:+.2f}, {mean + half:+.2f}]" if math.isfinite(half) else "")
+
+
+def differences(runs: Sequence[Result], base: Sequence[Result]) -> list[str]:
+    """The intervals of a variant minus the base: of the result, of the last step on val, and on val when the training time
+    of the base is over."""
+    last, theirs = ([100 * run.miou for run in of] for of in (runs, base))
+    val, their_val = ([100 * run.val[-1][1] for run in of] for of in (runs, base))
+    timely = [100 * at_equal_time(run, other) for run, other in zip(runs, base, strict=True)]
+    return [interval(last, theirs), interval(val, their_val), interval(timely, their_val)]
 
 
 def save_plot(results: dict[str, list[Result]], base: str, path: Path) -> None:

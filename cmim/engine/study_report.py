@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cmim.engine.charts import Curve, Row, escape, line_chart, percent, range_chart, table
 from cmim.engine.report import fill_template, settings_text
-from cmim.engine.study import Result, at_equal_time, difference, interval, mean_and_spread
+from cmim.engine.study import Result, difference, differences, interval, mean_and_spread
 
 
 def study_page(results: Mapping[str, Sequence[Result]], base: str, folder: Path) -> str:
@@ -45,11 +45,7 @@ def _table(results, base) -> str:
         if paired and name == base:
             row += ["", "", ""]
         elif paired:
-            pairs = list(zip(runs, results[base], strict=True))
-            val = [100 * run.val[-1][1] for run in results[base]]
-            row.append(interval(_percents(runs, "miou"), _percents(results[base], "miou")))
-            row.append(interval([100 * run.val[-1][1] for run in runs], val))
-            row.append(interval([100 * at_equal_time(run, other) for run, other in pairs], val))
+            row += differences(runs, results[base])
         rows.append([*map(escape, row), f"{statistics.median(run.seconds_per_step for run in runs):.2f}"])
     said = "An interval that does not contain 0 is a difference beyond the spread of the seeds."
     return table([escape(cell) for cell in head], rows, said if paired and len(results[base]) > 1 else "")

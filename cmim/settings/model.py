@@ -38,6 +38,11 @@ class ModelSettings(Section):
     """Channels of the decoder. By default 256 for deeplabv3plus; for dpt 64, 128, 256 or 384 depending on the width of the
     encoder, as in UniMatch V2."""
 
+    @property
+    def title(self) -> str:
+        """The network in words."""
+        return self.arch if self.arch.startswith("smp:") else f"{self.arch} on {self.encoder}"
+
     def untrained(self) -> "ModelSettings":
         """The same network with random weights: where others follow from a checkpoint, or none are needed."""
         return self.model_copy(update={"weights": "none", "init_from": None})
