@@ -208,7 +208,7 @@ IDLE = {
     "method__tau": 0.5, "method__class_thresholds": True, "method__align": True, "method__w_unlabelled": 2,
     "method__start": 0.5, "method__ramp": 0.5, "method__cutmix": 0, "method__dropout": 0.1,
     "train__unlabelled_batch": 2, "mim__tau": 0.5, "mask__ratio": 0.3, "reconstruction__tokens": "pixel",
-    "teacher__run": "nowhere",
+    "teacher__run": "nowhere", "data__colour_jitter": 0.5, "method__class_balance": True, "method__batch_norm": "batch",
 }  # fmt: skip
 
 
