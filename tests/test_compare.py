@@ -204,6 +204,13 @@ def test_val_at_the_time_of_the_base():
     assert math.isnan(study.at_equal_time(result(0.5, [(15, 0.9)], seconds=2.0), base))
 
 
+def test_a_variant_minus_the_base():
+    """On test, on val, and on val after the base's 10 seconds, which the variant spends on half of its steps."""
+    base = [result(0.5, [(5, 0.1), (10, 0.3)])]
+    variant = [result(0.6, [(5, 0.2), (10, 0.7)], seconds=2.0)]
+    assert study.differences(variant, base) == ["+10.00", "+40.00", "-10.00"]
+
+
 def test_compare_starts_real_processes(tmp_path, monkeypatch):
     real, codes = subprocess.run, []
 

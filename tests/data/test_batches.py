@@ -287,6 +287,15 @@ def test_flips_and_turns_belong_to_the_sample():
 TURNS = {"flips": ["horizontal", "vertical"], "rotate90": True}
 
 
+def test_colour_jitter_of_strong_views():
+    """On images of a flat colour, which blur leaves alone."""
+    splits = numbered()
+    plain, usual = (TrainBatches(splits, settings(scale=(1, 1), colour_jitter=colour), 0, 1)[0] for colour in (0.0, 1.0))
+    assert torch.equal(plain["weak_image"], usual["weak_image"])
+    assert all(torch.equal(view, plain["weak_image"]) for view in plain["strong_image"])
+    assert not any(torch.equal(view, usual["weak_image"]) for view in usual["strong_image"])
+
+
 def eight_views(image):
     return [side.rot90(turns, (1, 2)) for side in (image, image.flip(-1)) for turns in range(4)]
 
