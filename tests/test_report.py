@@ -74,8 +74,26 @@ def test_the_page_of_a_run(run):
     assert set(re.findall(r"</svg>(\w+)</td>", section(page, "pseudo-labels"))) == set(coverage) == set(result["iou"])
     assert re.findall(r'data-step="(\d+)"( [^>]*hidden)?', section(page, "pictures")) != []
     assert section(page, "pictures").count("<img") == 2
-    for text in ("images_per_second", "PyTorch", "decoder_width: 16", "train.steps: 4"):
+    for text in ("deeplabv3plus on test_resnet", "images_per_second", "PyTorch", "decoder_width: 16", "train.steps: 4"):
         assert text in page
+
+
+def test_the_numbers_at_the_top(run, tmp_path):
+    copy = Run(tmp_path / "run")
+    copy.folder.mkdir()
+    copy.config.write_text(run.config.read_text())
+    figures = [{"step": i, "images_per_second": 10.0 * i, "data_wait": 0.1 * i, "memory_gib": 4.0 - i} for i in (1, 2, 3)]
+    val = [{"step": i, "split": "val", "miou": miou} for i, miou in ((1, 0.3), (2, 0.6), (3, 0.5))]
+    copy.metrics.write_text("".join(json.dumps(line) + "\n" for line in (*figures, *val)))
+    tiles = lambda: re.findall(r"<dt>([^<]*)</dt><dd>(.*?)</dd>", make_report(copy))  # noqa: E731
+    common = [
+        ("best mIoU on val, %", "60.0 <small>step 2</small>"), ("last mIoU on val, %", "50.0"), ("images/s, median", "20"),
+        ("waiting for data, %", "20.0"), ("peak memory, GiB", "3"),
+    ]  # fmt: skip
+    assert tiles() == common and "step 3, not finished" in make_report(copy)
+    for step, shown in ((3, [("mIoU on test, %", "70.0")]), (2, [])):  # the last is of fewer steps than the run has now
+        copy.result.write_text(json.dumps({"step": step, "miou": 0.7, "split": "test"}))
+        assert tiles() == [*shown, *common]
 
 
 def test_the_confusion_matrix_is_that_of_the_result(run):
@@ -293,7 +311,15 @@ def test_the_page_of_a_comparison(tmp_path):
     assert_safe(page.replace('href="better-1/report.html"', ""))
     # Differences 3, 4 and 2: mean 3, standard deviation 1, t of 2 degrees of freedom 4.303.
     assert "+3.00 [+0.52, +5.48]" in section(page, "results") and "55.00 ± 5.00" in section(page, "results")
-    assert "+3.00 [+0.52, +5.48]" in section(page, "spread-and-differences")
+    ranges = section(page, "spread-and-differences")
+    assert "+3.00 [+0.52, +5.48]" in ranges
+    rows = [row.partition("</svg>")[0] for row in ranges.split('<text class="name"') if "<circle" in row]
+    assert len(rows) == 3  # both variants, and the difference of one
+    for row in rows:  # the mean of the seeds is the upright line, in the middle of the bar
+        seeds = [float(x) for x in re.findall(r'cx="([\d.]+)"', row)]
+        bar, upright = [[float(x) for x in pair] for pair in re.findall(r'x1="([\d.]+)" x2="([\d.]+)"', row)]
+        assert len(seeds) == 3 and sum(seeds) / 3 == pytest.approx(upright[0], abs=0.2)
+        assert sum(bar) / 2 == pytest.approx(upright[0], abs=0.2) and bar[0] < upright[0]
     classes = section(page, "classes")
     assert "<td>sky</td><td>55.0</td><td>58.0 <small class='up'>+3.0</small></td>" in classes
     assert "<td>none</td><td>-</td><td>-</td>" in classes and escape(EVIL) in classes and EVIL not in page
