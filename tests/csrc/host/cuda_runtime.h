@@ -3,12 +3,14 @@
 //
 // Blocks run one after the other. The threads of a block are fibres that run one at a time, from one barrier or warp
 // operation to the next: in order in blocks of even number, in reverse in the others, so that a missing barrier shows. A
-// kernel that leaves a lane out of a warp operation, or waits for a barrier that not all threads reach, aborts.
+// kernel that leaves a lane out of a warp operation, or waits for a barrier that not all threads reach, aborts. A block finds
+// its shared memory full of NaN and -1, so that what it reads and never wrote shows.
 //
 // It shows that arithmetic, indices and barriers are right. It cannot show what depends on a device's memory: accesses
 // that run at the same time without order, fences, limits of shared memory.
 #pragma once
 
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -24,7 +26,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static __thread
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -81,7 +83,25 @@ inline bool release(State barrier, unsigned begin, unsigned end) {
   return any;
 }
 
+// Shared memory is all that belongs to a thread in this library: fills what the loader keeps of it for this thread.
+inline void spoil_shared_memory() {
+  static __thread volatile char one_of_them;
+  one_of_them = 0;  // the loader makes them at the first access
+  const auto spoil = [](dl_phdr_info* library, size_t, void* one) {
+    char* const begin = static_cast<char*>(library->dlpi_tls_data);
+    for (int i = 0; begin && i < library->dlpi_phnum; ++i) {
+      const size_t size = library->dlpi_phdr[i].p_memsz;
+      if (library->dlpi_phdr[i].p_type != PT_TLS || one < begin || one >= begin + size) continue;
+      std::memset(begin, 0xff, size);
+      return 1;
+    }
+    return 0;
+  };
+  if (!dl_iterate_phdr(spoil, const_cast<char*>(&one_of_them))) fail("shared memory is not found");
+}
+
 inline void run_block(bool reversed) {
+  spoil_shared_memory();
   for (unsigned t = 0; t < threads; ++t) {
     Fibre& fibre = fibres[t];
     getcontext(&fibre.context);
