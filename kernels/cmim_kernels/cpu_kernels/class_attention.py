@@ -6,7 +6,8 @@ from cmim_kernels.numerics import empty_contiguous
 
 
 def class_attention_forward(q, k, v, segment, offsets):
-    out, logsumexp = empty_contiguous(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    size = (*q.shape[:-1],)  # new_empty takes longer for a torch.Size
+    out, logsumexp = empty_contiguous(q), q.new_empty(size, dtype=torch.float32)
     if out.numel():
         torch.ops.cmim_cpu.attention_forward.default(q, k, v, offsets.contiguous(), out, logsumexp)
     return out, logsumexp

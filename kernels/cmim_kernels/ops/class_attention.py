@@ -70,8 +70,9 @@ def class_attention(q: Tensor, k: Tensor, v: Tensor, layout: ClassLayout) -> Ten
         checks.tensor(op, "q", q, dtypes=checks.FLOATS, shape=("B", "heads", "N", "d"))
         if q.shape[-1] == 0:
             raise ValueError(f"{op}: q has shape {tuple(q.shape)}, expected (B, heads, N, d) with d of at least 1")
-        checks.tensor(op, "k", k, dtypes=checks.FLOATS, shape=tuple(q.shape), like=q)
-        checks.tensor(op, "v", v, dtypes=checks.FLOATS, shape=tuple(q.shape), like=q)
-        check_layout(op, layout, batch=q.shape[0], tokens=q.shape[2], like=q)
+        shape = tuple(q.shape)
+        checks.tensor(op, "k", k, dtypes=checks.FLOATS, shape=shape, like=q)
+        checks.tensor(op, "v", v, dtypes=checks.FLOATS, shape=shape, like=q)
+        check_layout(op, layout, batch=shape[0], tokens=shape[2], like=q)
     out, _ = differentiable(_ClassAttention, q, k, v, layout.segment, layout.offsets)
     return out
