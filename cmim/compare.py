@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         if twice is not None:
             remedy = "give --seeds and --presets" if given.variants is None else f"leave it away, or out of {name}"
             raise UserError(f"--{twice} is set for each run; {remedy}")
-        check_parts(load_config(given.config, settings_of(given, words, given.seeds[0], overrides)))
+        check_parts(config_of(given, name, words, overrides))
     given.output.mkdir(parents=True, exist_ok=True)
     # Those that need the run of another variant come after all that do not.
     needing = {name for name, words in variants.items() if any(OUTPUT in word for word in words)}
@@ -110,7 +110,7 @@ def variants_of(given: Namespace) -> dict[str, list[str]]:
     if given.variants is None:
         return {preset: ["--method.preset", preset] for preset in given.presets}
     variants = {}
-    for name, settings in read_yaml(given.variants).items():
+    for name, settings in read_yaml(given.variants, "file of variants").items():
         if not re.fullmatch(r"[\w.+-]+", str(name)):
             raise UserError(f"{given.variants}: {name!r} names a folder, so letters, digits and _ . + - only")
         if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -130,6 +130,25 @@ def settings_of(given: Namespace, variant: Sequence[str], seed: int, overrides: 
     split = [f"--data.split_seed={seed}"] if given.draw_splits else []
     words = [word.replace(OUTPUT, str(given.output)).replace(SEED, str(seed)) for word in variant]
     return [*words, f"--seed={seed}", *split, *overrides]
+
+
+def config_of(given: Namespace, variant: str, words: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The settings of a variant's first run. A UserError names the file of variants if the mistake is there."""
+    try:
+        return load_config(given.config, settings_of(given, words, given.seeds[0], overrides))
+    except UserError as error:
+        if given.variants is None or str(error) == mistake_in(given.config, overrides):
+            raise
+        raise UserError(f"{given.variants}: {variant}: {str(error).removeprefix('command line: ')}") from None
+
+
+def mistake_in(config: Path, overrides: Sequence[str]) -> str | None:
+    """What is said of a config with overrides alone; None if they are right."""
+    try:
+        load_config(config, overrides)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def result_of(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> tuple[Result, bool]:

@@ -113,8 +113,8 @@ def default_config_path() -> Path:
     return inside if inside.exists() else Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
-def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file, without empty values.
+def read_yaml(path: str | Path, what: str = "config") -> dict:
+    """The mapping in a YAML file, without empty values. `what` says in error messages what kind of file it is.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -122,7 +122,7 @@ def read_yaml(path: str | Path) -> dict:
     try:
         values = _load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        raise UserError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:

@@ -141,7 +141,11 @@ def test_a_variant_that_takes_its_pseudo_labels_from_the_run_of_another(tmp_path
         ("a: {seed: 3}", "--seed is set for each run"),
         ("a: {data.split_seed: 3}", "--data.split_seed is set for each run"),
         ("a: {train.steps: 3}", "--train.steps is set for each run; leave it away, or out of a"),
-        ("a: {train.stps: 3}", "did you mean train.steps?"),
+        (
+            "a: {optimizer.lr: 1}\nc: {train.stps: 3}",
+            "variants.yaml: c: unknown key train.stps; did you mean train.steps?",
+        ),
+        ("a: {optimizer.lr: small}", "variants.yaml: a: optimizer.lr: "),
         ("a: {data.workers: 0}\nb: {}", "--base c is none of the variants: a, b"),
     ],
 )
@@ -151,6 +155,17 @@ def test_files_of_variants_that_are_refused(text, said, tmp_path):
     with pytest.raises(UserError) as caught:
         compared(tmp_path / "table", "--variants", str(tmp_path / "variants.yaml"), "--draw-splits", *base)
     assert said in str(caught.value) and not (tmp_path / "table").exists()
+
+
+def test_mistakes_beside_a_file_of_variants_are_not_said_to_be_in_it(tmp_path):
+    (tmp_path / "variants.yaml").write_text("a: {optimizer.lr: 0.1}")
+    for wrong, said in [
+        ("--train.stps=3", "command line: "),
+        ("--variants=none.yaml", "cannot read the file of variants none.yaml: "),
+    ]:
+        with pytest.raises(UserError) as caught:
+            compared(tmp_path / "table", "--variants", str(tmp_path / "variants.yaml"), wrong)
+        assert str(caught.value).startswith(said)
 
 
 def result(miou, val, seconds=1.0, seed=0):
