@@ -168,6 +168,12 @@ def test_mistakes_beside_a_file_of_variants_are_not_said_to_be_in_it(tmp_path):
         assert str(caught.value).startswith(said)
 
 
+def test_a_mistake_that_only_a_preset_makes_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("{data: {format: shapes}, method: {preset: supervised}}")
+    with pytest.raises(UserError, match=r"^train.unlabelled_batch is 3"):
+        compared(tmp_path / "table", str(tmp_path / "config.yaml"), "--presets", "fixmatch", train__unlabelled_batch=3)
+
+
 def result(miou, val, seconds=1.0, seed=0):
     return study.Result("v", seed, miou, 0.5, "test", val, {}, seconds, "a machine", {})
 
@@ -224,6 +230,10 @@ def test_a_variant_minus_the_base():
     base = [result(0.5, [(5, 0.1), (10, 0.3)])]
     variant = [result(0.6, [(5, 0.2), (10, 0.7)], seconds=2.0)]
     assert study.differences(variant, base) == ["+10.00", "+40.00", "-10.00"]
+    both = {"base": base, "variant": variant}
+    assert study.summary(both, "variant", "base") == ["60.00", "50.00", "+10.00", "+40.00", "-10.00", "2.00"]
+    assert study.summary(both, "base", "base") == ["50.00", "50.00", "", "", "", "1.00"]
+    assert study.summary({"base": base}, "base", "base") == ["50.00", "50.00", "1.00"]
 
 
 def test_compare_starts_real_processes(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ def at_equal_time(result: Result, base: Result) -> float:
     return next((miou for step, miou in reversed(result.val) if step * result.seconds_per_step <= seconds), math.nan)
 
 
-def make_table(results: dict[str, list[Result]], base: str) -> str:
+def make_table(results: Mapping[str, Sequence[Result]], base: str) -> str:
     """The results as a table in Markdown; those of a variant have the order of the seeds. With the variant `base` the others
     are compared, seed by seed."""
     seeds, split = [result.seed for result in results[base]], results[base][0].split
@@ -132,14 +132,18 @@ def make_table(results: dict[str, list[Result]], base: str) -> str:
     ]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for variant, runs in results.items():
-        last, best = ([100 * getattr(run, key) for run in runs] for key in ("miou", "best_miou"))
-        row = [variant, *(f"{value:.2f}" for value in last), mean_and_spread(last), mean_and_spread(best)]
-        if paired and variant == base:
-            row += ["", "", ""]
-        elif paired:
-            row += differences(runs, results[base])
-        rows.append([*row, f"{statistics.median(run.seconds_per_step for run in runs):.2f}"])
+        rows.append([variant, *(f"{100 * run.miou:.2f}" for run in runs), *summary(results, variant, base)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def summary(results: Mapping[str, Sequence[Result]], variant: str, base: str) -> list[str]:
+    """What tables say of a variant's runs together: mIoU of the last step, the best on val, the differences to the base if
+    there are several variants, and seconds a step."""
+    runs = results[variant]
+    cells = [mean_and_spread([100 * getattr(run, key) for run in runs]) for key in ("miou", "best_miou")]
+    if len(results) > 1:
+        cells += ["", "", ""] if variant == base else differences(runs, results[base])
+    return [*cells, f"{statistics.median(run.seconds_per_step for run in runs):.2f}"]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

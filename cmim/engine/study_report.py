@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cmim.engine.charts import Curve, Row, escape, line_chart, percent, range_chart, table
 from cmim.engine.report import fill_template, settings_text
-from cmim.engine.study import Result, difference, differences, interval, mean_and_spread
+from cmim.engine.study import Result, difference, interval, mean_and_spread, summary
 
 
 def study_page(results: Mapping[str, Sequence[Result]], base: str, folder: Path) -> str:
@@ -39,14 +39,7 @@ def _table(results, base) -> str:
     split = results[base][0].split
     head = ["variant", f"last on {split}, mean ± sd", "best on val, mean ± sd"]
     head += [f"minus {base} [95 %]", f"val minus {base} [95 %]", "val at its time [95 %]"] * paired + ["s/step"]
-    rows = []
-    for name, runs in results.items():
-        row = [name, mean_and_spread(_percents(runs, "miou")), mean_and_spread(_percents(runs, "best_miou"))]
-        if paired and name == base:
-            row += ["", "", ""]
-        elif paired:
-            row += differences(runs, results[base])
-        rows.append([*map(escape, row), f"{statistics.median(run.seconds_per_step for run in runs):.2f}"])
+    rows = [[escape(cell) for cell in (name, *summary(results, name, base))] for name in results]
     said = "An interval that does not contain 0 is a difference beyond the spread of the seeds."
     return table([escape(cell) for cell in head], rows, said if paired and len(results[base]) > 1 else "")
 

@@ -24,7 +24,7 @@ def tensor(op, name, value, *, dtypes, shape=None, like=None):
         raise TypeError(f"{op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected one of {expected}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device} like the first argument")
-    if shape is not None and value.shape != shape and not _fits(value.shape, shape):  # most shapes are equal ones
+    if shape is not None and value.shape != shape and not _fits(value.shape, shape):  # most need no loop
         expected = "(" + ", ".join(map(str, shape)) + (",)" if len(shape) == 1 else ")")
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected {expected}")
 

@@ -173,6 +173,7 @@ def test_no_host_sync():
         (dict(q=torch.zeros(2, 9, 3)), ValueError, r"q has shape \(2, 9, 3\), expected \(B, heads, N, d\)"),
         (dict(q=torch.zeros(2, 2, 9, 0)), ValueError, "d of at least 1"),
         (dict(k=torch.zeros(2, 2, 9, 4)), ValueError, r"k has shape \(2, 2, 9, 4\), expected \(2, 2, 9, 3\)"),
+        (dict(v=torch.zeros(2, 2, 8, 3)), ValueError, r"v has shape \(2, 2, 8, 3\), expected \(2, 2, 9, 3\)"),
         (dict(v=torch.zeros(2, 2, 9, 3, dtype=torch.int64)), TypeError, "v has dtype int64"),
         (dict(v=torch.zeros(2, 2, 9, 3, device="meta")), ValueError, "v is on meta"),
         (dict(layout=()), TypeError, "layout must be a ClassLayout"),

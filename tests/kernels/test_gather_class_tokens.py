@@ -166,7 +166,8 @@ def test_wrong_arguments(change, error, message):
         gather_class_tokens(**arguments)
 
 
-def test_layout_of_another_dtype():
+@pytest.mark.parametrize("name", ["order", "inverse", "segment", "offsets"])
+def test_layout_of_another_dtype(name):
     tokens, _, _, layout, *_ = make()
-    with pytest.raises(TypeError, match=r"layout.order has dtype int64, expected one of int32"):
-        gather_class_tokens(tokens, layout._replace(order=layout.order.long()))
+    with pytest.raises(TypeError, match=rf"layout.{name} has dtype int64, expected one of int32"):
+        gather_class_tokens(tokens, layout._replace(**{name: getattr(layout, name).long()}))

@@ -71,8 +71,7 @@ def check_layout(op, layout, *, batch, tokens, like, num_classes=None):
     if not isinstance(layout, ClassLayout):
         raise TypeError(f"{op}: layout must be a ClassLayout from pack_classes, got {type(layout).__name__}")
     integers, size = (torch.int32,), (batch, tokens)
-    checks.tensor(op, "layout.order", layout.order, dtypes=integers, shape=size, like=like)
-    checks.tensor(op, "layout.inverse", layout.inverse, dtypes=integers, shape=size, like=like)
-    checks.tensor(op, "layout.segment", layout.segment, dtypes=integers, shape=size, like=like)
+    for name, value in (("order", layout.order), ("inverse", layout.inverse), ("segment", layout.segment)):
+        checks.tensor(op, f"layout.{name}", value, dtypes=integers, shape=size, like=like)
     starts = "2K + 2" if num_classes is None else 2 * num_classes + 2
     checks.tensor(op, "layout.offsets", layout.offsets, dtypes=integers, shape=(batch, starts), like=like)

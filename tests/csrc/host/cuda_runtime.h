@@ -85,8 +85,7 @@ inline bool release(State barrier, unsigned begin, unsigned end) {
 
 // Shared memory is all that belongs to a thread in this library: fills what the loader keeps of it for this thread.
 inline void spoil_shared_memory() {
-  static __thread volatile char one_of_them;
-  one_of_them = 0;  // the loader makes them at the first access
+  static __thread char one_of_them;  // of a thread that asks for an address, the loader has made them all
   const auto spoil = [](dl_phdr_info* library, size_t, void* one) {
     char* const begin = static_cast<char*>(library->dlpi_tls_data);
     for (int i = 0; begin && i < library->dlpi_phnum; ++i) {
@@ -97,7 +96,7 @@ inline void spoil_shared_memory() {
     }
     return 0;
   };
-  if (!dl_iterate_phdr(spoil, const_cast<char*>(&one_of_them))) fail("shared memory is not found");
+  if (!dl_iterate_phdr(spoil, &one_of_them)) fail("shared memory is not found");
 }
 
 inline void run_block(bool reversed) {
