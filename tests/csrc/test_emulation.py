@@ -28,8 +28,9 @@ int run(T* seen) {
   return cudaLaunchKernelEx(&config, read_then_write<T>, seen);
 }
 
-extern "C" int floats(float* seen) { return run(seen); }
-extern "C" int integers(int* seen) { return run(seen); }
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+EXPORTED int floats(float* seen) { return run(seen); }
+EXPORTED int integers(int* seen) { return run(seen); }
 """
 
 
@@ -37,7 +38,8 @@ extern "C" int integers(int* seen) { return run(seen); }
 def test_no_block_finds_zeros_or_what_another_wrote_in_shared_memory(tmp_path):
     source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
     source.write_text(SOURCE)
-    subprocess.run(["g++", *FLAGS, "-shared", "-I", HOST, source, "-o", library], check=True)
+    hidden = "-fvisibility=hidden"  # the loader would share the emulator with a library that other tests have loaded
+    subprocess.run(["g++", *FLAGS, hidden, "-shared", "-I", HOST, source, "-o", library], check=True)
     kernels = ctypes.CDLL(str(library))
     floats, integers, codes = (ctypes.c_float * 2)(), (ctypes.c_int * 2)(), []
     call = lambda: codes.extend([kernels.floats(floats), kernels.integers(integers)])  # noqa: E731
