@@ -103,7 +103,7 @@ def test_a_signal_while_modules_are_imported(number, code):
 def test_a_signal_to_the_whole_group_with_workers(tmp_path):
     """As a terminal or a container sends it: the loader's processes get it too."""
     run = Run(tmp_path / "run")
-    words = tiny(run.folder, **SETTINGS | {"data__workers": 2, "train__steps": 100_000, "train__log_every": 1})
+    words = tiny(run.folder, **SETTINGS | {"data__workers": 1, "train__steps": 100_000, "train__log_every": 1})
     process = subprocess.Popen(
         [sys.executable, "-m", "cmim.train", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=CHECKOUT, start_new_session=True,
