@@ -340,8 +340,8 @@ def _check(config: Config) -> None:
 
 OF_UNLABELLED = (
     "train.unlabelled_batch", "method.tau", "method.class_thresholds", "method.align", "method.w_unlabelled", "method.start",
-    "method.ramp", "method.cutmix", "method.dropout", "method.class_balance", "method.batch_norm", "data.colour_jitter",
-    "teacher.run",
+    "method.ramp", "method.cutmix", "method.dropout", "method.class_balance", "method.logit_adjustment", "method.batch_norm",
+    "data.colour_jitter", "teacher.run",
 )  # fmt: skip
 """Settings of the terms of unlabelled images."""
 

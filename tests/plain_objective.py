@@ -155,7 +155,7 @@ def ramp():
 def plain_terms(objective, batch, ramp):
     """{name: weighted term} of an `Objective`'s network, reconstruction decoder, fill colour and teacher."""
     config = objective.config
-    terms, weak, strong = base_terms(objective, batch)
+    terms, weak, strong, prior = base_terms(objective, batch)
     weights = BASES[base_of(config)]
     if config.method.dice > 0:
         weights = weights | {"dice": config.method.dice * weights["sup"]}
@@ -163,16 +163,16 @@ def plain_terms(objective, batch, ramp):
     terms = {name: term * (1 if name in ("sup", "dice") else config.method.w_unlabelled) for name, term in terms.items()}
     if not masked_of(config) or ramp is None:
         return terms
-    return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong).items()}
+    return terms | {name: ramp * term for name, term in masked_terms(objective, batch, weak, strong, prior).items()}
 
 
 def base_terms(objective, batch):
-    """Unweighted; and the weak view's labels and the first strong view with its labels."""
+    """Unweighted; the weak view's labels, the first strong view with its labels, and what is added to unlabelled logits."""
     config, net = objective.config, objective.net
     base, tau = base_of(config), config.method.tau
     x, y = batch["labelled_image"], batch["label"]
     if base == "supervised":
-        return labelled_terms(net(normalise(x)), y, objective), None, None
+        return labelled_terms(net(normalise(x)), y, objective), None, None, 0
 
     u_w = batch["weak_image"]
     taught = config.teacher.kind == "ema" or objective.judge is not None
@@ -187,10 +187,12 @@ def base_terms(objective, batch):
     if taught:
         judge = (objective.judge or objective.teacher).eval()(normalise(u_w))
     weak = pseudo_labels(judge.detach(), y, batch["valid"], config.method)
-    balance = None
+    side, balance, prior = judge.shape[-1], None, 0
     if config.method.class_balance:
-        side = judge.shape[-1]
         balance = (shares(y, side) / shares(sure(weak, tau), side)).clamp(0.1, 10)
+    if config.method.logit_adjustment:
+        prior = torch.stack([torch.log(shares(sure(weak, tau), side)[k] / shares(y, side)[k]) for k in range(CLASSES)])
+        prior = prior[None, :, None, None]
 
     strong = []
     for images, boxes in zip(batch["strong_image"], batch["box"], strict=True):
@@ -206,10 +208,10 @@ def base_terms(objective, batch):
 
     terms = labelled_terms(logits_x, y, objective)
     for i, (z, view) in enumerate(zip(logits_s, strong, strict=True)):
-        terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z, view[1:], tau, balance)
+        terms[f"strong{i + 1}" if len(strong) > 1 else "strong"] = consistency(z + prior, view[1:], tau, balance)
     if "fp" in BASES[base]:
-        terms["fp"] = consistency(logits_fp, weak, tau, balance)
-    return terms, weak, strong[0]
+        terms["fp"] = consistency(logits_fp + prior, weak, tau, balance)
+    return terms, weak, strong[0], prior
 
 
 def pseudo_labels(logits, y, valid, method):
@@ -230,7 +232,7 @@ def pseudo_labels(logits, y, valid, method):
     return label, confidence, valid
 
 
-def masked_terms(objective, batch, weak, strong):
+def masked_terms(objective, batch, weak, strong, prior):
     config, net = objective.config, objective.net
     stride, settings = token_stride(config), config.reconstruction
     y = batch["label"].long()
@@ -306,9 +308,8 @@ def masked_terms(objective, batch, weak, strong):
     for name in config.mim.views if "sem" in wanted else ():
         part = slice(first, first + len(views[name][0]))
         share = {"labelled": 1 / 2, "weak": 1 / 4, "strong": 1 / 4}[name]
-        terms[f"sem_{name}"] = (
-            config.mim.w_sem * share * cross_entropy(logits[part], classes[part]) / max(1, int(valid[part].sum()))
-        )
+        z = logits[part] + (0 if name == "labelled" else prior)
+        terms[f"sem_{name}"] = config.mim.w_sem * share * cross_entropy(z, classes[part]) / max(1, int(valid[part].sum()))
         first = part.stop
     return terms
 

@@ -39,6 +39,8 @@ CASES = [
     ("fixmatch", {"teacher__kind": "ema", "method__ohem": OHEM}),
     ("fixmatch", {"method__align": True}),
     ("fixmatch_fp", {"method__class_balance": True, "method__align": True}),
+    ("fixmatch_fp", {"method__class_balance": True, "method__logit_adjustment": True}),
+    ("cmim", {"method__logit_adjustment": True}),
     ("fixmatch", {"teacher__kind": "ema", "method__class_thresholds": True, "method__tau": 0.7}),
     ("cmim", {"method__align": True, "method__class_thresholds": True, "method__tau": 0.7, "mim__tau": 0.8}),
     ("fixmatch_fp", {"teacher__kind": "ema"}),

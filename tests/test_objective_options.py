@@ -20,6 +20,7 @@ EFFECTS = [
     ("method__dice", 2.0, {"method__dice": 1.0}, {"dice"}),
     ("method__w_unlabelled", 0.5, {}, {"strong", "fp"}),
     ("method__class_balance", True, {}, {"strong", "fp"}),
+    ("method__logit_adjustment", True, {}, {"strong", "fp"} | UNLABELLED_SEM),
     ("method__align", True, {}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
     ("method__class_thresholds", True, {"method__tau": 0.7}, {"strong", "fp", "pix", "feat"} | UNLABELLED_SEM),
     ("method__batch_norm", "running", {}, {"strong"}),

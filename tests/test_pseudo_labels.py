@@ -143,3 +143,17 @@ def test_a_class_that_is_less_confident_gets_a_lower_threshold():
     labels = statistics.relative(pseudo_labels(logits, valid, align_corners=True), logits, ranks=1)
     # The mean confidence of each class is that of its one pixel, so that both are as sure as the most confident class.
     assert labels.label.tolist() == [[[0, 1]]] and torch.allclose(labels.confidence, logits[0, 0, 0, 0].exp())
+
+
+def test_a_class_without_pseudo_labels_is_not_unlearnt():
+    statistics = ClassStatistics(3)
+    labels = torch.tensor([0, 1, 2]).repeat(4096).view(1, 96, 128)
+    for _ in range(5):
+        statistics.count_labels(labels, labels.shape[1:], ranks=1)
+        statistics.count_pseudo_labels(torch.where(labels == 2, 255, labels), labels.shape[1:], ranks=1)
+    logits = torch.zeros(1, 3, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    adjusted = statistics.adjust(logits)
+    assert adjusted.dtype == torch.float32 and torch.equal(adjusted[0, 0], adjusted[0, 1])
+    torch.nn.functional.cross_entropy(adjusted.view(1, 3), torch.tensor([0])).backward()
+    gradient = logits.grad.flatten().tolist()  # without the adjustment -2/3, 1/3 and 1/3
+    assert gradient[0] == pytest.approx(-0.5, abs=1e-2) and 0 < gradient[2] < 1e-3

@@ -15,7 +15,7 @@ CASES = [
     ("supervised", {"method__class_weights": [0.01, 1, 5], "method__ohem": OHEM, "method__dice": 0.7}),
     ("fixmatch", {"method__class_weights": [1e-6, 1e-4, 2e-4]}),
     ("fixmatch", {"method__align": True, "method__class_thresholds": True, "method__tau": 0.7}),
-    ("fixmatch", {"method__class_balance": True}),
+    ("fixmatch", {"method__class_balance": True, "method__logit_adjustment": True}),
     ("unimatch", {"method__dice": 1.0}),
     ("unimatch_v2", {"teacher__kind": "ema", "method__tau": 0.4}),
     ("mim", {"centroids__distance": "l2"}),

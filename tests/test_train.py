@@ -209,6 +209,7 @@ IDLE = {
     "method__start": 0.5, "method__ramp": 0.5, "method__cutmix": 0, "method__dropout": 0.1,
     "train__unlabelled_batch": 2, "mim__tau": 0.5, "mask__ratio": 0.3, "reconstruction__tokens": "pixel",
     "teacher__run": "nowhere", "data__colour_jitter": 0.5, "method__class_balance": True, "method__batch_norm": "batch",
+    "method__logit_adjustment": True,
 }  # fmt: skip
 
 

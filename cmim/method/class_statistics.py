@@ -1,5 +1,5 @@
-"""Running statistics of the classes, which adjust pseudo-labels to few labels: `method.align`, `class_thresholds` and
-`class_balance`."""
+"""Running statistics of the classes, which adjust pseudo-labels, or what is learnt from them, to few labels: `method.align`,
+`class_thresholds`, `class_balance` and `logit_adjustment`."""
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +68,22 @@ class ClassStatistics(nn.Module):
         return pseudo._replace(confidence=pseudo.confidence / relative[pseudo.label.long()])
 
     @torch.no_grad()
-    def weights(self, target: Tensor, size: tuple[int, int], ranks: int) -> Tensor:
+    def count_pseudo_labels(self, target: Tensor, size: tuple[int, int], ranks: int) -> None:
+        """Count the pseudo-labels (B, H, W) that train at the resolution `size` of the logits; values from K on are
+        ignored."""
+        self._add(("counted", self._one_hot(target, size)), ranks=ranks)
+
+    def weights(self) -> Tensor:
         """Weights of the classes (K,) that give them the same shares in pseudo-labels as in labelled images. Only confident
         pixels train, and those of a rare class are few: without weights, they teach the network that this class is rarer
-        still.
-
-        Args:
-            target: (B, H, W) pseudo-labels that train; values from K on are ignored.
-            size: resolution of the logits, at which pixels are counted.
-            ranks: number of processes.
-        """
-        self._add(("counted", self._one_hot(target, size)), ranks=ranks)
+        still."""
         return (_shares(self.labelled) / _shares(self.counted)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Logits (B, K, h, w) plus the logarithm of each class's share of the pseudo-labels that train, relative to its
+        share of the labels; float32. The cross-entropy of the sum trains the network as if both shares were equal (logit
+        adjustment, Menon et al. 2021, arXiv 2007.07314): a class that pseudo-labels do not have yet is not unlearnt."""
+        return logits.float() + (_shares(self.counted) / _shares(self.labelled)).log().view(-1, 1, 1)
 
     def _one_hot(self, labels, size):
         """(B, K, h, w) bool."""

@@ -221,10 +221,16 @@ class MaskedTerms(nn.Module):
             figures["separation"] = separation(of_classes)
         return Ratio(pairs.pair_sum[None], pairs.pair_count[None]), figures, of_classes.count
 
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """The logits of an unlabelled view, as its cross-entropy takes them."""
+        return self.classes.adjust(logits) if self.config.method.logit_adjustment else logits
+
     def semantic_terms(self, views: MaskedViews, logits: Tensor) -> Terms:
         """L_sem, one term for each view."""
         terms: Terms = {}
         names, sizes = self.config.mim.views, views.sizes
+        of_views = zip(names, logits.split(sizes), strict=True)
+        logits = torch.cat([part if name == "labelled" else self.adjusted(part) for name, part in of_views])
         error = upsample_cross_entropy(logits, views.classes, align_corners=self.net.align_corners)
         for name, part, valid in zip(names, error.split(sizes), views.valid.split(sizes), strict=True):
             share = 0.5 if name == "labelled" else 0.25

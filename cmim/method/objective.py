@@ -22,9 +22,10 @@ network); `valid` is false on padding. CutMix applies the same box to u_s, p, co
 
 Each preset is a row of `cmim.settings.PRESETS`, which holds these weights. L_strong and L_fp are also multiplied by
 `method.w_unlabelled` and s(t), which grows from 0 at `method.start` to 1; before that L = L_sup with its weight. The class
-weights w are 1 unless `method.class_weights` gives others, and b are 1 without `method.class_balance`. `method.dice` times
-L_dice is added to L_sup; f(x)_k is a probability, and the sums are over the labelled pixels of all processes, for the
-classes that they have.
+weights w are 1 unless `method.class_weights` gives others, and b are 1 without `method.class_balance`. With
+`method.logit_adjustment`, CE of unlabelled views takes the logits of `ClassStatistics.adjust`. `method.dice` times L_dice is
+added to L_sup; f(x)_k is a probability, and the sums are over the labelled pixels of all processes, for the classes that
+they have.
 
 The masked views v of x, u_w and u_s, with a class map c (y, or p where conf >= mim.tau), go through the segmenter once more
 with hidden pixels filled in. F and z are the features and logits of that pass, and c_t is the majority class of each token:
@@ -111,7 +112,7 @@ class Objective(MaskedTerms):
         if config.has_teacher:
             self.teacher = deepcopy(self.net).eval().requires_grad_(False)
         if self.preset.uses_unlabelled and (
-            config.method.align or config.method.class_thresholds or config.method.class_balance
+            config.method.align or config.method.class_thresholds or config.method.counts_classes
         ):
             self.classes = ClassStatistics(num_classes)
         self.judge = None if judge is None else judge.eval().requires_grad_(False)
@@ -206,21 +207,20 @@ class Objective(MaskedTerms):
 
         terms = self.labelled_terms(logits_x, batch["label"])
         factor = ramp * config.method.w_unlabelled
-        weights = None
-        if config.method.class_balance:
-            weights = self.classes.weights(weak.classes(config.method.tau), logits.shape[-2:], self.ranks)
+        if config.method.counts_classes:
+            self.classes.count_pseudo_labels(weak.classes(config.method.tau), logits.shape[-2:], self.ranks)
         for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
             name = f"strong{i + 1}" if len(u_s) > 1 else "strong"
-            terms[name] = (factor * preset.strong, self.consistency(logits, labels, weights))
+            terms[name] = (factor * preset.strong, self.consistency(logits, labels))
         if preset.fp:
-            terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak, weights))
+            terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak))
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
 
     def pseudo_labels(self, logits: Tensor, batch: dict[str, Tensor], align_corners: bool) -> PseudoLabels:
         """Those of the weak views, from their logits."""
         method, valid, logits = self.config.method, batch["valid"], logits.detach()
-        if method.align or method.class_balance:
+        if method.align or method.counts_classes:
             self.classes.count_labels(batch["label"], logits.shape[-2:], self.ranks)
         if method.align:
             logits = self.classes.align(logits, valid, self.ranks)
@@ -253,13 +253,12 @@ class Objective(MaskedTerms):
         total = torch.where(counted, weight * error, 0).sum()
         return Ratio(total[None], torch.where(counted, weight, 0).sum()[None])
 
-    def consistency(self, logits: Tensor, labels: PseudoLabels, weights: Tensor | None = None) -> Ratio:
-        """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels; `weights` (K,) of the
-        classes."""
-        target = labels.classes(self.config.method.tau)
-        error = upsample_cross_entropy(logits, target, align_corners=self.net.align_corners)
-        if weights is not None:
-            error = error * weights[target.clamp(max=self.num_classes - 1).long()]
+    def consistency(self, logits: Tensor, labels: PseudoLabels) -> Ratio:
+        """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels."""
+        method, target = self.config.method, labels.classes(self.config.method.tau)
+        error = upsample_cross_entropy(self.adjusted(logits), target, align_corners=self.net.align_corners)
+        if method.class_balance:
+            error = error * self.classes.weights()[target.clamp(max=self.num_classes - 1).long()]
         return Ratio(error.sum()[None], labels.valid.sum()[None])
 
     def total_loss(self, terms: Terms, figures: dict[str, Tensor], features: list[Tensor], gradients: bool) -> Output:

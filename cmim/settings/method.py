@@ -79,6 +79,9 @@ class MethodSettings(Section):
     class_balance: bool = False
     """Weight the confident pixels of the strong and the feature-perturbed views by their classes, so that the classes count
     as in the labelled images, at most 10 times."""
+    logit_adjustment: bool = False
+    """Add to the logits of unlabelled views, in their cross-entropies, the logarithm of each class's share of the confident
+    pixels relative to its share of the labelled ones, so that classes that pseudo-labels lack are not unlearnt."""
     align: bool = False
     """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
     the labelled images."""
@@ -108,6 +111,11 @@ class MethodSettings(Section):
     are printed and kept in class_weights.txt of the run."""
     dice: NonNegative = 0.0
     """Weight of the Dice loss of the labelled images, relative to their cross-entropy."""
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether the classes of labels and of confident pixels are counted."""
+        return self.class_balance or self.logit_adjustment
 
     def check(self) -> None:
         if isinstance(self.class_weights, list) and not any(self.class_weights):
