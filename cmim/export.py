@@ -30,7 +30,9 @@ from cmim.engine.card import is_own, make_card
 from cmim.engine.export import FORMATS, Exporter, describe, require
 from cmim.engine.exported import is_exported
 from cmim.engine.logging import console
-from cmim.engine.run import Run, load_trained, scores_of, write_text
+from cmim.engine.records import scores_of
+from cmim.engine.run import Run, write_text
+from cmim.engine.trained import load_trained
 from cmim.errors import UserError, run_command
 from cmim.settings import Config
 

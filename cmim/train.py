@@ -44,7 +44,8 @@ from cmim.data import load_splits
 from cmim.engine.device import choose_device, environment
 from cmim.engine.dry_run import dry_run, scratch, untrained
 from cmim.engine.logging import console
-from cmim.engine.run import Run, default_folder, locked, note_start, open_run, start_run, take_over
+from cmim.engine.records import note_start
+from cmim.engine.run import Run, default_folder, locked, open_run, start_run, take_over
 from cmim.engine.start import build_objective, check_parts, describe, open_files, settle, settle_class_weights
 from cmim.engine.state import names_of
 from cmim.engine.trainer import Trainer

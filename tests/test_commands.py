@@ -14,7 +14,8 @@ from PIL import Image
 from cmim import checkpoint, evaluate, predict
 from cmim.config import load_config
 from cmim.data.labels import colour_map
-from cmim.engine.run import Run, load_trained
+from cmim.engine.run import Run
+from cmim.engine.trained import load_trained
 from cmim.errors import UserError
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, write_folder
 

@@ -19,7 +19,7 @@ from cmim.engine.device import choose_device, to_device
 from cmim.engine.evaluation import evaluate
 from cmim.engine.metrics import Scores, confusion_matrix, mean_iou, scores
 from cmim.engine.optimizer import build_optimizer, set_learning_rate
-from cmim.engine.run import cut_metrics
+from cmim.engine.records import cut_metrics
 from cmim.engine.schedule import lr_factor, ramp
 from cmim.method.objective import Objective
 from tests.tiny_runs import read_metrics, run_tiny, tiny, write_folder

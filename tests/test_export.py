@@ -24,7 +24,8 @@ from cmim.config import config_from
 from cmim.engine import card, exported, program_file
 from cmim.engine.export import FORMATS, Exporter, describe
 from cmim.engine.inference import full_logits
-from cmim.engine.run import Run, Trained, load_trained
+from cmim.engine.run import Run
+from cmim.engine.trained import Trained, load_trained
 from cmim.errors import UserError
 from cmim.models.build import build_segmenter
 from cmim.models.whole import WholeSegmenter

@@ -15,8 +15,9 @@ from PIL import Image
 from cmim import report
 from cmim.engine import trainer
 from cmim.engine.charts import MOST_POINTS, _short, escape, number, range_chart, thinned, ticks
+from cmim.engine.records import add_notes, read_about
 from cmim.engine.report import MOST_PICTURES, make_report, write_report
-from cmim.engine.run import Run, add_notes, read_about
+from cmim.engine.run import Run
 from cmim.engine.study import Result
 from cmim.engine.study_report import study_page
 from cmim.errors import UserError

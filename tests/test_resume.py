@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from cmim import checkpoint, train
-from cmim.engine.run import Run, cut_metrics, load_trained
+from cmim.engine.records import cut_metrics
+from cmim.engine.run import Run
+from cmim.engine.trained import load_trained
 from cmim.errors import UserError
 from tests.tiny_runs import FOLDER, read_metrics, run_tiny, tiny, write_folder
 

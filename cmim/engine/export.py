@@ -23,8 +23,9 @@ from torch.export import ExportedProgram
 from cmim.engine.exported import EXTRA, INSTALL, KEY, load_model, open_session
 from cmim.engine.inference import full_logits
 from cmim.engine.program_file import read_program
-from cmim.engine.run import Trained, with_data
+from cmim.engine.run import with_data
 from cmim.engine.study import portable
+from cmim.engine.trained import Trained
 from cmim.errors import UserError
 from cmim.models.segmenter import Segmenter
 from cmim.models.whole import WholeSegmenter, trace

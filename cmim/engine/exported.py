@@ -16,7 +16,8 @@ from cmim import checkpoint
 from cmim.config import overridden, override
 from cmim.engine.device import choose_device
 from cmim.engine.program_file import read_extra, read_program
-from cmim.engine.run import Trained, load_trained, with_data
+from cmim.engine.run import with_data
+from cmim.engine.trained import Trained, load_trained
 from cmim.errors import UserError
 from cmim.models.build import build_segmenter
 from cmim.models.geometry import nearest_multiple

@@ -17,7 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cmim import distributed
 from cmim.engine.metrics import Scores
-from cmim.engine.run import Run, add_notes, write_confusion
+from cmim.engine.records import add_notes, write_confusion
+from cmim.engine.run import Run
 from cmim.engine.tracker import Tracker
 from cmim.errors import UserError
 

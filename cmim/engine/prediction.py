@@ -14,7 +14,7 @@ from cmim.data.augmentation import resize
 from cmim.data.files import open_image
 from cmim.engine.device import autocast, choose_device, choose_precision
 from cmim.engine.inference import NOT_FINITE, probabilities
-from cmim.engine.run import Trained
+from cmim.engine.trained import Trained
 from cmim.errors import UserError
 from cmim.settings import Config
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from cmim.config import changed_settings, load_config
 from cmim.engine.charts import Curve, bar, escape, line_chart, matrix_chart, number, percent, swatch, table
-from cmim.engine.run import Run, read_about, write_text
+from cmim.engine.records import read_about
+from cmim.engine.run import Run, write_text
 from cmim.errors import UserError
 from cmim.settings import Config
 

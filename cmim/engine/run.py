@@ -3,24 +3,16 @@ checkpoints/, pictures/, tensorboard/; val.txt where val images are drawn from t
 the classes have weights from the data; tracker.txt where a tracker has the figures too; export/."""
 
 import errno
-import json
 import math
 import os
-import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-import torch
-
-from cmim import checkpoint
-from cmim.config import dump_config, load_config, overridden
+from cmim.config import dump_config, load_config
 from cmim.errors import UserError
-from cmim.models.build import build_segmenter, check_sizes
-from cmim.models.segmenter import Segmenter
 from cmim.settings import NAMED_WEIGHTS, Config
 
 try:
@@ -166,7 +158,7 @@ def start_run(
     if val is not None:
         lists[run.val] = "".join(f"{name}\n" for name in val)
     for path, names in lists.items():
-        if path.exists() and run.has_results() and _read(path) != names:
+        if path.exists() and run.has_results() and read_text(path) != names:
             raise UserError(f"the {path.stem} images are not those of {path}; restore the data, or give another --output")
     run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.config, dump_config(absolute(config)))  # first, because this file marks the folder as a run
@@ -188,7 +180,7 @@ def read_class_weights(run: Run, class_names: Sequence[str]) -> dict[str, float]
     if not run.class_weights.exists():
         return None
     try:
-        lines = [line.split(" ", 1) for line in _read(run.class_weights).splitlines()]
+        lines = [line.split(" ", 1) for line in read_text(run.class_weights).splitlines()]
         weights = {name: float(weight) for weight, name in lines}
     except ValueError:
         weights = {}
@@ -259,140 +251,6 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _read(path):
+def read_text(path: Path) -> str:
+    """What `write_text` wrote."""
     return path.read_text(encoding="utf-8", errors="surrogateescape")
-
-
-def write_confusion(run: Run, step: int, split: str, class_names: Sequence[str], pixels: Sequence[Sequence[int]]) -> None:
-    """The confusion matrix of the last evaluation: rows are the truth, columns the prediction."""
-    rows = ",\n  ".join(json.dumps(list(row)) for row in pixels)
-    head = {"step": step, "split": split, "classes": list(class_names)}
-    write_text(run.confusion, json.dumps(head)[:-1] + f', "pixels": [\n  {rows}\n]}}\n')
-
-
-class About(NamedTuple):
-    """What about.json keeps for the report."""
-
-    starts: list[dict[str, str]]
-    """Versions and machine at each start of the run."""
-    notes: list[str]
-    """Notes and warnings, each once."""
-    colours: dict[str, str]
-    """The colour of each class, `#rrggbb`."""
-
-
-def note_start(
-    run: Run,
-    environment: Mapping[str, str],
-    notes: Iterable[str],
-    class_names: Sequence[str],
-    colours: Iterable[Sequence[int]],
-) -> None:
-    """Keep what a start of the run, the first or a later one, said."""
-    about = read_about(run)
-    shown = {name: f"#{bytes(map(int, colour)).hex()}" for name, colour in zip(class_names, colours, strict=False)}
-    _write_about(run, About([*about.starts, dict(environment)], about.notes, shown))
-    add_notes(run, notes)
-
-
-def add_notes(run: Run, notes: Iterable[str]) -> None:
-    """Keep warnings and notes."""
-    about = read_about(run)
-    new = [note for note in dict.fromkeys(notes) if note not in about.notes]
-    if new:
-        _write_about(run, about._replace(notes=[*about.notes, *new]))
-
-
-def _write_about(run, about):
-    write_text(run.about, json.dumps(about._asdict(), indent=1) + "\n")
-
-
-def read_about(run: Run) -> About:
-    """What was kept; nothing if there is no such file, as in runs of earlier versions, or it is damaged."""
-    try:
-        found = About(**json.loads(_read(run.about)))
-        starts = [{str(k): str(v) for k, v in start.items()} for start in found.starts]
-        colours = {name: c for name, c in found.colours.items() if re.fullmatch("#[0-9a-f]{6}", c)}
-        return About(starts, list(map(str, found.notes)), colours)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return About([], [], {})
-
-
-def scores_of(run: Run, step: int) -> dict[str, Any] | None:
-    """The scores that metrics.jsonl has of a step, on test or else on val; None if it has none."""
-    try:
-        lines = [json.loads(line) for line in _read(run.metrics).splitlines()]
-        found = {line["split"]: line for line in lines if "split" in line and line["step"] == step}
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return found.get("test") or found.get("val")
-
-
-def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove from metrics.jsonl the lines after `step`, the last line with the test result, and an incomplete last line.
-
-    Returns:
-        The figures of each line that is kept.
-
-    Raises:
-        UserError: the file has lines that a run did not write.
-    """
-    if not path.exists():
-        return []
-    kept, lines = [], _read(path).splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            figures = json.loads(line)
-            keep = figures["step"] <= step and figures.get("split") != "test"
-            if figures.get("split") == "val":
-                float(figures["miou"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            if number == len(lines) and line.startswith("{"):
-                continue
-            raise UserError(
-                f"{path}: line {number} was not written by a run; move the file away, or give another --output"
-            ) from None
-        if keep:
-            kept.append((line, figures))
-    write_text(path, "".join(line + "\n" for line, _ in kept))
-    return [figures for _, figures in kept]
-
-
-_NOT_OF_TRAINING = ("data.", "evaluation.", "train.device", "train.precision", "train.channels_last", "method.tau")
-"""Prefixes of the settings that may be overridden for a trained run."""
-
-
-class Trained(NamedTuple):
-    net: Segmenter
-    config: Config
-    class_names: list[str]
-    colours: list[list[int]]
-    step: int
-
-
-def load_trained(folder: str | Path, which: Literal["last", "best"], overrides: Sequence[str] = ()) -> Trained:
-    """Load the evaluated weights of a run: `last` or `best`.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or it belongs to another model.
-    """
-    run = Run(folder)
-    if not run.config.exists():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    for key, _ in overridden(overrides):
-        if not key.startswith(_NOT_OF_TRAINING):
-            raise UserError(f"--{key} has an effect only in training; leave it out")
-    config = load_config(run.config, overrides)
-    check_sizes(config)
-    path = run.last if which == "last" else run.best
-    state = checkpoint.load(path)
-    lacking = [key for key in ("step", "colours") if key not in state]
-    if lacking:
-        raise UserError(f"{path} is not a complete checkpoint of cmim.train, it has no {lacking[0]}; use another checkpoint")
-    state.setdefault("evaluated", load_config(run.config).evaluated_weights)  # older checkpoints do not say
-    weights = checkpoint.network_weights(state, path, config.evaluated_weights)
-    net = build_segmenter(config.model.untrained(), len(state["class_names"]), *config.data.normalisation())
-    checkpoint.load_into(net, weights, path)
-    if config.train.channels_last:  # as in training, because another memory layout may round differently
-        net.to(memory_format=torch.channels_last)
-    return Trained(net, config, state["class_names"], state["colours"], state["step"])

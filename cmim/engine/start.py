@@ -13,9 +13,10 @@ from cmim.data.loading import transport_note
 from cmim.data.survey import count_labels, decide_exif, survey, surveyed
 from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import check_optimizer, scaled_lr
-from cmim.engine.run import Run, load_trained, read_class_weights, with_data
+from cmim.engine.run import Run, read_class_weights, with_data
 from cmim.engine.schedule import total_steps
 from cmim.engine.tracker import check_tracker
+from cmim.engine.trained import load_trained
 from cmim.errors import UserError
 from cmim.method.objective import Objective
 from cmim.models.attention import check_attention

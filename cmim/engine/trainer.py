@@ -19,8 +19,9 @@ from cmim.engine.evaluation import Evaluation, evaluate
 from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
+from cmim.engine.records import cut_metrics
 from cmim.engine.report import write_report
-from cmim.engine.run import Run, cut_metrics, write_text
+from cmim.engine.run import Run, write_text
 from cmim.engine.schedule import lr_factor, ramp, total_steps
 from cmim.engine.stop import Interrupted, StopSignals, continuing_command
 from cmim.engine.tracker import open_tracker
