@@ -54,6 +54,7 @@ STAGES = [
     Stage("training", "bench/test_training.py", "bench/test_training.py", 240, 200),
     Stage("baselines", f"{OPS} -k 'VOC and {NOT_OWN}'", f"{OPS} -k '{SOME} and index'", 300),
     Stage("decoders", "bench/test_decoders.py", "bench/test_decoders.py -k conv-2-12", 200),
+    Stage("graphs", "bench/test_graphs.py", "bench/test_graphs.py", 240, 120),
     Stage("shapes", f"{OPS} -k 'not VOC and ({OWN} or CUDA)'", f"{OPS} -k '12x12 and pack'", 300),
     Stage("batches", f"{STEP} -k 4-4", f"{STEP} -k losses", 200, 150),
     Stage("checkers", "bench/test_checkers.py", "bench/test_checkers.py", 300, 200),

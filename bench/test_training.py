@@ -45,7 +45,7 @@ def test_shapes_killed_and_resumed(tmp_path, record_property):
     assert result.returncode == 0, result.stderr[-1500:]
     record_property("resumed_seconds", round(time.time() - start, 1))
     record_property("miou", trained(tmp_path / "run")["miou"])
-    assert trained(tmp_path / "run")["miou"] > (40 if ON_GPU else 0)
+    assert trained(tmp_path / "run")["miou"] > (0.4 if ON_GPU else 0)
 
 
 @pytest.mark.parametrize("preset", ["supervised", "cmim"])

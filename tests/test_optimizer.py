@@ -275,10 +275,10 @@ def broken_and_whole(tmp_path, monkeypatch, **settings):
 def test_a_run_with_apex_goes_on_to_the_bit(name, package, tmp_path, monkeypatch):
     package(NVIDIAS)
 
-    def build(*arguments):
+    def build(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            return build_optimizer(*arguments)
+            return build_optimizer(*arguments, **options)
 
     monkeypatch.setattr("cmim.engine.start.check_optimizer", lambda *_: None)  # the stand-in runs on the CPU
     monkeypatch.setattr("cmim.engine.trainer.build_optimizer", build)

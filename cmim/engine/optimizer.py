@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import warnings
 from pathlib import Path
 
 import timm.optim
@@ -24,22 +25,24 @@ def scaled_lr(optimizer: OptimizerSettings, train: TrainSettings) -> float:
     return optimizer.lr * train.labelled_batch * train.accumulate / optimizer.lr_batch
 
 
-def build_optimizer(settings: OptimizerSettings, objective: nn.Module, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    settings: OptimizerSettings, objective: nn.Module, lr: float, capturable: bool = False
+) -> torch.optim.Optimizer:
     """The optimiser over two parameter groups: the encoder with `lr`, everything else with lr x head_lr_factor. With
-    `layer_decay` there is a group for each layer of the encoder.
+    `layer_decay` there is a group for each layer of the encoder. If it is to be `capturable` in a CUDA graph, the learning
+    rates are float32 tensors on the device, see `set_learning_rate`; it must then be one of FUSED.
 
     Each group has a `base_lr`, which the schedule multiplies. Only `train.clip_grad` clips gradients: the clipping that LAMB
     has of its own is off.
     """
     groups = _groups(settings, objective, lr)
-    if settings.name == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
-        if settings.momentum > 0:  # the fused step fails if parameters that had no gradient yet have no buffer
-            for parameter in (p for group in groups for p in group["params"]):
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    if settings.name in FUSED:
+        optimizer = _fused(settings, groups, capturable)
+        if capturable:
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # some steps are eager
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(group["base_lr"], dtype=torch.float32, device=group["params"][0].device)
+        return optimizer
     takes = inspect.signature(timm.optim.get_optimizer_class(settings.name, bind_defaults=False)).parameters
     # Infinity, because the kernels of apex divide by this norm. Deterministic: processes draw the same random numbers.
     more = {key: value for key, value in {"max_grad_norm": math.inf, "deterministic": True}.items() if key in takes}
@@ -50,6 +53,16 @@ def build_optimizer(settings: OptimizerSettings, objective: nn.Module, lr: float
         if "max_lr_snapshot" in group:  # timm scales a corrected weight decay by the largest learning rate of the group
             group["max_lr_snapshot"] = group["base_lr"]
     return optimizer
+
+
+def _fused(settings, groups, capturable):
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True, capturable=capturable)
+    sgd = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+    if settings.momentum > 0:  # the fused step fails if parameters that had no gradient yet have no buffer
+        for parameter in (p for group in groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def _groups(settings, objective, lr):
@@ -67,9 +80,12 @@ def _groups(settings, objective, lr):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of every group to base_lr x factor."""
+    """Set the learning rate of every group to base_lr x factor; a tensor keeps its place in memory."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(group["base_lr"] * factor)
+        else:
+            group["lr"] = group["base_lr"] * factor
 
 
 def check_optimizer(config: Config, on_cuda: bool) -> None:

@@ -11,6 +11,7 @@ from cmim.data.class_weights import class_weights
 from cmim.data.datasets import Splits
 from cmim.data.loading import transport_note
 from cmim.data.survey import count_labels, decide_exif, survey, surveyed
+from cmim.engine.graph import check_graph
 from cmim.engine.logging import Progress, console
 from cmim.engine.optimizer import check_optimizer, scaled_lr
 from cmim.engine.run import Run, read_class_weights, with_data
@@ -27,12 +28,13 @@ from cmim.settings import Config, LoggingSettings
 
 
 def check_parts(config: Config) -> None:
-    """Raise a UserError if the network does not fit the sizes, or if the optimiser, the attention or the tracker that the
-    settings name cannot be used here."""
+    """Raise a UserError if the network does not fit the sizes, or if the optimiser, the attention, the tracker or the graphs
+    that the settings ask for cannot be used here."""
     on_cuda = config.train.device != "cpu" and torch.cuda.is_available()
     check_sizes(config)
     check_optimizer(config, on_cuda)
     check_attention(config, on_cuda)
+    check_graph(config, on_cuda)
     check_tracker(config.logging)
 
 

@@ -16,6 +16,7 @@ from cmim.data.datasets import ImageSet, Splits
 from cmim.engine import state
 from cmim.engine.device import autocast, choose_precision, eager_if, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
+from cmim.engine.graph import StepGraphs
 from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
@@ -29,8 +30,10 @@ from cmim.errors import Stopped, UserError
 from cmim.method.objective import Objective
 from cmim.models.batch_norm import explain_single_values, synchronise_batch_norm
 from cmim.randomness import key
-from cmim.settings import Config, MethodSettings, MimSettings
+from cmim.settings import Config
 
+RAMPS = ("ramp of mim", "ramp of method")
+"""Names of the ramps r(t) and s(t) beside the entries of a batch."""
 LEAST_COVERAGE = 0.05
 """Share of confident pixels below which a run says that unlabelled images hardly count."""
 
@@ -63,7 +66,8 @@ class Trainer:
                 # Parameters that get their first gradient later are unused until then.
                 find_unused_parameters=config.gains_parameters,
             )
-        self.optimizer = build_optimizer(config.optimizer, objective, self.lr)
+        self.optimizer = build_optimizer(config.optimizer, objective, self.lr, capturable=config.train.graph)
+        self.graphs = StepGraphs(self.compute_step) if config.train.graph else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
@@ -151,7 +155,6 @@ class Trainer:
             The factor of the learning rate.
         """
         config, micro = self.config, self.config.train.accumulate
-        ramps = self.ramp(config.mim), self.ramp(config.method)
         factor = lr_factor(self.step, self.steps, config.optimizer.poly_power, config.optimizer.warmup)
         set_learning_rate(self.optimizer, factor)
 
@@ -162,16 +165,46 @@ class Trainer:
             batch = to_device(next_batch(), self.device, config.train.channels_last)
             # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
             torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-            with self.no_sync_if(i + 1 < micro), eager_if(picture):
-                with autocast(self.device, self.dtype), explain_single_values():
-                    output = self.compute(batch, *ramps, diagnostics=report, gradients=picture)
-                self.scaler.scale(output.loss / micro).backward()
-            figures = {"loss": output.loss} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures
-            add(figures if i + 1 < micro else figures | self.update())
-        if config.has_teacher:
-            self.objective.update_teacher(self.step)
+            inputs = batch | self.ramps()
+            kind = None if report or picture else self.kind_of_step()
+            if kind is not None:
+                add(self.graphs(kind, inputs))
+            else:
+                add(self.compute_step(inputs, i + 1 == micro, report, picture))
         self.step += 1
         return factor
+
+    def compute_step(
+        self, inputs: dict[str, torch.Tensor], last: bool = True, report: bool = False, picture: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Forward and backward of a micro-batch and, after the last one, the update of weights and teacher; returns figures
+        for the log. A CUDA graph of it holds all Python numbers as they are when it is captured: see `kind_of_step`.
+
+        Args:
+            inputs: a batch and the `ramps`.
+        """
+        micro = self.config.train.accumulate
+        batch = {name: value for name, value in inputs.items() if name not in RAMPS}
+        with self.no_sync_if(not last), eager_if(picture):
+            with autocast(self.device, self.dtype), explain_single_values():
+                output = self.compute(batch, *map(inputs.get, RAMPS), diagnostics=report, gradients=picture)
+            self.scaler.scale(output.loss / micro).backward()
+        figures = {"loss": output.loss.detach()} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures
+        if last:
+            figures |= self.update()
+            if self.config.has_teacher:
+                self.objective.update_teacher(self.step)
+        return figures
+
+    def kind_of_step(self) -> tuple[str, ...] | None:
+        """What the computation of the coming step depends on beside the values of tensors: which terms have begun. None if
+        it must run eagerly: without `train.graph`, and as long as the decay of the teacher changes."""
+        config = self.config
+        if self.graphs is None:
+            return None
+        if config.has_teacher and self.objective.teacher_decay(self.step) < config.teacher.decay:
+            return None
+        return tuple(self.ramps())
 
     def update(self) -> dict[str, torch.Tensor]:
         """Update the weights by the gradients of all micro-batches and processes; returns figures of these gradients."""
@@ -226,10 +259,12 @@ class Trainer:
         """While more micro-batches of the step follow, each process accumulates its own gradients without averaging them."""
         return self.compute.no_sync() if more_follow and self.ranks > 1 else nullcontext()
 
-    def ramp(self, section: MimSettings | MethodSettings) -> torch.Tensor | None:
-        """The factor of the coming step by `start` and `ramp` of a section; None before its start."""
-        factor = ramp(self.step, self.steps, section.start, section.ramp)
-        return None if factor is None else torch.full((), factor, device=self.device)
+    def ramps(self) -> dict[str, torch.Tensor]:
+        """The factors of the coming step by `start` and `ramp` of the sections, by their names in RAMPS; not of those that
+        have not begun."""
+        sections = zip(RAMPS, (self.config.mim, self.config.method), strict=True)
+        factors = {name: ramp(self.step, self.steps, section.start, section.ramp) for name, section in sections}
+        return {name: torch.full((), f, device=self.device) for name, f in factors.items() if f is not None}
 
     def warn_of_coverage(self, figures: dict[str, float], log: RunLog) -> None:
         """Say once, in the second half of the run, that unlabelled images hardly train anything."""

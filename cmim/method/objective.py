@@ -134,10 +134,14 @@ class Objective(MaskedTerms):
         """Use other class weights, a number for each class."""
         self.class_weights.copy_(torch.tensor(weights))
 
+    def teacher_decay(self, step: int) -> float:
+        """Of the EMA after optimiser step number `step` (from 0): min(1 - 1 / (step + 1), teacher.decay)."""
+        return min(1 - 1 / (step + 1), self.config.teacher.decay)
+
     @torch.no_grad()
     def update_teacher(self, step: int) -> None:
-        """EMA of weights and buffers after optimiser step number `step` (from 0), decay min(1 - 1 / (step + 1), decay)."""
-        decay = min(1 - 1 / (step + 1), self.config.teacher.decay)
+        """EMA of weights and buffers after optimiser step number `step` (from 0)."""
+        decay = self.teacher_decay(step)
         ours, theirs = self.teacher.state_dict().values(), self.net.state_dict().values()
         pairs = [(a, b) for a, b in zip(ours, theirs, strict=True)]
         floats = [(a, b) for a, b in pairs if a.is_floating_point()]

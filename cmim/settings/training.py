@@ -54,6 +54,10 @@ class TrainSettings(Section):
     """auto: bf16 on CUDA, fp32 on the CPU."""
     compile: bool | None = None
     """Whether to use torch.compile; by default on CUDA only, and not with model.checkpointing."""
+    graph: bool = False
+    """Replay training steps from a CUDA graph, which saves the time that the host needs for each kernel. Steps whose figures
+    are logged run as without it, in memory of their own, so that activations take up to twice as much. For one process, with
+    sgd or adamw. It has not run on a GPU yet."""
     channels_last: bool = True
     """Whether images and features use the channels-last memory layout."""
     log_every: Positive = 20

@@ -1,0 +1,205 @@
+"""Steps from graphs, with a recording in place of a CUDA graph: it runs the same operations of PyTorch again, on the same
+memory and with the same Python numbers. What it cannot show is what CUDA forbids while it captures."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cmim.checkpoint import load
+from cmim.engine import graph, trainer
+from cmim.engine.graph import StepGraphs, check_graph
+from cmim.errors import Stopped, UserError
+from tests.plain_objective import OHEM, make_batch, make_config, make_objective, ramp
+from tests.tiny_runs import read_metrics, run_tiny
+
+aten = torch.ops.aten
+OF_THE_HOST = {
+    aten._local_scalar_dense, aten.item, aten.nonzero, aten.nonzero_static, aten.masked_select, aten.equal, aten.is_nonzero,
+    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.repeat_interleave, aten.where.default,
+    aten.lift_fresh, aten.allclose,
+}  # fmt: skip
+"""What waits for the device, or copies to it from Python's memory."""
+
+
+class Recording(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold, and records the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        packet = getattr(function, "overloadpacket", None)
+        by_mask = packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        if by_mask or packet in OF_THE_HOST or function in OF_THE_HOST:
+            raise RuntimeError(f"{function} is not for a graph")
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def run(self):
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorded:
+    """In place of a CudaGraph. Recording computes, which a capture does not: all that exists before gets its values back."""
+
+    made = 0
+
+    def __init__(self, compute, inputs, state):
+        Recorded.made += 1
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        kept = [(tensor, tensor.detach().clone()) for tensor in state()]
+        with Recording() as self.recording:
+            self.outputs = compute(self.inputs)
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+
+    def replay(self, inputs):
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.recording.run()
+        return self.outputs
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Runs with train.graph on the CPU."""
+    Recorded.made = 0
+
+    class OnCpu(StepGraphs):
+        def __init__(self, compute):
+            trained = compute.__self__
+
+            def state():
+                moments = [v for s in trained.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+                return [*trained.objective.parameters(), *trained.objective.buffers(), *moments]
+
+            super().__init__(compute, lambda *arguments: Recorded(*arguments, state))
+
+    monkeypatch.setattr(trainer, "StepGraphs", OnCpu)
+    monkeypatch.setattr("cmim.engine.start.check_graph", lambda config, on_cuda: None)
+
+
+RUNS = [
+    ("fixmatch", {"optimizer__name": "adamw"}),
+    ("cmim", {"optimizer__name": "sgd", "train__clip_grad": 1.0, "mim__start": 0.75, "method__start": 0.5}),
+    ("unimatch", {"optimizer__name": "adamw", "method__logit_adjustment": True, "method__dice": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("preset", "options"), RUNS, ids=[preset for preset, _ in RUNS])
+def test_replayed_steps_equal_eager_ones(recorded, monkeypatch, tmp_path, preset, options):
+    """The learning rate and the ramps change with every step, every seventh step is logged and runs eagerly."""
+    settings = options | {
+        "method__preset": preset, "train__steps": 30, "train__log_every": 7, "train__checkpoint_every": 30,
+        "optimizer__warmup": 0.5, "mim__ramp": 0.2, "method__ramp": 0.7, "teacher__kind": "ema", "teacher__decay": 0.9,
+        "train__graph": True, "train__picture_every": 30,
+    }  # fmt: skip
+    replayed = run_tiny(tmp_path / "replayed", **settings)
+    assert Recorded.made == {"cmim": 3}.get(preset, 1)  # supervised, with strong views, with masked ones
+    monkeypatch.setattr(graph, "WARM_UP", 1000)
+    Recorded.made = 0
+    eager = run_tiny(tmp_path / "eager", **settings)
+    assert Recorded.made == 0
+    ours, theirs = load(replayed.last), load(eager.last)
+    for name, value in theirs["objective"].items():
+        assert torch.equal(ours["objective"][name], value), name
+    figures = [
+        [{k: v for k, v in line.items() if k.startswith("loss")} for line in read_metrics(r)] for r in (replayed, eager)
+    ]
+    assert figures[0] == figures[1] and "loss" in figures[0][0]
+
+
+def test_a_replayed_run_goes_on_to_the_bit(recorded, tmp_path, monkeypatch):
+    settings = {
+        "method__preset": "fixmatch", "train__graph": True, "optimizer__name": "adamw", "train__checkpoint_every": 6,
+        "optimizer__warmup": 0.3, "train__log_every": 100, "train__steps": 12, "teacher__decay": 0.5,
+    }  # fmt: skip
+    whole = run_tiny(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        update = trainer.Trainer.train_step
+
+        def stopping(self, *arguments):
+            factor = update(self, *arguments)
+            if self.step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return factor
+
+        patch.setattr(trainer.Trainer, "train_step", stopping)
+        with pytest.raises(Stopped):
+            run_tiny(tmp_path / "stopped", **settings)
+    stopped = run_tiny(tmp_path / "stopped", "--resume", **settings)
+    assert Recorded.made == 3
+    ours, theirs = load(stopped.last), load(whole.last)
+    for name, value in theirs["objective"].items():
+        assert torch.equal(ours["objective"][name], value), name
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("supervised", {"method__class_weights": [0.1, 3, 7], "method__dice": 0.5}),
+        ("fixmatch", {"method__align": True, "method__class_thresholds": True}),
+        ("fixmatch", {"method__class_balance": True, "method__logit_adjustment": True, "teacher__kind": "ema"}),
+        ("unimatch", {}),
+        ("unimatch_v2", {}),
+        ("semantic", {"mim__isolate": "input"}),
+        ("mim", {"mask__per_class": True, "mask__fill": "learned"}),
+        ("cmim", {"reconstruction__tokens": "pixel", "centroids__features": "encoder"}),
+        ("cmim", {"reconstruction__decoder": "attention", "reconstruction__normalize": True}),
+        ("supervised", {"method__ohem": OHEM}),
+    ],
+)
+def test_no_step_waits_for_the_device(monkeypatch, preset, options):
+    """Nothing of the objective, forward or backward, reads a tensor on the host."""
+    config = make_config(preset, **options)
+    objective, batch, now = make_objective(monkeypatch, config), make_batch(config), ramp()
+    with Recording() as recording:
+        objective(batch, now, now).loss.backward()
+        if config.has_teacher:
+            objective.update_teacher(7)
+    assert len(recording.calls) > 100
+
+
+@pytest.mark.parametrize("read", ["item", "mask", "nonzero", "new"])
+def test_the_recording_refuses(read):
+    x = torch.rand(4)
+    reads = {
+        "item": lambda: x[0].item(), "mask": lambda: x[x > 0.5], "nonzero": lambda: x.nonzero(),
+        "new": lambda: torch.tensor([1.0, 2.0]),
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="not for a graph"), Recording():
+        reads[read]()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train__accumulate": 2}, "train.accumulate is 2"),
+        ({"train__precision": "fp16"}, "use bf16"),
+        ({"optimizer__name": "lamb"}, "optimizer.name is lamb: use sgd or adamw"),
+        ({"model__checkpointing": True}, "model.checkpointing"),
+    ],
+)
+def test_runs_that_cannot_be_captured(options, message):
+    with pytest.raises(UserError, match=message):
+        check_graph(make_config("fixmatch", train__graph=True, **options), on_cuda=True)
+    check_graph(make_config("fixmatch", **options), on_cuda=True)
+
+
+def test_the_cpu_has_no_graphs(tmp_path):
+    with pytest.raises(UserError, match="it needs CUDA, and this run is on the CPU"):
+        run_tiny(tmp_path / "run", train__graph=True)
