@@ -3,7 +3,8 @@
 The launchers run on meta tensors while a recorder stands in for the launch: what is compiled is what would have been
 launched, specialised as it would have been. For each kernel, configuration and architecture the table gives registers
 a thread, bytes of local memory (spills) and bytes of shared memory; the exit code is 1 where a kernel spills on sm_80
-or sm_90, does not fit in shared memory, or lacks the matrix instruction that it is meant to use.
+or sm_90, does not fit in shared memory, lacks the matrix instruction that it is meant to use, or lets a multiprocessor
+hold fewer programs than its launcher counts on.
 
 `compiled.json` holds, for the version of Triton in constraints.txt, what a common case of each op compiles to on sm_90: how
 many warps a multiprocessor holds at a time, and the instructions of the hot loop (of the kernel, if it has none). A kernel
@@ -34,12 +35,15 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cmim_kernels.ops.library import KERNELS
+from cmim_kernels.triton_kernels import class_centroids
 from tests.backends import declared, launches, machine_code
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
+RESIDENT = {"class_centroids_one_hot_kernel": class_centroids.RESIDENT}
+"""Programs that the launcher of a kernel counts on a multiprocessor to hold at a time."""
 TABLE = Path(__file__).with_name("compiled.json")
 TABLE_ARCHITECTURE = 90
 
@@ -91,11 +95,15 @@ class Compiled(NamedTuple):
     warps: int
     """Of a program."""
 
+    @property
+    def resident_warps(self):
+        return machine_code.resident_warps(self.registers, self.shared, self.warps)
+
     def measures(self):
         """What the table holds of it."""
         (function,) = machine_code.disassemble(self.cubin).values()
         return {
-            "warps": machine_code.resident_warps(self.registers, self.shared, self.warps),
+            "warps": self.resident_warps,
             "instructions": function.hot_loop()[1].total() or len(function.instructions),
         }
 
@@ -130,6 +138,9 @@ def faults(launch, architecture, compiled):
         yield f"needs {compiled.shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"
     if launch.kwargs.get("DOT") and not re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.ptx):
         yield "has no matrix instruction"
+    programs, wanted = compiled.resident_warps // compiled.warps, RESIDENT.get(launch.name, 0)
+    if architecture == TABLE_ARCHITECTURE and programs < wanted:
+        yield f"lets a multiprocessor hold {programs} programs at a time, its launcher counts on {wanted}"
 
 
 def worse(name, found, table):

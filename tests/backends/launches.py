@@ -171,7 +171,9 @@ CASES = {
 
 CONFIGURATIONS = {
     "pack_classes": {pack.pack_launch(k) for k in range(1, pack.MAX_CLASSES + 1)},
-    "gather_and_scatter": {rows.row_launch(b, c) for b in range(1, 40) for c in range(1, 1000)},
+    "gather_and_scatter": {
+        launch(b, c) for launch in (rows.forward_launch, rows.backward_launch) for b in range(1, 40) for c in range(1, 1000)
+    },
     "masked_patch_loss": {loss.patch_launch(e) for e in range(1, 5000)} | {loss.sum_launch(k) for k in range(1, 1000)},
     "class_attention": {
         launch(dim, short)

@@ -63,6 +63,15 @@ def test_splits():
     assert_like_torch(lambda x: class_centroids(x, labels, masked, 1), [features])
 
 
+@pytest.mark.parametrize("batch, channels", [(1, 64), (8, 256), (16, 256), (3, 700), (100, 256)])
+def test_splits_are_what_the_device_holds_at_a_time(batch, channels, monkeypatch):
+    monkeypatch.setattr(kernels, "multiprocessors", lambda tensor: 132)
+    launch = kernels.one_hot_launch(42, 2)
+    splits = kernels.one_hot_splits(batch, 10**6, channels, 42, launch, None)
+    programs = batch * -(-channels // launch.CHANNELS)
+    assert programs * (splits + 1) > 132 * kernels.RESIDENT and (splits == 1 or programs * splits <= 132 * kernels.RESIDENT)
+
+
 @pytest.mark.parametrize("kind", ["visible", "masked", "mixed"])
 def test_runs(kind):
     """Segments of all lengths around one run and several, in every position relative to the runs; ignored tokens last."""

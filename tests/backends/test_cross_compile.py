@@ -40,6 +40,21 @@ def test_a_kernel_that_compiles_to_something_worse_is_named():
     assert said[2] == "12 warps at a time on a multiprocessor, 16 before; 101 instructions in the hot loop, 100 before"
 
 
+RESIDENT = """
+from types import SimpleNamespace
+from tests.backends.cross_compile import Compiled, RESIDENT, faults
+(name, wanted), *_ = RESIDENT.items()
+for registers in (128, 129):
+    compiled = Compiled(registers, 0, 16384, "", b"", warps=8)
+    print(wanted, *faults(SimpleNamespace(name=name, kwargs={}), 90, compiled))
+"""
+
+
+def test_a_launcher_that_counts_on_too_many_programs_is_named():
+    said = run("-c", RESIDENT).stdout.splitlines()
+    assert said == ["2", "2 lets a multiprocessor hold 1 programs at a time, its launcher counts on 2"]
+
+
 def test_the_table_is_of_the_triton_that_is_installed():
     """Else no kernel is compared: write it anew with `python -m tests.backends.cross_compile --few --update`."""
     constraints = (Path(__file__).parents[2] / "constraints.txt").read_text()

@@ -64,7 +64,7 @@ def test_scatter_like_torch(
 def test_groups_of_several_blocks_of_places(op, monkeypatch):
     monkeypatch.setattr(rows, "multiprocessors", lambda tensor: 1)
     *inputs, layout = make(2, 100, 300)
-    launch = rows.row_launch(2, 300)
+    launch = rows.backward_launch(2, 300)
     assert rows.backward_grid(launch, 100, 300, inputs[0])[1] > 1
     assert_like_torch(call(op, layout, True, True), inputs)
 

@@ -3,9 +3,10 @@
 
 In packed order the tokens of a class are contiguous. A program takes a block of packed tokens of one head of one image, its
 rows. `offsets` says where the class of the first row starts and where the class of the last row ends. The program loops over
-the tokens in this range in blocks, its columns (flash attention, arXiv 2205.14135), and selects the pairs of equal class.
-Each value is written by one program, so nothing is added up across programs. The products of pairs run on tensor cores: in
-float16 or bfloat16 if q, k and v all have that dtype, else in float32 as three TF32 products ("tf32x3"), which keeps float32
+the tokens in this range in blocks, its columns (flash attention, arXiv 2205.14135), and selects the pairs of equal class;
+where all rows have one class, every pair of a whole block is such a pair, and the comparisons are skipped. Each value is
+written by one program, so nothing is added up across programs. The products of pairs run on tensor cores: in float16 or
+bfloat16 if q, k and v all have that dtype, else in float32 as three TF32 products ("tf32x3"), which keeps float32
 accuracy.
 
 A weight of zero excludes a class from the sums of the others, but zero times NaN is NaN. If a sum is not finite, the program
@@ -72,6 +73,7 @@ def _class_attention_forward_kernel(
     written once; each block of BLOCK_Q queries reads k and v of its classes, after the first time from the cache."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    whole = _end_of_whole_blocks(row_begin, first, last, BLOCK_KV)
     place = (image * num_heads + head) * num_tokens + row
     k += image * k_strides[0] + head * k_strides[1]
     v += image * v_strides[0] + head * v_strides[1]
@@ -90,7 +92,8 @@ def _class_attention_forward_kernel(
             k_columns = _load(k, column, channel, k_strides, begin, end, dim, DOT)
             v_columns = _load(v, column, channel, v_strides, begin, end, dim, DOT)
             score = tl.dot(q_rows, tl.trans(k_columns), input_precision=PRECISION) * (scale * LOG2_E)
-            score = tl.where(_same_class(row_begin, row_end, column), score, float("-inf"))
+            if start >= whole:
+                score = tl.where(_same_class(row_begin, row_end, column), score, float("-inf"))
             larger = tl.maximum(largest, tl.max(score, axis=1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             weight = tl.exp2(score - shift[:, None])
@@ -117,6 +120,7 @@ def _class_attention_backward_queries_kernel(
     read as in the forward pass."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    whole = _end_of_whole_blocks(row_begin, first, last, BLOCK_KV)
     place = (image * num_heads + head) * num_tokens + row
     k += image * k_strides[0] + head * k_strides[1]
     v += image * v_strides[0] + head * v_strides[1]
@@ -141,7 +145,8 @@ def _class_attention_backward_queries_kernel(
             weight = tl.exp2(score - row_shift[:, None])
             grad_weight = tl.dot(grad_rows, tl.trans(v_columns), input_precision=PRECISION)
             grad_score = weight * (grad_weight - row_delta[:, None])
-            grad_score = tl.where(_same_class(row_begin, row_end, column), grad_score, 0.0)
+            if start >= whole:
+                grad_score = tl.where(_same_class(row_begin, row_end, column), grad_score, 0.0)
             result = tl.dot(grad_score.to(DOT), k_columns, result, input_precision=PRECISION)
         _store(grad_q, place, channel, result * scale, _own(row_begin, row_end, begin, end), dim)
         begin, end = _next(row_end, begin, end, last, _any_not_finite(result))
@@ -159,6 +164,7 @@ def _class_attention_backward_keys_kernel(
     after the first time from the cache."""
     image, head, row, channel = _place(num_heads, num_tokens, BLOCK_Q, DIM)
     row_begin, row_end, first, last = _classes(segment, offsets, image, row, num_tokens, num_classes)
+    whole = _end_of_whole_blocks(row_begin, first, last, BLOCK_KV)
     first_place = (image * num_heads + head) * num_tokens
     place = first_place + row
     q += image * q_strides[0] + head * q_strides[1]
@@ -179,13 +185,15 @@ def _class_attention_backward_keys_kernel(
             grad_columns = _load(grad, column, channel, grad_strides, begin, end, dim, DOT)
             shift = tl.load(logsumexp + first_place + column, mask=inside, other=0.0) * LOG2_E
             column_delta = tl.load(delta + first_place + column, mask=inside, other=0.0)
-            same = _same_class(row_begin, row_end, column)
             score = tl.dot(k_rows, tl.trans(q_columns), input_precision=PRECISION) * (scale * LOG2_E)
-            weight = tl.where(same, tl.exp2(score - shift[None, :]), 0.0)
-            v_result = tl.dot(weight.to(DOT), grad_columns, v_result, input_precision=PRECISION)
+            weight = tl.exp2(score - shift[None, :])
             grad_weight = tl.dot(v_rows, tl.trans(grad_columns), input_precision=PRECISION)
             grad_score = weight * (grad_weight - column_delta[None, :])
-            grad_score = tl.where(same, grad_score, 0.0)
+            if start >= whole:
+                same = _same_class(row_begin, row_end, column)
+                weight = tl.where(same, weight, 0.0)
+                grad_score = tl.where(same, grad_score, 0.0)
+            v_result = tl.dot(weight.to(DOT), grad_columns, v_result, input_precision=PRECISION)
             k_result = tl.dot(grad_score.to(DOT), q_columns, k_result, input_precision=PRECISION)
         own = _own(row_begin, row_end, begin, end)
         _store(grad_k, place, channel, k_result * scale, own, dim)
@@ -218,6 +226,13 @@ def _classes(segment, offsets, image, row, num_tokens, num_classes):
 def _block_start(first, begin, BLOCK_KV: tl.constexpr):
     """The start of the block of columns that contains `begin`."""
     return first + (begin - first) // BLOCK_KV * BLOCK_KV
+
+
+@triton.jit
+def _end_of_whole_blocks(row_begin, first, last, BLOCK_KV: tl.constexpr):
+    """The end of the blocks of columns that lie wholly in the class of all rows; `first` if rows have several classes."""
+    whole = first + (last - first) // BLOCK_KV * BLOCK_KV
+    return tl.where(tl.max(row_begin, axis=0) == first, whole, first)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two, token_
 from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward
 
 MAX_ONE_HOT = 64
+RESIDENT = 2
 
 
 class OneHotLaunch(NamedTuple):
@@ -40,17 +41,17 @@ class OneHotLaunch(NamedTuple):
 
 
 def one_hot_launch(segments, itemsize):
-    """Rows of 128 bytes; float32, which needs three products, gets half the channels. There are about two programs for each
-    multiprocessor, whose registers are enough for two of them or a few more."""
+    """Rows of 128 bytes; float32, which needs three products, gets half the channels. A multiprocessor has registers for
+    RESIDENT programs at a time."""
     segments = power_of_two(segments, low=16, high=MAX_ONE_HOT)
-    return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8, maxnreg=144)
+    return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8, maxnreg=65536 // (RESIDENT * 8 * 32))
 
 
 def one_hot_splits(batch, tokens, channels, segments, launch, like):
-    """The number of splits of the tokens of an image: enough programs for the device, but at least 16 tokens for each
-    segment in a split, so that the partial sums stay small compared with the features."""
+    """The number of splits of the tokens of an image: as many programs as the device holds at a time, but at least 16 tokens
+    for each segment in a split, so that the partial sums stay small compared with the features."""
     programs = batch * triton.cdiv(channels, launch.CHANNELS)
-    wanted = triton.cdiv(2 * multiprocessors(like), programs)
+    wanted = RESIDENT * multiprocessors(like) // programs
     return max(1, min(wanted, tokens // (16 * segments)))
 
 

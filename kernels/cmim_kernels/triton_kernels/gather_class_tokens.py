@@ -7,10 +7,11 @@ import triton.language as tl
 from cmim_kernels.triton_kernels.common import strides_of, sum_rows
 from cmim_kernels.triton_kernels.rows import (
     backward_grid,
+    backward_launch,
     forward_grid,
+    forward_launch,
     load_positions,
     load_rows,
-    row_launch,
     store_positions,
     store_rows,
     tile_of,
@@ -91,7 +92,7 @@ def gather_class_tokens_forward(tokens, order, inverse, segment, mask_token, pos
     batch, num_tokens, channels = tokens.shape
     out = tokens.new_empty((batch, length, channels))
     if out.numel():
-        launch = row_launch(batch, channels)
+        launch = forward_launch(batch, channels)
         _gather_forward_kernel[forward_grid(launch, batch, num_tokens, channels)](
             tokens, inverse.contiguous(), segment.contiguous(), mask_token, position, out,
             tokens.stride(), strides_of(mask_token, 1), strides_of(position, 2), batch, num_tokens, length, channels,
@@ -105,7 +106,7 @@ def gather_class_tokens_backward(grad, inverse, segment, mask_token, position):
     num_tokens = inverse.shape[1]
     grad_tokens, grad_mask_token = grad.new_empty((batch, num_tokens, channels)), grad.new_empty(0)
     grad_position = None if position is None else position.new_empty(position.shape)
-    launch = row_launch(batch, channels)
+    launch = backward_launch(batch, channels)
     grid, blocks_in_group = backward_grid(launch, num_tokens, channels, grad)
     partial = None if mask_token is None else grad.new_empty((grid[0], channels), dtype=torch.float32)
     if num_tokens and channels:

@@ -29,9 +29,10 @@ class PatchLaunch(NamedTuple):
 
 
 def patch_launch(entries):
-    """A tile of 1024 entries: whole patches while they fit."""
+    """One warp, so that no sum waits at a barrier: for one patch, or for as many small ones as have 256 entries. Patches of
+    more than 1024 entries, which are read in several blocks, take more registers than one warp has."""
     block = power_of_two(entries, low=16, high=1024)
-    return PatchLaunch(1024 // block, block, num_warps=4, maxnreg=168)
+    return PatchLaunch(max(1, 256 // block), block, num_warps=1 if entries <= block else 4, maxnreg=168)
 
 
 class SumLaunch(NamedTuple):
@@ -162,7 +163,7 @@ def _masked_patch_loss_gradient_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     counts, b, n, label = _tokens(token, masked, labels, masked_strides, labels_strides, batch, num_tokens, num_classes)
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
-    tokens, present = _totals(class_count, num_classes, 128)
+    tokens, present = _totals(class_count, num_classes, 32)
     denominator = tl.maximum(tokens, 1.0)
     if PER_CLASS:
         denominator = tl.maximum(present, 1.0) * tl.load(class_count + label, mask=counts, other=1).to(tl.float32)

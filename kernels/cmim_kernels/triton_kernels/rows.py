@@ -22,12 +22,22 @@ class RowLaunch(NamedTuple):
     maxnreg: int
 
 
-def row_launch(batch, channels):
-    """A tile of 2048 elements: first as many channels as possible, then images, then places. Many places with narrow rows
+def forward_launch(batch, channels):
+    """One warp, whose threads need no barrier to tell each other which rows to move."""
+    return _launch(batch, channels, elements=1024, num_warps=1)
+
+
+def backward_launch(batch, channels):
+    """More elements, so that there are few groups, each with a row of partial sums."""
+    return _launch(batch, channels, elements=2048, num_warps=4)
+
+
+def _launch(batch, channels, elements, num_warps):
+    """A tile of so many elements: first as many channels as possible, then images, then places. Many places with narrow rows
     need more registers for addresses."""
     wide = power_of_two(channels, low=32, high=256)
-    images = power_of_two(batch, low=1, high=8)
-    return RowLaunch(images, 2048 // (wide * images), wide, num_warps=4, maxnreg=200 if wide == 32 else 168)
+    images = power_of_two(batch, low=1, high=min(8, elements // wide))
+    return RowLaunch(images, elements // (wide * images), wide, num_warps, maxnreg=200 if wide == 32 else 168)
 
 
 def forward_grid(launch, batch, tokens, channels):

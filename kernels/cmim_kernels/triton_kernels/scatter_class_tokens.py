@@ -8,10 +8,11 @@ import triton.language as tl
 from cmim_kernels.triton_kernels.common import strides_of, sum_rows
 from cmim_kernels.triton_kernels.rows import (
     backward_grid,
+    backward_launch,
     forward_grid,
+    forward_launch,
     load_positions,
     load_rows,
-    row_launch,
     store_positions,
     store_rows,
     tile_of,
@@ -88,7 +89,7 @@ def scatter_class_tokens_forward(packed, inverse, mask_token, position):
     (batch, length, channels), num_tokens = packed.shape, inverse.shape[1]
     out = packed.new_empty((batch, num_tokens, channels))
     if out.numel():
-        launch = row_launch(batch, channels)
+        launch = forward_launch(batch, channels)
         _scatter_forward_kernel[forward_grid(launch, batch, num_tokens, channels)](
             packed, inverse.contiguous(), mask_token, position, out,
             packed.stride(), strides_of(mask_token, 1), strides_of(position, 2), batch, num_tokens, length, channels,
@@ -101,7 +102,7 @@ def scatter_class_tokens_backward(grad, order, inverse, mask_token, position, le
     batch, num_tokens, channels = grad.shape
     grad_packed, grad_mask_token = grad.new_empty((batch, length, channels)), grad.new_empty(0)
     grad_position = None if position is None else position.new_empty(position.shape)
-    launch = row_launch(batch, channels)
+    launch = backward_launch(batch, channels)
     grid, blocks_in_group = backward_grid(launch, num_tokens, channels, grad)
     partial = None if mask_token is None else grad.new_empty((grid[0], channels), dtype=torch.float32)
     if num_tokens and channels:
