@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from cmim.checkpoint import load
 from cmim.engine import graph, trainer
-from cmim.engine.graph import StepGraphs, check_graph
+from cmim.engine.graph import StepGraph, check_graph
 from cmim.errors import Stopped, UserError
 from tests.plain_objective import OHEM, make_batch, make_config, make_objective, ramp
 from tests.tiny_runs import read_metrics, run_tiny
@@ -79,17 +79,17 @@ def recorded(monkeypatch):
     """Runs with train.graph on the CPU."""
     Recorded.made = 0
 
-    class OnCpu(StepGraphs):
-        def __init__(self, compute):
+    class OnCpu(StepGraph):
+        def __init__(self, compute, device):
             trained = compute.__self__
 
             def state():
                 moments = [v for s in trained.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
                 return [*trained.objective.parameters(), *trained.objective.buffers(), *moments]
 
-            super().__init__(compute, lambda *arguments: Recorded(*arguments, state))
+            super().__init__(compute, device, lambda *arguments: Recorded(*arguments, state))
 
-    monkeypatch.setattr(trainer, "StepGraphs", OnCpu)
+    monkeypatch.setattr(trainer, "StepGraph", OnCpu)
     monkeypatch.setattr("cmim.engine.start.check_graph", lambda config, on_cuda: None)
 
 
@@ -192,6 +192,7 @@ def test_the_recording_refuses(read):
         ({"train__precision": "fp16"}, "use bf16"),
         ({"optimizer__name": "lamb"}, "optimizer.name is lamb: use sgd or adamw"),
         ({"model__checkpointing": True}, "model.checkpointing"),
+        ({"train__log_every": 1}, "steps that are logged run without it"),
     ],
 )
 def test_runs_that_cannot_be_captured(options, message):

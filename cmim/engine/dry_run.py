@@ -15,6 +15,7 @@ from cmim.config import changed_settings
 from cmim.data.datasets import ImageSet, Splits
 from cmim.engine.device import choose_precision
 from cmim.engine.evaluation import evaluate
+from cmim.engine.graph import WARM_UP
 from cmim.engine.logging import clock, console, peak_memory
 from cmim.engine.run import Run
 from cmim.engine.schedule import total_steps
@@ -24,7 +25,7 @@ from cmim.settings import Config
 MOST_SHOWN = 8
 """Values of a setting that are printed."""
 TIMED = 5
-"""Steps that are timed in each phase of the training, after one to warm up."""
+"""Steps that are timed in each phase of the training, after one to warm up and those before a CUDA graph is replayed."""
 
 
 @contextmanager
@@ -81,7 +82,8 @@ def dry_run(
     _describe_network(objective)
 
     total = total_steps(config.train, len(splits.unlabelled))
-    training = sum(count * _seconds(time_steps, first, total) for first, count in _phases(config, total))
+    untimed = 1 + (WARM_UP + 1) * config.train.graph
+    training = sum(count * _seconds(time_steps, first, total, untimed) for first, count in _phases(config, total))
     evaluations = -(-total // config.train.evaluate_every)
     evaluating = evaluations * _evaluation(objective, splits.val, config, device, "val")
     if splits.test is not None:
@@ -136,10 +138,11 @@ def _phases(config, total):
     return [(first, last - first) for first, last in zip(firsts, [*firsts[1:], total], strict=True) if first < last]
 
 
-def _seconds(time_steps, first, total):
-    """The median time of a step; near the end of the training, the steps before it are timed."""
-    seconds = time_steps(first, min(1 + TIMED, total - first))
-    return statistics.median(seconds[1:] or seconds)
+def _seconds(time_steps, first, total, untimed):
+    """The median time of a step after those that are `untimed`; near the end of the training, the steps before it are
+    timed."""
+    seconds = time_steps(first, min(untimed + TIMED, total - first))
+    return statistics.median(seconds[untimed:] or seconds[1:] or seconds)
 
 
 class _First:

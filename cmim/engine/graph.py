@@ -5,15 +5,15 @@ Python numbers of the step that was captured. What differs from step to step is 
 and the learning rate, which the optimiser reads from its groups.
 """
 
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from cmim.distributed import world
 from cmim.engine.optimizer import FUSED
-from cmim.errors import UserError
+from cmim.errors import UserError, is_out_of_memory
 from cmim.settings import Config
 
 Tensors = dict[str, Tensor]
@@ -26,14 +26,26 @@ class CudaGraph:
     """The CUDA graph of `compute(inputs)`, a function of tensors that returns tensors.
 
     Capturing computes nothing; `replay` does. Gradients lie in memory of the graph and must be None outside of it.
+
+    Raises:
+        UserError: `compute` does something that no CUDA graph can hold.
     """
 
     def __init__(self, compute: Callable[[Tensors], Tensors], inputs: Tensors):
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
         # Only calls of this thread are watched: that of the loader may allocate pinned memory meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = compute(self.inputs)
+        capture = torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+        try:
+            with capture:
+                self.outputs = compute(self.inputs)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the end of a broken capture is an error too
+            if is_out_of_memory(cause):
+                raise cause from None
+            raise UserError(
+                f"train.graph: a CUDA graph cannot hold this step ({type(cause).__name__}: {cause!s:.300}); leave it out"
+            ) from cause
 
     def replay(self, inputs: Tensors) -> Tensors:
         """The outputs for other inputs of the same shapes. They are overwritten by the next replay."""
@@ -43,38 +55,44 @@ class CudaGraph:
         return self.outputs
 
 
-class StepGraphs:
+class StepGraph:
     """Calls `compute`, and replays its graph after WARM_UP calls of the same kind.
 
     Args:
         compute: one training step; it changes weights, buffers and the state of the optimiser in place.
+        device: of its tensors.
         capture: makes the graph, a `CudaGraph`; a test gives another one.
     """
 
-    def __init__(self, compute: Callable[[Tensors], Tensors], capture: Callable[..., CudaGraph] = CudaGraph):
-        self.compute, self.capture = compute, capture
-        self.calls: Counter[Hashable] = Counter()
-        self.graphs: dict[Hashable, CudaGraph] = {}
+    def __init__(
+        self, compute: Callable[[Tensors], Tensors], device: torch.device, capture: Callable[..., CudaGraph] = CudaGraph
+    ):
+        self.compute, self.device, self.capture = compute, device, capture
+        self.kind, self.calls, self.graph = None, 0, None
 
     def __call__(self, kind: Hashable, inputs: Tensors) -> Tensors:
         """One step. Steps of a kind may differ in nothing but the values of tensors."""
-        self.calls[kind] += 1
-        if self.calls[kind] <= WARM_UP:
-            return self.warm_up(inputs)
-        if kind not in self.graphs:
-            self.graphs[kind] = self.capture(self.compute, inputs)
-        return self.graphs[kind].replay(inputs)
-
-    def warm_up(self, inputs: Tensors) -> Tensors:
-        """A step on a stream of its own, which PyTorch asks for before a capture."""
-        if not torch.cuda.is_available():
+        if kind != self.kind:  # kinds follow one another and do not come back, so that the last graph is of no more use
+            self.kind, self.calls, self.graph = kind, 0, None
+        self.calls += 1
+        if self.calls <= WARM_UP:
             return self.compute(inputs)
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            outputs = self.compute(inputs)
-        current.wait_stream(stream)
-        return outputs
+        if self.graph is None:
+            self.graph = self.capture(self.compute, inputs)
+        return self.graph.replay(inputs)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """The `with` block for all steps of a training, eager ones too: PyTorch cannot capture the default stream, and keeps
+        the free memory of each stream apart."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        own.wait_stream(before)
+        with torch.cuda.stream(own):
+            yield
+        before.wait_stream(own)
 
 
 def check_graph(config: Config, on_cuda: bool) -> None:
@@ -95,6 +113,7 @@ def check_graph(config: Config, on_cuda: bool) -> None:
         (config.optimizer.name not in FUSED, f"optimizer.name is {config.optimizer.name}: use {' or '.join(FUSED)}"),
         (config.model.checkpointing, "model.checkpointing saves the state of random numbers on the host"),
         (config.attention == "xformers", "reconstruction.attention xformers waits for the device: use class_attention"),
+        (train.log_every == 1, "train.log_every is 1, and steps that are logged run without it: use 20"),
     )
     for holds, problem in problems:
         if holds:

@@ -16,7 +16,7 @@ from cmim.data.datasets import ImageSet, Splits
 from cmim.engine import state
 from cmim.engine.device import autocast, choose_precision, eager_if, to_device
 from cmim.engine.evaluation import Evaluation, evaluate
-from cmim.engine.graph import StepGraphs
+from cmim.engine.graph import StepGraph
 from cmim.engine.logging import RunLog, console, named, print_table
 from cmim.engine.optimizer import build_optimizer, scaled_lr, set_learning_rate
 from cmim.engine.pictures import save_picture
@@ -67,7 +67,7 @@ class Trainer:
                 find_unused_parameters=config.gains_parameters,
             )
         self.optimizer = build_optimizer(config.optimizer, objective, self.lr, capturable=config.train.graph)
-        self.graphs = StepGraphs(self.compute_step) if config.train.graph else None
+        self.graph = StepGraph(self.compute_step, device) if config.train.graph else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_miou, self.val_result, self.unreadable = 0, 0.0, None, set()
         self.saved, self.interval, self.stop, self.between_steps = None, [], StopSignals(), True
@@ -89,7 +89,8 @@ class Trainer:
         train = self.config.train
         images = train.labelled_batch + train.unlabelled_batch * self.config.preset.uses_unlabelled
         tracker = open_tracker(self.config, self.run, self.step) if self.rank == 0 else None
-        with RunLog(self.run, self.step, self.steps, images, self.device, train.accumulate, tracker) as log, self.stop:
+        log = RunLog(self.run, self.step, self.steps, images, self.device, train.accumulate, tracker)
+        with log, self.stop, self.stream():
             log.continue_interval(self.interval)
             try:
                 self.train_steps(log)
@@ -168,7 +169,7 @@ class Trainer:
             inputs = batch | self.ramps()
             kind = None if report or picture else self.kind_of_step()
             if kind is not None:
-                add(self.graphs(kind, inputs))
+                add(self.graph(kind, inputs))
             else:
                 add(self.compute_step(inputs, i + 1 == micro, report, picture))
         self.step += 1
@@ -200,7 +201,7 @@ class Trainer:
         """What the computation of the coming step depends on beside the values of tensors: which terms have begun. None if
         it must run eagerly: without `train.graph`, and as long as the decay of the teacher changes."""
         config = self.config
-        if self.graphs is None:
+        if self.graph is None:
             return None
         if config.has_teacher and self.objective.teacher_decay(self.step) < config.teacher.decay:
             return None
@@ -229,10 +230,11 @@ class Trainer:
             batch.pop("replaced", None)
             return batch
 
-        for i in range(count):
-            start = time.perf_counter()
-            self.train_step(next_batch, self.wait_for_device, report=i == 0, picture=i == 0)
-            seconds.append(time.perf_counter() - start)
+        with self.stream():
+            for i in range(count):
+                start = time.perf_counter()
+                self.train_step(next_batch, self.wait_for_device, report=i == 0, picture=i == 0)
+                seconds.append(time.perf_counter() - start)
         return seconds
 
     def wait_for_device(self, figures: dict[str, torch.Tensor]) -> None:
@@ -258,6 +260,10 @@ class Trainer:
     def no_sync_if(self, more_follow: bool) -> AbstractContextManager:
         """While more micro-batches of the step follow, each process accumulates its own gradients without averaging them."""
         return self.compute.no_sync() if more_follow and self.ranks > 1 else nullcontext()
+
+    def stream(self) -> AbstractContextManager:
+        """The `with` block in which steps are trained."""
+        return nullcontext() if self.graph is None else self.graph.stream()
 
     def ramps(self) -> dict[str, torch.Tensor]:
         """The factors of the coming step by `start` and `ramp` of the sections, by their names in RAMPS; not of those that
