@@ -22,6 +22,10 @@ WARM_UP = 3
 """Steps of each kind that run eagerly first: they create what the optimiser and the libraries keep, and compile."""
 
 
+EAGER = ("log_every", "picture_every", "checkpoint_every", "evaluate_every")
+"""Settings of `train` that say at which steps more is computed, without the graph."""
+
+
 class CudaGraph:
     """The CUDA graph of `compute(inputs)`, a function of tensors that returns tensors.
 
@@ -113,7 +117,7 @@ def check_graph(config: Config, on_cuda: bool) -> None:
         (config.optimizer.name not in FUSED, f"optimizer.name is {config.optimizer.name}: use {' or '.join(FUSED)}"),
         (config.model.checkpointing, "model.checkpointing saves the state of random numbers on the host"),
         (config.attention == "xformers", "reconstruction.attention xformers waits for the device: use class_attention"),
-        (train.log_every == 1, "train.log_every is 1, and steps that are logged run without it: use 20"),
+        *((getattr(train, key) == 1, f"train.{key} is 1, and such steps run without it: use 20") for key in EAGER),
     )
     for holds, problem in problems:
         if holds:
