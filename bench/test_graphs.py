@@ -1,5 +1,6 @@
 """Training steps from a CUDA graph (`train.graph`) beside the same steps without it: weights, rate and memory."""
 
+import gc
 import itertools
 import os
 import time
@@ -33,6 +34,7 @@ def trained(preset, compiles, graph):
     config, device, run = config_from(values, "the benchmark"), torch.device("cuda"), Run(os.devnull)
     splits = load_splits(config.data)
     trainer = Trainer(config, splits, run, build_objective(config, len(splits.class_names), run), device)
+    gc.collect()  # a graph and the trainer before refer to each other
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     batches = itertools.cycle(list(trainer.loader(0, 4)))

@@ -3,6 +3,8 @@ memory and with the same Python numbers. What CUDA forbids while it captures is 
 
 import os
 import signal
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from cmim.checkpoint import load
 from cmim.engine import graph, trainer
-from cmim.engine.graph import StepGraph, check_graph
+from cmim.engine.graph import CudaGraph, StepGraph, check_graph
 from cmim.errors import Stopped, UserError
 from tests.plain_objective import make_config
 from tests.tiny_runs import read_metrics, run_tiny
@@ -141,6 +143,16 @@ def test_a_replayed_run_goes_on_to_the_bit(recorded, tmp_path, monkeypatch):
         ({"train__precision": "fp16"}, "use bf16"),
         ({"optimizer__name": "lamb"}, "optimizer.name is lamb: use sgd or adamw"),
         ({"model__checkpointing": True}, "model.checkpointing"),
+        (
+            {
+                "method__preset": "cmim",
+                "reconstruction__decoder": "attention",
+                "reconstruction__attention": "xformers",
+                "reconstruction__width": 32,
+                "reconstruction__num_heads": 4,
+            },
+            "use class_attention",
+        ),
         ({"train__log_every": 1}, "train.log_every is 1"),
         ({"train__evaluate_every": 1}, "train.evaluate_every is 1"),
     ],
@@ -154,3 +166,35 @@ def test_runs_that_cannot_be_captured(options, message):
 def test_the_cpu_has_no_graphs(tmp_path):
     with pytest.raises(UserError, match="it needs CUDA, and this run is on the CPU"):
         run_tiny(tmp_path / "run", train__graph=True)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """What CudaGraph calls, without CUDA. Like PyTorch's, the end of a capture that was broken is an error of its own."""
+
+    @contextmanager
+    def capture(graph, stream, capture_error_mode):
+        try:
+            yield
+        except Exception:
+            raise RuntimeError("the capture ended in an error")  # noqa: B904 - as PyTorch's __exit__ raises it
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+def test_a_step_that_cannot_be_captured_is_one_line(capturing):
+    def compute(inputs):
+        raise RuntimeError("the host waits")
+
+    with pytest.raises(UserError, match="the host waits"):
+        CudaGraph(compute, {})
+
+
+def test_out_of_memory_in_a_capture_stays_what_it_is(capturing):
+    def compute(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraph(compute, {})

@@ -24,6 +24,8 @@ READS = {
     "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::repeat_interleave", "aten::lift_fresh",
 }  # fmt: skip
 """Operators whose result, or its shape, the host must know; `lift_fresh` makes a tensor from Python numbers."""
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+"""Operators that read their indices on the host if these are masks."""
 
 
 class HostRead(AssertionError):
@@ -35,21 +37,15 @@ class NoHostReads(TorchDispatchMode):
     one call. What compiled kernels and PyTorch's own C++ do inside an operator is not seen."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, torch.Tensor)]
-        by_mask = op._schema.name in (
-            "aten::index",
-            "aten::index_put",
-            "aten::index_put_",
-            "aten::_index_put_impl_",
-        ) and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        copies = (
-            "device" in (kwargs or {})
-            and tensors
-            and any(x.device.type != torch.device(kwargs["device"]).type for x in tensors)
-        )
-        if op._schema.name in READS or by_mask or copies or len({x.device for x in tensors}) > 1:
+        kwargs, name = kwargs or {}, op._schema.name
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        masks = (torch.bool, torch.uint8)
+        by_mask = name in INDEXING and any(i is not None and i.dtype in masks for i in args[1])
+        to = kwargs.get("device")
+        copies = to is not None and any(x.device.type != torch.device(to).type for x in tensors)
+        if name in READS or by_mask or copies or len({x.device for x in tensors}) > 1:
             raise HostRead(str(op))
-        return op(*args, **kwargs or {})
+        return op(*args, **kwargs)
 
 
 OPTIONS = dict(

@@ -20,8 +20,6 @@ Tensors = dict[str, Tensor]
 
 WARM_UP = 3
 """Steps of each kind that run eagerly first: they create what the optimiser and the libraries keep, and compile."""
-
-
 EAGER = ("log_every", "picture_every", "checkpoint_every", "evaluate_every")
 """Settings of `train` that say at which steps more is computed, without the graph."""
 

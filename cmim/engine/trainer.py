@@ -156,6 +156,8 @@ class Trainer:
             The factor of the learning rate.
         """
         config, micro = self.config, self.config.train.accumulate
+        ramps = self.ramps()
+        kind = None if report or picture else self.kind_of_step(ramps)
         factor = lr_factor(self.step, self.steps, config.optimizer.poly_power, config.optimizer.warmup)
         set_learning_rate(self.optimizer, factor)
 
@@ -166,8 +168,7 @@ class Trainer:
             batch = to_device(next_batch(), self.device, config.train.channels_last)
             # Dropout layers of the network, if any, use this generator; all other draws are keyed by sample.
             torch.manual_seed(key(config.seed, (self.step * micro + i) * self.ranks + self.rank, "layers"))
-            inputs = batch | self.ramps()
-            kind = None if report or picture else self.kind_of_step()
+            inputs = batch | ramps
             if kind is not None:
                 add(self.graph(kind, inputs))
             else:
@@ -184,12 +185,10 @@ class Trainer:
         Args:
             inputs: a batch and the `ramps`.
         """
-        micro = self.config.train.accumulate
-        batch = {name: value for name, value in inputs.items() if name not in RAMPS}
         with self.no_sync_if(not last), eager_if(picture):
             with autocast(self.device, self.dtype), explain_single_values():
-                output = self.compute(batch, *map(inputs.get, RAMPS), diagnostics=report, gradients=picture)
-            self.scaler.scale(output.loss / micro).backward()
+                output = self.compute(inputs, *map(inputs.get, RAMPS), diagnostics=report, gradients=picture)
+            self.scaler.scale(output.loss / self.config.train.accumulate).backward()
         figures = {"loss": output.loss.detach()} | {f"loss_{k}": v for k, v in output.terms.items()} | output.figures
         if last:
             figures |= self.update()
@@ -197,7 +196,7 @@ class Trainer:
                 self.objective.update_teacher(self.step)
         return figures
 
-    def kind_of_step(self) -> tuple[str, ...] | None:
+    def kind_of_step(self, ramps: dict[str, torch.Tensor]) -> tuple[str, ...] | None:
         """What the computation of the coming step depends on beside the values of tensors: which terms have begun. None if
         it must run eagerly: without `train.graph`, and as long as the decay of the teacher changes."""
         config = self.config
@@ -205,7 +204,7 @@ class Trainer:
             return None
         if config.has_teacher and self.objective.teacher_decay(self.step) < config.teacher.decay:
             return None
-        return tuple(self.ramps())
+        return tuple(ramps)
 
     def update(self) -> dict[str, torch.Tensor]:
         """Update the weights by the gradients of all micro-batches and processes; returns figures of these gradients."""

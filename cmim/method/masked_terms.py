@@ -229,8 +229,9 @@ class MaskedTerms(nn.Module):
         """L_sem, one term for each view."""
         terms: Terms = {}
         names, sizes = self.config.mim.views, views.sizes
-        of_views = zip(names, logits.split(sizes), strict=True)
-        logits = torch.cat([part if name == "labelled" else self.adjusted(part) for name, part in of_views])
+        if self.config.method.logit_adjustment:
+            of_views = zip(names, logits.split(sizes), strict=True)
+            logits = torch.cat([part if name == "labelled" else self.adjusted(part) for name, part in of_views])
         error = upsample_cross_entropy(logits, views.classes, align_corners=self.net.align_corners)
         for name, part, valid in zip(names, error.split(sizes), views.valid.split(sizes), strict=True):
             share = 0.5 if name == "labelled" else 0.25

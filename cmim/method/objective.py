@@ -213,11 +213,12 @@ class Objective(MaskedTerms):
         factor = ramp * config.method.w_unlabelled
         if config.method.counts_classes:
             self.classes.count_pseudo_labels(weak.classes(config.method.tau), logits.shape[-2:], self.ranks)
+        weights = self.classes.weights() if config.method.class_balance else None
         for i, (logits, labels) in enumerate(zip(logits_s, strong_labels, strict=True)):
             name = f"strong{i + 1}" if len(u_s) > 1 else "strong"
-            terms[name] = (factor * preset.strong, self.consistency(logits, labels))
+            terms[name] = (factor * preset.strong, self.consistency(logits, labels, weights))
         if preset.fp:
-            terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak))
+            terms["fp"] = (factor * preset.fp, self.consistency(logits_w[1], weak, weights))
         figures = coverage(weak, config.method.tau, config.data.background)
         return Base(terms, figures, [feature, feature_s], {"weak": (u_w, weak), "strong": (u_s[0], strong_labels[0])})
 
@@ -257,12 +258,13 @@ class Objective(MaskedTerms):
         total = torch.where(counted, weight * error, 0).sum()
         return Ratio(total[None], torch.where(counted, weight, 0).sum()[None])
 
-    def consistency(self, logits: Tensor, labels: PseudoLabels) -> Ratio:
-        """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels."""
-        method, target = self.config.method, labels.classes(self.config.method.tau)
+    def consistency(self, logits: Tensor, labels: PseudoLabels, weights: Tensor | None = None) -> Ratio:
+        """L_strong and L_fp: the sum over confident pixels, divided by the number of valid pixels; `weights` (K,) of the
+        classes."""
+        target = labels.classes(self.config.method.tau)
         error = upsample_cross_entropy(self.adjusted(logits), target, align_corners=self.net.align_corners)
-        if method.class_balance:
-            error = error * self.classes.weights()[target.clamp(max=self.num_classes - 1).long()]
+        if weights is not None:
+            error = error * weights[target.clamp(max=self.num_classes - 1).long()]
         return Ratio(error.sum()[None], labels.valid.sum()[None])
 
     def total_loss(self, terms: Terms, figures: dict[str, Tensor], features: list[Tensor], gradients: bool) -> Output:

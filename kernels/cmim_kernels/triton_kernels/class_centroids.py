@@ -30,6 +30,7 @@ from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward
 
 MAX_ONE_HOT = 64
 RESIDENT = 2
+"""Programs of the one-hot kernel that a multiprocessor holds at a time."""
 
 
 class OneHotLaunch(NamedTuple):
