@@ -225,6 +225,14 @@ def test_images_become_channels_last_and_nothing_else(channels_last):
     assert all(moved[name].is_contiguous() for name in others)
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_teacher_follows_the_last_update_of_each_step(micro, tmp_path):
+    run = run_tiny(tmp_path / "run", teacher__kind="ema", teacher__decay=0, train__accumulate=micro)
+    weights = checkpoint.load(run.last)["objective"]
+    names = [name.removeprefix("teacher.") for name in weights if name.startswith("teacher.")]
+    assert names and all(torch.equal(weights[f"teacher.{name}"], weights[f"net.{name}"]) for name in names)
+
+
 def test_workers_change_nothing(tmp_path):
     runs = [run_tiny(tmp_path / str(n), data__workers=n, train__picture_every=9) for n in (0, 1)]
     first, second = (checkpoint.load(run.last)["objective"] for run in runs)

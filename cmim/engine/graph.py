@@ -119,4 +119,4 @@ def check_graph(config: Config, on_cuda: bool) -> None:
     )
     for holds, problem in problems:
         if holds:
-            raise UserError(f"train.graph cannot be used: {problem}; or leave train.graph out")
+            raise UserError(f"train.graph cannot be used: {problem}; change that, or leave train.graph out")
