@@ -101,6 +101,15 @@ def test_every_phase_of_the_training_is_timed(options, expected):
         assert starts[0] != starts[1] or starts[2] != starts[3]
 
 
+@pytest.mark.parametrize(
+    "graph, first, expected", [(False, 0, 3), (True, 0, 1), (False, 98, 3), (True, 97, 3), (True, 99, 9)]
+)
+def test_the_first_steps_and_those_before_replays_are_not_timed(graph, first, expected):
+    """Of 100 steps; the first takes 9 s, the next four 3 s each, and further ones 1 s with a graph."""
+    times = [9, 3, 3, 3, 3, *[1 if graph else 3] * 50]
+    assert module._seconds(lambda start, count: times[: min(count, 100 - start)], first, 100, graph) == expected
+
+
 def test_an_evaluation_is_extrapolated(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])

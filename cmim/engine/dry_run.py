@@ -25,7 +25,7 @@ from cmim.settings import Config
 MOST_SHOWN = 8
 """Values of a setting that are printed."""
 TIMED = 5
-"""Steps that are timed in each phase of the training, after one to warm up and those before a CUDA graph is replayed."""
+"""Steps that are timed in each phase of the training."""
 
 
 @contextmanager
@@ -82,8 +82,8 @@ def dry_run(
     _describe_network(objective)
 
     total = total_steps(config.train, len(splits.unlabelled))
-    untimed = 1 + (WARM_UP + 1) * config.train.graph
-    training = sum(count * _seconds(time_steps, first, total, untimed) for first, count in _phases(config, total))
+    phases, graph = _phases(config, total), config.train.graph
+    training = sum(count * _seconds(time_steps, first, total, graph) for first, count in phases)
     evaluations = -(-total // config.train.evaluate_every)
     evaluating = evaluations * _evaluation(objective, splits.val, config, device, "val")
     if splits.test is not None:
@@ -138,9 +138,10 @@ def _phases(config, total):
     return [(first, last - first) for first, last in zip(firsts, [*firsts[1:], total], strict=True) if first < last]
 
 
-def _seconds(time_steps, first, total, untimed):
-    """The median time of a step after those that are `untimed`; near the end of the training, the steps before it are
-    timed."""
+def _seconds(time_steps, first, total, graph):
+    """The median time of a step after one to warm up and, with `graph`, those before its replays; near the end of the
+    training, the steps before it are timed."""
+    untimed = 1 + (WARM_UP + 1) * graph
     seconds = time_steps(first, min(untimed + TIMED, total - first))
     return statistics.median(seconds[untimed:] or seconds[1:] or seconds)
 
