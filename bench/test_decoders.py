@@ -1,5 +1,6 @@
 """Class-wise decoding and its loss: one pass against a pass per class, against a decoder that knows no classes, and, for the
-attention decoder, against the same pass with each other value of `reconstruction.attention`.
+attention decoder, against the same pass with each other value of `reconstruction.attention`; also what activation
+checkpointing costs, and what it saves.
 
 Time and peak memory, forward and backward, for growing numbers of classes and of tokens. The decoders are the trainer's,
 with its default width and depth (on a CPU 128 and 4), on their own features.
@@ -13,6 +14,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from bench.comparison import OURS, Comparison, prepared
@@ -35,7 +38,7 @@ else:
     BATCH, CHANNELS, SIDE, SIDES, CLASSES = 2, 256, 40, (20, 40), (2, 21, 150, 1000)
     SETTINGS = dict(width=128, depth=4, num_heads=4)
 LOW_PRECISION = torch.bfloat16 == DTYPE
-BLIND = "a decoder without classes"
+BLIND, CHECKPOINTED = "a decoder without classes", "the same with checkpointing"
 EVERY, PRESENT = "a pass for every class", "a pass for each class present"
 BY_OTHERS = {f"attention by {name}": name for name in ATTENTIONS if name != "class_attention"}
 MOST_PASSES = 30  # a batch of the large shapes with more does not fit in memory
@@ -85,6 +88,7 @@ def comparison_of(decoder, classes, side):
     net = build_reconstruction(settings, CHANNELS, PATCH, classes).to(DEVICE)
     blind = copy.copy(net)
     blind.num_classes = 1
+    checkpointed = build_reconstruction(settings.model_copy(update={"checkpointing": True}), CHANNELS, PATCH, classes)
     features = normal(BATCH, CHANNELS, side, side).to(memory_format=torch.channels_last)
     labels, masked = class_map(BATCH, side, classes), token_mask(BATCH, side)
     image = torch.randint(
@@ -112,6 +116,7 @@ def comparison_of(decoder, classes, side):
         PRESENT: with_loss(_PerClassPresent(net), classes, "decoder."),
         EVERY: with_loss(_PerClass(net), classes, "decoder."),
         BLIND: with_loss(blind, 1, blind=True),
+        CHECKPOINTED: with_loss(checkpointed.to(DEVICE), classes),
     }
     for title, name in BY_OTHERS.items():
         if decoder == "attention" and is_usable(name):
@@ -125,22 +130,47 @@ def comparison_of(decoder, classes, side):
 
 
 @pytest.mark.parametrize("decoder, classes, side", list(cases()))
-@pytest.mark.parametrize("name", [OURS, EVERY, BLIND, PRESENT, *BY_OTHERS])
+@pytest.mark.parametrize("name", [OURS, EVERY, BLIND, PRESENT, CHECKPOINTED, *BY_OTHERS])
 def test_decoder(decoder, classes, side, name, timed):
     if name == EVERY and classes > MOST_PASSES:
         pytest.skip("does not fit in memory")
+    if name == CHECKPOINTED and (classes, side) != (21, SIDE):
+        pytest.skip("measured at one shape")
     if name in BY_OTHERS and (decoder != "attention" or not is_usable(BY_OTHERS[name])):
         pytest.skip("not for this decoder, or not here")
     if name in (EVERY, PRESENT, "attention by sdpa") and decoder == "attention" and side > 80:
         pytest.skip("attention between all pairs of tokens does not fit in memory")
     comparison = comparison_of(decoder, classes, side)
-    # With a decoder without classes the ratio is near 1.
-    in_turn = name == BLIND and not ON_GPU
+    # With these the ratio is near 1.
+    in_turn = name in (BLIND, CHECKPOINTED) and not ON_GPU
     beside = prepared(comparison, OURS, backward=True) if in_turn else nullcontext()
     with beside as ours, prepared(comparison, name, backward=True) as function:
         group = f"decode and loss, {decoder}; K {classes}, {side} x {side} tokens; forward and backward"
         capture, about = (
             name not in comparison.eager,
-            dict(comparable=name not in comparison.unchecked, decoder=decoder, classes=classes, tokens=side * side),
+            dict(comparable=name not in (BLIND, CHECKPOINTED), decoder=decoder, classes=classes, tokens=side * side),
         )
         timed(group, name, function, comparison.arguments, capture=capture, ours=ours, **about)
+
+
+@pytest.mark.parametrize("decoder", ["conv", "attention"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_for_backward(decoder, checkpointing, record_property):
+    """What the default decoder keeps of 24 views of the VOC shape in bf16, counted without computing it, on any machine."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # which also keeps its address from being used again
+        return tensor
+
+    with FakeTensorMode(), torch.device(DEVICE), torch.autocast(DEVICE.type, torch.bfloat16):
+        net = build_reconstruction(ReconstructionSettings(decoder=decoder, checkpointing=checkpointing), 256, PATCH, 21)
+        features = torch.empty(24, 256, 80, 80, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+        labels = torch.empty(24, 80, 80, dtype=torch.int32)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(features, labels, torch.empty(24, 80, 80, dtype=torch.bool))
+        of_net = {p.untyped_storage()._cdata for p in net.parameters()}
+    record_property("decoder", decoder)
+    record_property("checkpointing", checkpointing)
+    record_property("kept_mib", round(sum(s.nbytes() for key, s in kept.items() if key not in of_net) / 2**20))

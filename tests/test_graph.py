@@ -83,7 +83,16 @@ def recorded(monkeypatch):
 
 RUNS = [
     ("fixmatch", {"optimizer__name": "adamw"}),
-    ("cmim", {"optimizer__name": "sgd", "train__clip_grad": 1.0, "mim__start": 0.75, "method__start": 0.5}),
+    (
+        "cmim",
+        {
+            "optimizer__name": "sgd",
+            "train__clip_grad": 1.0,
+            "mim__start": 0.75,
+            "method__start": 0.5,
+            "reconstruction__checkpointing": True,
+        },
+    ),
     ("unimatch", {"optimizer__name": "adamw", "method__logit_adjustment": True, "method__dice": 1.0}),
 ]
 

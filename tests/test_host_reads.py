@@ -57,6 +57,7 @@ ATTENTION = MASKED | dict(reconstruction__decoder="attention", reconstruction__n
 CASES = {
     **{preset: dict(method__preset=preset) for preset in PRESETS},
     "options": OPTIONS,
+    "checkpointing": MASKED | dict(reconstruction__checkpointing=True),
     "labelled only": dict(method__start=0.9),
     "adamw": dict(optimizer__name="adamw"),
     "per class": MASKED | dict(mask__per_class=True, mim__isolate="input", mask__fill="learned"),

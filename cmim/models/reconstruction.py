@@ -7,6 +7,7 @@ decoders here need a single pass, because every operation is token-wise or mixes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cmim.models.attention import ATTENTIONS
 from cmim.settings import ReconstructionSettings
@@ -68,6 +69,7 @@ class ClassConvDecoder(_ClassDecoder):
         kernel_size: side of the depthwise convolution, odd.
         mask_token: replace the features of masked tokens by a learned token.
         image_channels: channels c of the images.
+        checkpointing: keep only the inputs of the blocks' MLPs for the backward pass, which computes the rest again.
     """
 
     def __init__(
@@ -81,11 +83,12 @@ class ClassConvDecoder(_ClassDecoder):
         kernel_size: int,
         mask_token: bool = True,
         image_channels: int = 3,
+        checkpointing: bool = False,
     ):
         if kernel_size % 2 == 0:
             raise ValueError(f"ClassConvDecoder: kernel_size is {kernel_size}, expected an odd number")
         super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
-        self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size) for _ in range(depth)])
+        self.blocks = nn.ModuleList([_ConvBlock(width, kernel_size, checkpointing) for _ in range(depth)])
 
     def mix(self, tokens: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         if self.mask_token is not None:
@@ -107,12 +110,12 @@ class ClassConvDecoder(_ClassDecoder):
 
 
 class _ConvBlock(nn.Module):
-    def __init__(self, width, kernel_size):
+    def __init__(self, width, kernel_size, checkpointing):
         super().__init__()
         depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # gives the usual initialisation
         self.weight = nn.Parameter(depthwise.weight.detach()[:, 0].clone())
         self.bias = nn.Parameter(depthwise.bias.detach())
-        self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
+        self.mlp = _MLP(width, checkpointing)
 
     def forward(self, tokens, labels, num_classes):
         x = tokens.permute(0, 3, 1, 2)  # a channels-last view, without a copy
@@ -124,7 +127,8 @@ class ClassAttentionDecoder(_ClassDecoder):
     """Pre-norm transformer blocks in which a token attends to the tokens of its own image and class.
 
     Args:
-        in_channels, patch_size, num_classes, width, depth, mask_token, image_channels: see `ClassConvDecoder`.
+        in_channels, patch_size, num_classes, width, depth, mask_token, image_channels, checkpointing: see
+            `ClassConvDecoder`.
         num_heads: attention heads; `width` must be a multiple of this number and of 4.
         attention: what computes the attention, one of `cmim.models.attention.ATTENTIONS`.
     """
@@ -141,6 +145,7 @@ class ClassAttentionDecoder(_ClassDecoder):
         attention: str = "class_attention",
         mask_token: bool = True,
         image_channels: int = 3,
+        checkpointing: bool = False,
     ):
         if width % num_heads or width % 4:
             raise ValueError(
@@ -148,7 +153,7 @@ class ClassAttentionDecoder(_ClassDecoder):
             )
         super().__init__(in_channels, patch_size, num_classes, width, mask_token, image_channels)
         self.attention = attention
-        self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([_AttentionBlock(width, num_heads, checkpointing) for _ in range(depth)])
 
     def mix(self, tokens: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         batch, height, width, channels = tokens.shape
@@ -181,13 +186,13 @@ class ClassAttentionDecoder(_ClassDecoder):
 
 
 class _AttentionBlock(nn.Module):
-    def __init__(self, width, num_heads):
+    def __init__(self, width, num_heads, checkpointing):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), *_mlp(width))
+        self.mlp = _MLP(width, checkpointing)
 
     def forward(self, tokens, attention):
         """tokens (B, N, width); `attention` mixes q, k, v (B, heads, N, width / heads)."""
@@ -220,7 +225,7 @@ def build_reconstruction(
     """The decoder of a `ReconstructionSettings`."""
     common = dict(
         num_classes=num_classes, width=settings.width, depth=settings.depth, mask_token=settings.mask_token,
-        image_channels=image_channels,
+        image_channels=image_channels, checkpointing=settings.checkpointing,
     )  # fmt: skip
     if settings.decoder == "conv":
         return ClassConvDecoder(in_channels, patch_size, kernel_size=settings.kernel_size, **common)
@@ -263,8 +268,18 @@ def sine_cosine_positions(tokens: Tensor) -> Tensor:
     return position.flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))
 
 
-def _mlp(width):
-    return nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+class _MLP(nn.Sequential):
+    """The MLP of a block with the LayerNorm before it. Its inner maps are most of what the decoder keeps for backward."""
+
+    def __init__(self, width, checkpointing):
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.checkpointing = checkpointing
+
+    def forward(self, x):
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return super().forward(x)
+        # There are no random numbers to restore, and to read their state would wait for the device.
+        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _valid(labels, num_classes):

@@ -183,6 +183,9 @@ class ReconstructionSettings(Section):
     """What computes the attention decoder's attention, with equal results: `class_attention`, our own; PyTorch's `sdpa` with
     a mask (anywhere, in memory that grows with the square of the tokens) or `varlen` (bf16 and fp16 on CUDA); `xformers`, a
     package (CUDA)."""
+    checkpointing: bool = False
+    """Activation checkpointing: keep only the inputs of the blocks' MLPs, and compute the rest of them again in the backward
+    pass, which takes less memory and more time."""
     mask_token: bool = True
     """Replace the features of hidden tokens by a learned mask token before decoding."""
     distance: Literal["l1", "mse", "smooth_l1"] = "l1"

@@ -1,5 +1,6 @@
 """Activation checkpointing: the same numbers to the bit, in less memory."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -13,6 +14,8 @@ from cmim.method.objective import Objective
 from cmim.models import build
 from cmim.models.batch_norm import synchronise_batch_norm
 from cmim.models.checkpointing import checkpoint_encoder
+from cmim.models.reconstruction import build_reconstruction
+from cmim.settings import ReconstructionSettings
 from tests.plain_objective import CLASSES, make_batch, make_config, ramp
 from tests.ranks import run_on_ranks
 from tests.tiny_runs import read_metrics, run_tiny
@@ -35,8 +38,9 @@ def network(checkpointing, **model):
     return build.build_segmenter(settings, CLASSES, (0.5,) * 3, (0.2,) * 3).train()
 
 
-def gradients(net, seed=1):
-    """Gradients and buffers after a pass through the encoder, and the bytes that it kept for the backward pass."""
+@contextmanager
+def keeping():
+    """The bytes of each memory, by its address, that is kept for the backward pass of what is computed inside."""
     kept = {}
 
     def keep(tensor):
@@ -44,10 +48,16 @@ def gradients(net, seed=1):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def gradients(net, seed=1):
+    """Gradients and buffers after a pass through the encoder, and the bytes that it kept for the backward pass."""
     side = 8 * net.encoder_stride if net.size_multiple == 1 else 7 * net.size_multiple
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(seed)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping() as kept:
         maps = net.encode(images)
     sum(m.square().mean() for m in maps).backward()
     found = {name: p.grad for name, p in net.encoder.named_parameters()}
@@ -151,6 +161,38 @@ def test_a_step_is_equal_in_every_mode_of_batch_norm(mode):
     options = REAL | {"mim__batch_norm": mode, "teacher__kind": "ema"}
     plain, checkpointed = (step_of(make_config("cmim", **options, model__checkpointing=c)) for c in (False, True))
     assert_equal(checkpointed, plain)
+
+
+@pytest.mark.parametrize("kind", ["conv", "attention"])
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_step_is_equal_with_a_checkpointed_reconstruction(kind, encoder):
+    options = REAL | {"reconstruction__decoder": kind, "reconstruction__width": 16, "reconstruction__num_heads": 2}
+    plain, checkpointed = (
+        step_of(make_config("cmim", **options, reconstruction__checkpointing=c, model__checkpointing=c and encoder))
+        for c in (False, True)
+    )
+    assert_equal(checkpointed, plain)
+
+
+@pytest.mark.parametrize("kind", ["conv", "attention"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_reconstruction_keeps_less(kind, compiled):
+    """A block's MLP keeps ten maps without, and one with it."""
+    kept, grads = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        settings = ReconstructionSettings(decoder=kind, width=32, num_heads=2, depth=3, checkpointing=checkpointing)
+        decoder = build_reconstruction(settings, 8, 2, CLASSES)
+        run = torch.compile(decoder, fullgraph=True, backend="aot_eager") if compiled else decoder
+        labels = torch.zeros(2, 8, 8, dtype=torch.int32)
+        with keeping() as tensors:
+            pixels = run(torch.ones(2, 8, 8, 8), labels, labels > 0)
+        kept.append(sum(tensors.values()) / (2 * 8 * 8 * 32 * 4 * 3))  # maps of a block
+        pixels.square().sum().backward()
+        grads.append({name: p.grad for name, p in decoder.named_parameters()})
+        assert not torch.equal(pixels, torch.zeros_like(pixels))
+    assert_equal(grads[1], grads[0])
+    assert kept[0] - kept[1] > 8
 
 
 def both_steps():
