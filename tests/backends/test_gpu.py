@@ -32,6 +32,8 @@ each_call = pytest.mark.parametrize(("name", "backend"), PAIRS, indirect=["backe
 def test_automatic_choice_runs_the_kernels(monkeypatch):
     from cmim_kernels.triton_kernels import rows
 
+    for launch in (rows.forward_launch, rows.backward_launch):
+        launch.cache_clear()
     seen = []
     original = rows._launch
     monkeypatch.setattr(rows, "_launch", lambda *a, **options: seen.append(a) or original(*a, **options))

@@ -14,6 +14,7 @@ therefore runs again, one class at a time, over blocks with the same starts as b
 keep their bits.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.reference import class_attention as reference
-from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two
+from cmim_kernels.triton_kernels.common import INTERPRETED, cdiv, power_of_two
 
 MAX_DIM, MAX_DIM_FLOAT32 = 128, 64
 """Largest d for 16-bit and for 32-bit operands. A program holds whole rows; longer rows do not fit in registers and use
@@ -42,11 +43,13 @@ class AttentionLaunch(NamedTuple):
     maxnreg: int = 255
 
 
+@functools.cache
 def forward_launch(dim, short):
     """`short`: the operands have 16 bits and are read in vectors. Others need more registers, for values or addresses."""
     return _launch(dim, short, columns=64 if dim <= 64 else 32)
 
 
+@functools.cache
 def backward_launch(dim, short):
     return _launch(dim, short, columns=32)
 
@@ -336,7 +339,7 @@ def _dot_dtype(q, k, v):
 
 def _grid(q, launch):
     batch, heads, tokens, _ = q.shape
-    return (batch * heads * triton.cdiv(tokens, launch.BLOCK_Q),)
+    return (batch * heads * cdiv(tokens, launch.BLOCK_Q),)
 
 
 def _sizes(q, offsets):

@@ -17,6 +17,7 @@ program reads at most RUN rows, all of one segment, and the order of each sum is
 Segments with at most RUN tokens, which are most of them, are then complete; the second launch completes the others.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import class_centroids as reference
-from cmim_kernels.triton_kernels.common import INTERPRETED, power_of_two, token_class
+from cmim_kernels.triton_kernels.common import INTERPRETED, cdiv, power_of_two, token_class
 from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward
 
 MAX_ONE_HOT = 64
@@ -41,6 +42,7 @@ class OneHotLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def one_hot_launch(segments, itemsize):
     """Rows of 128 bytes; float32, which needs three products, gets half the channels. A multiprocessor has registers for
     RESIDENT programs at a time."""
@@ -51,7 +53,7 @@ def one_hot_launch(segments, itemsize):
 def one_hot_splits(batch, tokens, channels, segments, launch, like):
     """The number of splits of the tokens of an image: as many programs as the device holds at a time, but at least 16 tokens
     for each segment in a split, so that the partial sums stay small compared with the features."""
-    programs = batch * triton.cdiv(channels, launch.CHANNELS)
+    programs = batch * cdiv(channels, launch.CHANNELS)
     wanted = RESIDENT * multiprocessors(like) // programs
     return max(1, min(wanted, tokens // (16 * segments)))
 
@@ -63,6 +65,7 @@ class RunLaunch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def run_launch(channels):
     """A program adds up to RUN rows, ROWS at a time."""
     return RunLaunch(RUN=128, ROWS=16, CHANNELS=power_of_two(channels, low=32, high=128), num_warps=4)
@@ -304,24 +307,24 @@ def class_centroids_forward(features, labels, masked, num_classes, order, offset
     if segments <= MAX_ONE_HOT:
         launch = one_hot_launch(segments, features.itemsize)
         splits = one_hot_splits(batch, tokens, channels, segments, launch, features)
-        tokens_of_split = launch.TOKENS * triton.cdiv(triton.cdiv(tokens, splits), launch.TOKENS)
-        splits = triton.cdiv(tokens, tokens_of_split)
+        tokens_of_split = launch.TOKENS * cdiv(cdiv(tokens, splits), launch.TOKENS)
+        splits = cdiv(tokens, tokens_of_split)
         sums = features.new_empty((batch, splits, segments, channels), dtype=torch.float32)
         counts = features.new_empty((batch, splits, segments), dtype=torch.int32)
         half = features.dtype != torch.float32
         dot = {torch.float16: tl.float16}.get(features.dtype, tl.bfloat16)
-        _class_centroids_one_hot_kernel[(batch * splits, triton.cdiv(channels, launch.CHANNELS))](
+        _class_centroids_one_hot_kernel[(batch * splits, cdiv(channels, launch.CHANNELS))](
             features, labels, masked.view(torch.uint8), sums, counts, *sizes, splits, tokens_of_split, *all_strides,
             IS_GRID=is_grid, PARTS=1 if half else 3, DOT=tl.float32 if INTERPRETED else dot, **launch._asdict(),
         )  # fmt: skip
-        _class_centroids_mean_kernel[(batch, triton.cdiv(segments, 16), triton.cdiv(channels, 128))](
+        _class_centroids_mean_kernel[(batch, cdiv(segments, 16), cdiv(channels, 128))](
             sums, counts, mean, count, channels, segments, splits, SEGMENTS=16, CHANNELS=128, num_warps=4
         )
         return mean, count
     if order is None:
         order, _, _, offsets, _ = pack_classes_forward(labels, masked, num_classes)
     launch = run_launch(channels)
-    runs, columns = triton.cdiv(tokens, launch.RUN), triton.cdiv(channels, launch.CHANNELS)
+    runs, columns = cdiv(tokens, launch.RUN), cdiv(channels, launch.CHANNELS)
     rest = features.new_empty((batch, runs, channels), dtype=torch.float32)
     order, offsets = order.contiguous(), offsets.contiguous()
     _class_centroids_run_kernel[(batch * (segments + runs), columns)](
@@ -340,7 +343,7 @@ def class_centroids_backward(grad_mean, count, features, labels, masked, num_cla
         batch, tokens = labels.shape
         strides, width, is_grid = _token_grid(grad)
         channels = grad_mean.shape[3]
-        _class_centroids_spread_kernel[(batch * triton.cdiv(tokens, 64), triton.cdiv(channels, 64))](
+        _class_centroids_spread_kernel[(batch * cdiv(tokens, 64), cdiv(channels, 64))](
             grad_mean, count.contiguous(), labels, masked.view(torch.uint8), grad, channels, tokens, num_classes, width,
             grad_mean.stride(), strides, labels.stride(), masked.stride(),
             IS_GRID=is_grid, TOKENS=64, CHANNELS=64, num_warps=8,

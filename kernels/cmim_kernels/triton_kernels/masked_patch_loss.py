@@ -11,6 +11,7 @@ uint8 values, `_statistics` computes mean and standard deviation of a target pat
 minus target. The many arguments are strides, sizes and compile-time options of these five functions.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout
-from cmim_kernels.triton_kernels.common import power_of_two, token_class
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two, token_class
 
 
 class PatchLaunch(NamedTuple):
@@ -28,6 +29,7 @@ class PatchLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def patch_launch(entries):
     """One warp, so that no sum waits at a barrier: for one patch, or for as many small ones as have 256 entries. Patches of
     more than 1024 entries, which are read in several blocks, take more registers than one warp has."""
@@ -42,6 +44,7 @@ class SumLaunch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def sum_launch(num_classes):
     """PROGRAMS limits the number of programs that share the tokens, so that one program can add up their partial sums."""
     return SumLaunch(TOKENS=128, CLASSES=16 if num_classes <= 16 else 64, PROGRAMS=128, num_warps=4)
@@ -311,9 +314,9 @@ def masked_patch_loss_forward(
     if masked.numel() == 0:
         return loss.zero_(), class_sum.zero_(), class_count.zero_()
     launch = sum_launch(num_classes)
-    class_blocks = triton.cdiv(num_classes, launch.CLASSES)
-    tokens_of_program = launch.TOKENS * triton.cdiv(batch * tokens, launch.TOKENS * launch.PROGRAMS)
-    programs = triton.cdiv(batch * tokens, tokens_of_program)
+    class_blocks = cdiv(num_classes, launch.CLASSES)
+    tokens_of_program = launch.TOKENS * cdiv(batch * tokens, launch.TOKENS * launch.PROGRAMS)
+    programs = cdiv(batch * tokens, tokens_of_program)
     error, finished = float32(batch, tokens), int32(class_blocks + 1)
     sums, counts = float32(programs, num_classes), int32(programs, num_classes)
 
@@ -357,4 +360,4 @@ def _patch_grid(pred, image, masked, patch_size, distance, normalize, mean, std)
         MEAN=None if mean is None else tuple(mean), STD=None if std is None else tuple(std),
         DISTANCE=distance, NORMALIZE=normalize, **launch._asdict(),
     )  # fmt: skip
-    return (triton.cdiv(batch * tokens, launch.TOKENS),), (batch, tokens, image.shape[3] // patch_size), options
+    return (cdiv(batch * tokens, launch.TOKENS),), (batch, tokens, image.shape[3] // patch_size), options

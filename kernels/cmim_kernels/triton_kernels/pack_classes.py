@@ -5,6 +5,7 @@ them in all earlier tiles. Place: the packed position of a token is the start of
 the segment in earlier tiles, plus the number of those before it in its own tile.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.reference import pack_classes as reference
-from cmim_kernels.triton_kernels.common import power_of_two, token_class
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two, token_class
 
 MAX_CLASSES = 2047
 """With more segments, the counters of a program do not fit in registers, and PyTorch sorts instead."""
@@ -24,6 +25,7 @@ class PackLaunch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def pack_launch(num_classes):
     """SEGMENTS: the 2K + 1 segments and one for the places past the last token."""
     return PackLaunch(TILE=128, SEGMENTS=power_of_two(2 * num_classes + 2, low=32, high=4096), num_warps=4)
@@ -127,7 +129,7 @@ def pack_classes_forward(labels, masked, num_classes):
     if labels.numel() == 0:
         return tuple(out.zero_() for out in outputs)
     launch = pack_launch(num_classes)
-    masked, tiles = masked.view(torch.uint8), triton.cdiv(tokens, launch.TILE)
+    masked, tiles = masked.view(torch.uint8), cdiv(tokens, launch.TILE)
     counts, totals = new(batch, tiles, launch.SEGMENTS), new(batch, launch.SEGMENTS)
     sizes = (labels.stride(), masked.stride(), tokens, num_classes, tiles)
     _pack_classes_count_kernel[(batch * tiles,)](labels, masked, counts, *sizes, **launch._asdict())

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.reference import patch_labels as reference
-from cmim_kernels.triton_kernels.common import power_of_two
+from cmim_kernels.triton_kernels.common import cdiv, next_power_of_two, power_of_two
 
 MAX_PATCH_SIZE = 64
 """The pixels of a larger patch do not fit in the registers of a program, and PyTorch sorts instead."""
@@ -34,9 +34,10 @@ class ManyPixelsLaunch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def patch_labels_launch(patch_size, num_classes):
     """SIDE: padded side of a patch. PATCHES: number of neighbouring patches of a row in a program."""
-    side = triton.next_power_of_2(patch_size)
+    side = next_power_of_two(patch_size)
     if side <= 4:
         return FewPixelsLaunch(side, 256 // side**2, 1)
     return ManyPixelsLaunch(side, power_of_two(num_classes, low=32, high=256), 1 if side <= 16 else 4)
@@ -120,7 +121,7 @@ def patch_labels_forward(labels, patch_size, num_classes, min_share):
         launch = patch_labels_launch(patch_size, num_classes)
         needed = votes_needed(patch_size**2, min_share)
         if isinstance(launch, FewPixelsLaunch):
-            blocks = triton.cdiv(columns, launch.PATCHES)
+            blocks = cdiv(columns, launch.PATCHES)
             _patch_labels_few_pixels_kernel[(batch * rows * blocks,)](
                 labels, out, labels.stride(), rows, columns, blocks, patch_size, num_classes, needed, **launch._asdict()
             )

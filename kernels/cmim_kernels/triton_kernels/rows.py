@@ -5,13 +5,14 @@ is read once for all of them and its gradient is summed over them in one program
 inverse permutation; rows are contiguous, so that any order of rows is equally fast.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from cmim_kernels.numerics import multiprocessors
-from cmim_kernels.triton_kernels.common import power_of_two
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two
 
 
 class RowLaunch(NamedTuple):
@@ -22,11 +23,13 @@ class RowLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def forward_launch(batch, channels):
     """One warp, whose threads need no barrier to tell each other which rows to move."""
     return _launch(batch, channels, elements=1024, num_warps=1)
 
 
+@functools.cache
 def backward_launch(batch, channels):
     """More elements, so that there are few groups, each with a row of partial sums."""
     return _launch(batch, channels, elements=2048, num_warps=4)
@@ -41,14 +44,14 @@ def _launch(batch, channels, elements, num_warps):
 
 
 def forward_grid(launch, batch, tokens, channels):
-    return (triton.cdiv(batch, launch.IMAGES) * triton.cdiv(tokens, launch.PLACES), triton.cdiv(channels, launch.CHANNELS))
+    return (cdiv(batch, launch.IMAGES) * cdiv(tokens, launch.PLACES), cdiv(channels, launch.CHANNELS))
 
 
 def backward_grid(launch, tokens, channels, like):
     """The grid, and the number of blocks of places in a group; groups are few enough that their partial sums stay small."""
-    blocks, columns = triton.cdiv(tokens, launch.PLACES), max(1, triton.cdiv(channels, launch.CHANNELS))
-    in_group = max(1, triton.cdiv(blocks, max(1, 8 * multiprocessors(like) // columns)))
-    return (triton.cdiv(blocks, in_group), columns), in_group
+    blocks, columns = cdiv(tokens, launch.PLACES), max(1, cdiv(channels, launch.CHANNELS))
+    in_group = max(1, cdiv(blocks, max(1, 8 * multiprocessors(like) // columns)))
+    return (cdiv(blocks, in_group), columns), in_group
 
 
 @triton.jit

@@ -6,6 +6,7 @@ Each
 value of x is read once from memory, and once for each tap from the cache: the op is bound by multiply-adds, not by memory.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import same_class_conv2d as reference
-from cmim_kernels.triton_kernels.common import power_of_two, strides_of, sum_rows
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two, strides_of, sum_rows
 
 MAX_SIZE = 31
 """For larger kernels, the taps of a row do not fit in the registers of a program, and PyTorch is used."""
@@ -28,6 +29,7 @@ class ConvolveLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def convolve_launch(channels, channels_last):
     """A tile of ROWS x COLUMNS pixels and CHANNELS channels, longest along the dimension that is contiguous in memory. There
     are more threads than pixels or channels; otherwise the compiler passes labels and weights through shared memory, with a
@@ -45,6 +47,7 @@ class WeightLaunch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def weight_launch(size, channels, channels_last):
     """A tile of TAPS taps (one row of the kernel), PIXELS neighbouring pixels and CHANNELS channels."""
     taps = power_of_two(size, low=1, high=32)
@@ -166,9 +169,9 @@ def _centre(frame, columns, SIZE: tl.constexpr, valid):
 def _frame(labels, size, rows, columns, num_classes):
     """Labels in a frame of -1, wide enough for windows of `size` around all pixels of tiles of rows x columns."""
     batch, height, width = labels.shape
-    shape = [triton.cdiv(n, step) * step + size - 1 for n, step in ((height, rows), (width, columns))]
+    shape = [cdiv(n, step) * step + size - 1 for n, step in ((height, rows), (width, columns))]
     framed = labels.new_empty((batch, *shape), dtype=torch.int32)
-    _same_class_conv2d_frame_kernel[(triton.cdiv(framed.numel(), 1024),)](
+    _same_class_conv2d_frame_kernel[(cdiv(framed.numel(), 1024),)](
         labels, framed, labels.stride(), batch, height, width, *shape, size // 2, num_classes, BLOCK=1024, num_warps=4
     )
     return framed
@@ -178,8 +181,8 @@ def _convolve(x, framed, taps, bias, out, launch, *, flipped=False):
     """`taps`: the weight as (k, k, C), contiguous."""
     (batch, channels, height, width), size = x.shape, len(taps)
     first_tap, next_tap = (taps[-1, -1], -1) if flipped else (taps, 1)
-    tiles = batch * triton.cdiv(height, launch.ROWS) * triton.cdiv(width, launch.COLUMNS)
-    _same_class_conv2d_convolve_kernel[(tiles, triton.cdiv(channels, launch.CHANNELS))](
+    tiles = batch * cdiv(height, launch.ROWS) * cdiv(width, launch.COLUMNS)
+    _same_class_conv2d_convolve_kernel[(tiles, cdiv(channels, launch.CHANNELS))](
         x, framed, first_tap, bias, out, x.stride(), out.stride(), strides_of(bias, 1), channels, height, width,
         *framed.shape[1:], next_tap, SIZE=size, **launch._asdict(),
     )  # fmt: skip
@@ -206,9 +209,9 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
     _convolve(grad, framed, weight.permute(1, 2, 0).contiguous(), None, grad_x, launch, flipped=True)
 
     launch = weight_launch(size, channels, x.stride(1) == 1)
-    blocks, lines = triton.cdiv(channels, launch.CHANNELS), batch * height
-    of_chunk = triton.cdiv(lines * size * blocks, 8 * multiprocessors(x))  # about 8 programs for each multiprocessor
-    chunks = triton.cdiv(lines, of_chunk)
+    blocks, lines = cdiv(channels, launch.CHANNELS), batch * height
+    of_chunk = cdiv(lines * size * blocks, 8 * multiprocessors(x))  # about 8 programs for each multiprocessor
+    chunks = cdiv(lines, of_chunk)
     weight_sums = x.new_empty((chunks, size, size, channels), dtype=torch.float32)
     bias_sums = None if bias is None else x.new_empty((chunks, channels), dtype=torch.float32)
     _same_class_conv2d_weight_kernel[(chunks * size, blocks)](

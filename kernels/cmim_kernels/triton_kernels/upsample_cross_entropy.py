@@ -4,6 +4,7 @@ Forward: a program has a tile of pixels and loops over the classes (`upsampling.
 some classes and loops over the pixels around them, so that each gradient is written by one thread and summed in a fixed
 order."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
+from cmim_kernels.triton_kernels.common import cdiv
 from cmim_kernels.triton_kernels.upsampling import (
     AXES,
     LOG2E,
@@ -36,10 +38,11 @@ class CellLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def cell_launch(num_classes, width):
     """CLASSES x SPANS elements, 8 in each thread: as few as cover all classes and spans. The first span of a program has no
     cell. Reading the pixels, once for each block of classes, costs as much as one additional class."""
-    blocks = lambda classes, spans: triton.cdiv(num_classes, classes) * triton.cdiv(width, spans - 1)  # noqa: E731
+    blocks = lambda classes, spans: cdiv(num_classes, classes) * cdiv(width, spans - 1)  # noqa: E731
     cost = lambda shape: blocks(*shape) * (shape[0] + 1) * shape[1]  # noqa: E731
     classes, spans = min([(4, 64), (8, 32), (16, 16), (32, 16)], key=cost)
     return CellLaunch(classes, spans, num_warps=classes * spans // 256, maxnreg=248)
@@ -49,7 +52,7 @@ def rows_of_program(launch, blocks, height, like):
     """The number of rows of cells of a program, where `blocks` programs share the same rows. A program computes one span
     more than it has rows, so this is the largest number that leaves enough programs for the device."""
     wanted = 8 * multiprocessors(like) // launch.num_warps
-    return next((rows for rows in (16, 8, 4, 2) if blocks * triton.cdiv(height, rows) >= wanted), 1)
+    return next((rows for rows in (16, 8, 4, 2) if blocks * cdiv(height, rows) >= wanted), 1)
 
 
 @triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
@@ -200,9 +203,9 @@ def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corne
     batch, num_classes, height, width = logits.shape
     row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
     launch = cell_launch(num_classes, width)
-    class_blocks, column_blocks = triton.cdiv(num_classes, launch.CLASSES), triton.cdiv(width, launch.SPANS - 1)
+    class_blocks, column_blocks = cdiv(num_classes, launch.CLASSES), cdiv(width, launch.SPANS - 1)
     rows = rows_of_program(launch, batch * class_blocks * column_blocks, height, logits)
-    row_blocks = triton.cdiv(height, rows)
+    row_blocks = cdiv(height, rows)
     _upsample_cross_entropy_backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
         grad, logits, target, logsumexp, out,
         grad.stride(), logits.stride(), target.stride(), logsumexp.stride(), out.stride(),

@@ -5,10 +5,13 @@ second cell; before the first and after the last cell, both are that cell. All p
 interpolate between the same four cells, the corners. Positions are fractions of integers, so that spans and weights are
 exact."""
 
+import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from cmim_kernels.triton_kernels.common import cdiv
 
 LOG2E = tl.constexpr(1.4426950408889634)
 AXES = [f"row_{name}" for name in ("cells", "pixels", "step", "start", "unit")]
@@ -34,7 +37,7 @@ def _axis(cells, pixels, align_corners):
 def pixels_of_span(axis):
     """The largest number of pixels in a span."""
     _, _, step, _, unit = axis
-    return triton.cdiv(unit, step)
+    return cdiv(unit, step)
 
 
 class TileLaunch(NamedTuple):
@@ -44,17 +47,18 @@ class TileLaunch(NamedTuple):
     maxnreg: int
 
 
+@functools.cache
 def tile_launch(rows):
     """The launch configuration for spans of up to `rows` pixels. A thread has ROWS pixels of one span in one column: a class
     costs it about 8 instructions for each pixel and 24 more."""
-    cost = lambda r: triton.cdiv(rows, r) * (8 * r + 24)  # noqa: E731
+    cost = lambda r: cdiv(rows, r) * (8 * r + 24)  # noqa: E731
     return TileLaunch(min((8, 4, 2, 1), key=cost), COLUMNS=64, num_warps=2, maxnreg=128)
 
 
 def tile_grid(launch, batch, row_axis, column_axis):
     """The grid of tiles, and into how many tiles a row span is divided, vertically and horizontally."""
-    down = triton.cdiv(pixels_of_span(row_axis), launch.ROWS)
-    along = triton.cdiv(column_axis[1], launch.COLUMNS)
+    down = cdiv(pixels_of_span(row_axis), launch.ROWS)
+    along = cdiv(column_axis[1], launch.COLUMNS)
     return (batch * (row_axis[0] + 1) * down * along,), down, along
 
 
