@@ -49,7 +49,7 @@ void gather_backward(Stream, View grad, View inverse, View segment, View grad_to
 void scatter_forward(Stream, View packed, View inverse, MaybeView mask_token, MaybeView position, View out);
 void scatter_backward(Stream, View grad, View inverse, View grad_packed, MaybeView groups, MaybeView grad_position,
                       int64_t blocks);
-void sum_rows(Stream, View rows, View out);
+void sum_rows(Stream, View rows, View out, MaybeView other_rows, MaybeView other_out);
 void patch_loss_forward(Stream, View pred, View image, View masked, MaybeView labels, int64_t num_classes,
                         int64_t patch_size, std::string distance, bool normalize, bool per_class, Numbers mean, Numbers std,
                         View sums, View counts, View finished, View loss, View class_sum, View class_count);

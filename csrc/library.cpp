@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(cmim_cuda, m) {
         " -> ()");
   m.def("scatter_backward(int stream, Tensor grad, Tensor inverse, Tensor(a!) grad_packed, Tensor(b!)? groups, "
         "Tensor(c!)? grad_position, int blocks) -> ()");
-  m.def("sum_rows(int stream, Tensor rows, Tensor(a!) out) -> ()");
+  m.def("sum_rows(int stream, Tensor rows, Tensor(a!) out, Tensor? other_rows, Tensor(b!)? other_out) -> ()");
   m.def("patch_loss_forward(int stream, Tensor pred, Tensor image, Tensor masked, Tensor? labels, int num_classes, int "
         "patch_size, str distance, bool normalize, bool per_class, float[] mean, float[] std, Tensor(a!) sums, Tensor(b!)"
         " counts, Tensor(c!) finished, Tensor(d!) loss, Tensor(e!) class_sum, Tensor(f!) class_count) -> ()");

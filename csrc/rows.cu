@@ -146,11 +146,20 @@ __global__ void __launch_bounds__(THREADS, 2)
 }
 
 // rows (R, C) float32, contiguous, to out (C): a block of 8 x 32 threads takes 32 columns.
-__global__ void __launch_bounds__(THREADS) sum_rows_kernel(const float* rows, View out, int64_t num_rows, int64_t columns) {
+struct Rows {
+  const float* rows;  // (num_rows, columns)
+  View out;           // (columns)
+  int64_t columns, blocks;
+};
+
+__global__ void __launch_bounds__(THREADS) sum_rows_kernel(Rows one, Rows other, int64_t num_rows) {
   __shared__ float sums[THREADS];
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
-  for (int64_t first = blockIdx.x * int64_t{32}; first < columns; first += gridDim.x * int64_t{32}) {
-    const int64_t c = first + lane;
+  for (int64_t block = blockIdx.x; block < one.blocks + other.blocks; block += gridDim.x) {
+    const bool first = block < one.blocks;
+    const float* rows = first ? one.rows : other.rows;
+    const int64_t columns = first ? one.columns : other.columns;
+    const int64_t c = (first ? block : block - one.blocks) * 32 + lane;
     float sum = 0;
     if (c < columns)
 #pragma unroll 8
@@ -159,7 +168,7 @@ __global__ void __launch_bounds__(THREADS) sum_rows_kernel(const float* rows, Vi
     __syncthreads();
     if (row == 0 && c < columns) {
       for (int r = 1; r < THREADS / 32; ++r) sum += sums[r * 32 + lane];
-      store(out, c * out.strides[0], sum);
+      first ? store(one.out, c * one.out.strides[0], sum) : store(other.out, c * other.out.strides[0], sum);
     }
     __syncthreads();
   }
@@ -235,11 +244,18 @@ void scatter_backward(Stream stream, View grad, View inverse, View grad_packed, 
   backward<false>(stream, grad, inverse, View{}, grad_packed, groups, grad_position, blocks);
 }
 
-// rows (R, C) float32, contiguous; out (C): the sum of the rows, always in the same order.
-void sum_rows(Stream stream, View rows, View out) {
-  require_dense(rows, Dtype::float32, {rows.sizes[0], out.sizes[0]}, "sum_rows: rows of the wrong kind");
-  launch(sum_rows_kernel, stream, ceil_div(rows.sizes[1], 32), THREADS, rows.as<const float>(), out, rows.sizes[0],
-         rows.sizes[1]);
+Rows rows_of(View rows, View out, int64_t num_rows) {
+  if (!rows.data) return {};
+  require_dense(rows, Dtype::float32, {num_rows, out.sizes[0]}, "sum_rows: rows of the wrong kind");
+  return {rows.as<const float>(), out, out.sizes[0], ceil_div(out.sizes[0], 32)};
+}
+
+// rows (R, C) float32, contiguous; out (C): the sum of the rows, always in the same order. Others (R, D) and (D), or None, in
+// the same launch.
+void sum_rows(Stream stream, View rows, View out, MaybeView other_rows, MaybeView other_out) {
+  const int64_t num_rows = rows.sizes[0];
+  const Rows one = rows_of(rows, out, num_rows), other = rows_of(other_rows, other_out, num_rows);
+  launch(sum_rows_kernel, stream, one.blocks + other.blocks, THREADS, one, other, num_rows);
 }
 
 }  // namespace cmim

@@ -189,8 +189,8 @@ def recorded_launches(monkeypatch):
 
 
 ANY_DTYPE = {
-    ("sum_rows", "out"), ("gather_backward", "grad_position"), ("scatter_backward", "grad_position"),
-    ("centroids_backward", "grad"),
+    ("sum_rows", "out"), ("sum_rows", "other_out"), ("gather_backward", "grad_position"),
+    ("scatter_backward", "grad_position"), ("centroids_backward", "grad"),
 }  # fmt: skip
 """What may have another dtype than the op's other tensors."""
 

@@ -74,7 +74,7 @@ for op in {OPS}:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("cmim_cuda::" + op, "CUDA"), op
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("cmim_cuda::" + op, "CPU"), op
 try:
-    torch.ops.cmim_cuda.sum_rows(0, torch.zeros(1, 1), torch.zeros(1))
+    torch.ops.cmim_cuda.sum_rows(0, torch.zeros(1, 1), torch.zeros(1), None, None)
 except NotImplementedError as error:
     print("from the 'CPU' backend" in str(error))
 """

@@ -26,5 +26,5 @@ def parameter_gradients(run, grad, mask_token, position, blocks, *, empty):
     else:
         run(groups, grad_position)
         if groups is not None:
-            launch("sum_rows", groups, grad_mask_token)
+            launch("sum_rows", groups, grad_mask_token, None, None)
     return grad_mask_token, grad.new_empty(0) if position is None else grad_position

@@ -37,7 +37,5 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
     partial = lambda *shape: x.new_empty((blocks, *shape), dtype=torch.float32)  # noqa: E731
     of_weight, of_bias = partial(*weight.shape), None if bias is None else partial(*bias.shape)
     launch("same_class_conv2d_weight", x, grad, labels, num_classes, of_weight, of_bias)
-    launch("sum_rows", of_weight.flatten(1), grad_weight.view(-1))
-    if bias is not None:
-        launch("sum_rows", of_bias, grad_bias)
+    launch("sum_rows", of_weight.flatten(1), grad_weight.view(-1), of_bias, None if bias is None else grad_bias)
     return grad_x, grad_weight, grad_bias

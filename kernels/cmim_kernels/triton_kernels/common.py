@@ -44,24 +44,58 @@ def token_class(labels, masked, image, token, labels_strides, masked_strides, nu
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_rows_kernel(
-    rows,  # (R, C) float32
+    rows,  # (R, C) float32, contiguous, like all others
     out,  # (C,)
-    num_rows, num_columns,
+    other_rows,  # (R, D) float32; or None
+    other_out,  # (D,); or None
+    num_rows, num_columns, other_columns, taps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Memory traffic (minimum): the R C values and the C sums."""
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    """Memory traffic (minimum): the R C + R D values and their sums."""
+    block, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(num_columns, COLUMNS)
+    if other_rows is None:  # noqa: SIM114 - with `or`, the last branch would be compiled for None
+        _sum_columns(rows, out, block, num_rows, num_columns, taps, ROWS, COLUMNS)
+    elif block < blocks:
+        _sum_columns(rows, out, block, num_rows, num_columns, taps, ROWS, COLUMNS)
+    else:
+        _sum_columns(other_rows, other_out, block - blocks, num_rows, other_columns, 1, ROWS, COLUMNS)
+
+
+@triton.jit
+def _sum_columns(rows, out, block, num_rows, num_columns, taps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of a block of columns. They are in the order (taps, channels) in `rows`, and (channels, taps) in `out`."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, num_rows, ROWS):
         row = start + tl.arange(0, ROWS)
         inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
         total += tl.load(rows + row.to(tl.int64)[:, None] * num_columns + column[None, :], mask=inside, other=0.0)
-    tl.store(out + column, tl.sum(total, axis=0), mask=column < num_columns)
+    channels = num_columns // taps
+    place = column % channels * taps + column // channels
+    tl.store(out + place, tl.sum(total, axis=0), mask=column < num_columns)
 
 
 def sum_rows(rows, dtype):
     """The sum over the first dimension of a contiguous float32 (R, C), always in the same order: (C,) of `dtype`."""
     out = rows.new_empty(rows.shape[1], dtype=dtype)
     if out.numel():
-        _sum_rows_kernel[(cdiv(rows.shape[1], 32),)](rows, out, *rows.shape, ROWS=128, COLUMNS=32, num_warps=4)
+        _launch_sum_rows(rows, out, None, None, 1)
     return out
+
+
+def sum_taps(weight_sums, bias_sums, weight, bias):
+    """The gradients of a depthwise convolution's weight (C, k, k) and bias (C,), or None for the bias, in one launch.
+
+    weight_sums (R, k, k, C) and bias_sums (R, C), or None, hold their summands, contiguous float32.
+    """
+    grad_weight = weight.new_empty(weight.shape)
+    grad_bias = None if bias is None else bias.new_empty(bias.shape)
+    _launch_sum_rows(weight_sums.flatten(1), grad_weight, bias_sums, grad_bias, weight.shape[-1] ** 2)
+    return grad_weight, grad_bias
+
+
+def _launch_sum_rows(rows, out, other_rows, other_out, taps):
+    other_columns = 0 if other_rows is None else other_rows.shape[1]
+    _sum_rows_kernel[(cdiv(rows.shape[1], 32) + cdiv(other_columns, 32),)](
+        rows, out, other_rows, other_out, *rows.shape, other_columns, taps, ROWS=128, COLUMNS=32, num_warps=4
+    )

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import same_class_conv2d as reference
-from cmim_kernels.triton_kernels.common import cdiv, power_of_two, strides_of, sum_rows
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two, strides_of, sum_taps
 
 MAX_SIZE = 31
 """For larger kernels, the taps of a row do not fit in the registers of a program, and PyTorch is used."""
@@ -218,5 +218,5 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
         grad, x, framed, weight_sums, bias_sums, grad.stride(), x.stride(), lines, of_chunk, channels, height, width,
         *framed.shape[1:], SIZE=size, **launch._asdict(),
     )  # fmt: skip
-    grad_weight = sum_rows(weight_sums.flatten(1), weight.dtype).view(size, size, channels).permute(2, 0, 1).contiguous()
-    return grad_x, grad_weight, weight.new_empty(0) if bias is None else sum_rows(bias_sums, bias.dtype)
+    grad_weight, grad_bias = sum_taps(weight_sums, bias_sums, weight, bias)
+    return grad_x, grad_weight, weight.new_empty(0) if bias is None else grad_bias

@@ -31,13 +31,13 @@ LAUNCHES = {
     "centroids that sort": (2 + 3, 1),
     "centroids of images": (2, 1),
     "patch labels": (1, 0),
-    "convolution": (2, 5),  # the labels' frame; then those of x, of the weight, and two sums
+    "convolution": (2, 4),  # the labels' frame; then those of x, of the weight, and sums
     "cross-entropy": (1, 1),
     "pseudo-labels": (1, 0),
     "attention": (1, 2),
 }
 """How many launches a call makes forward and backward, at most."""
-COPIES = {"convolution": (1, 2)}  # of the weight and its gradient, which the kernels want by channel
+COPIES = {"convolution": (1, 1)}  # of the weight, which the kernels want by tap
 """And how many of PyTorch's kernels its launchers run besides."""
 
 
