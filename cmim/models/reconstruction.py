@@ -278,8 +278,17 @@ class _MLP(nn.Sequential):
     def forward(self, x):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return super().forward(x)
+        norm, widen, _, narrow = self
+        # The parameters are arguments, because torch.func.functional_call gives a module others in its forward pass only.
+        parameters = norm.weight, norm.bias, widen.weight, widen.bias, narrow.weight, narrow.bias
         # There are no random numbers to restore, and to read their state would wait for the device.
-        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(_mlp, x, *parameters, use_reentrant=False, preserve_rng_state=False)
+
+
+def _mlp(x, norm_weight, norm_bias, wide_weight, wide_bias, narrow_weight, narrow_bias):
+    """What the layers of `_MLP` compute."""
+    x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
+    return F.linear(F.gelu(F.linear(x, wide_weight, wide_bias)), narrow_weight, narrow_bias)
 
 
 def _valid(labels, num_classes):

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from cmim import distributed
 from cmim.config import config_from
@@ -193,6 +194,21 @@ def test_a_reconstruction_keeps_less(kind, compiled):
         assert not torch.equal(pixels, torch.zeros_like(pixels))
     assert_equal(grads[1], grads[0])
     assert kept[0] - kept[1] > 8
+
+
+def test_a_reconstruction_called_with_other_weights():
+    """As torch.func.functional_call does it: they are the module's in the forward pass and no longer in backward."""
+    grads = []
+    for checkpointing in (False, True):
+        settings = ReconstructionSettings(width=16, depth=2, checkpointing=checkpointing)
+        decoder = build_reconstruction(settings, 8, 2, CLASSES)
+        generator = torch.Generator().manual_seed(0)
+        weights = {n: torch.randn(p.shape, generator=generator).requires_grad_() for n, p in decoder.named_parameters()}
+        labels = torch.zeros(2, 8, 8, dtype=torch.int32)
+        pixels = functional_call(decoder, weights, (torch.ones(2, 8, 8, 8), labels, labels > 0))
+        pixels.square().sum().backward()
+        grads.append({name: w.grad for name, w in weights.items()})
+    assert_equal(grads[1], grads[0])
 
 
 def both_steps():
