@@ -141,14 +141,14 @@ def test_decoder(decoder, classes, side, name, timed):
     if name in (EVERY, PRESENT, "attention by sdpa") and decoder == "attention" and side > 80:
         pytest.skip("attention between all pairs of tokens does not fit in memory")
     comparison = comparison_of(decoder, classes, side)
-    # With these the ratio is near 1.
-    in_turn = name in (BLIND, CHECKPOINTED) and not ON_GPU
+    rival = name not in (BLIND, CHECKPOINTED)
+    in_turn = not rival and not ON_GPU  # with these the ratio is near 1
     beside = prepared(comparison, OURS, backward=True) if in_turn else nullcontext()
     with beside as ours, prepared(comparison, name, backward=True) as function:
         group = f"decode and loss, {decoder}; K {classes}, {side} x {side} tokens; forward and backward"
         capture, about = (
             name not in comparison.eager,
-            dict(comparable=name not in (BLIND, CHECKPOINTED), decoder=decoder, classes=classes, tokens=side * side),
+            dict(comparable=rival, decoder=decoder, classes=classes, tokens=side * side),
         )
         timed(group, name, function, comparison.arguments, capture=capture, ours=ours, **about)
 

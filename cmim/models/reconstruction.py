@@ -4,9 +4,12 @@
 decoders here need a single pass, because every operation is token-wise or mixes tokens of one class only.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from cmim.models.attention import ATTENTIONS
@@ -115,12 +118,12 @@ class _ConvBlock(nn.Module):
         depthwise = nn.Conv2d(width, width, kernel_size, groups=width)  # gives the usual initialisation
         self.weight = nn.Parameter(depthwise.weight.detach()[:, 0].clone())
         self.bias = nn.Parameter(depthwise.bias.detach())
-        self.mlp = _MLP(width, checkpointing)
+        self.mlp, self.checkpointing = _mlp(width), checkpointing
 
     def forward(self, tokens, labels, num_classes):
         x = tokens.permute(0, 3, 1, 2)  # a channels-last view, without a copy
         x = same_class_conv2d(x, labels, self.weight, self.bias, num_classes=num_classes)
-        return tokens + self.mlp(x.permute(0, 2, 3, 1))
+        return tokens + _call(self.mlp, x.permute(0, 2, 3, 1), self.checkpointing)
 
 
 class ClassAttentionDecoder(_ClassDecoder):
@@ -192,13 +195,13 @@ class _AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
-        self.mlp = _MLP(width, checkpointing)
+        self.mlp, self.checkpointing = _mlp(width), checkpointing
 
     def forward(self, tokens, attention):
         """tokens (B, N, width); `attention` mixes q, k, v (B, heads, N, width / heads)."""
         q, k, v = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         tokens = tokens + self.merge(attention(q, k, v).transpose(1, 2).flatten(2))
-        return tokens + self.mlp(tokens)
+        return tokens + _call(self.mlp, tokens, self.checkpointing)
 
 
 def decode_per_class(decoder: nn.Module, features: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
@@ -268,27 +271,20 @@ def sine_cosine_positions(tokens: Tensor) -> Tensor:
     return position.flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))
 
 
-class _MLP(nn.Sequential):
-    """The MLP of a block with the LayerNorm before it. Its inner maps are most of what the decoder keeps for backward."""
-
-    def __init__(self, width, checkpointing):
-        super().__init__(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.checkpointing = checkpointing
-
-    def forward(self, x):
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return super().forward(x)
-        norm, widen, _, narrow = self
-        # The parameters are arguments, because torch.func.functional_call gives a module others in its forward pass only.
-        parameters = norm.weight, norm.bias, widen.weight, widen.bias, narrow.weight, narrow.bias
-        # There are no random numbers to restore, and to read their state would wait for the device.
-        return checkpoint(_mlp, x, *parameters, use_reentrant=False, preserve_rng_state=False)
+def _mlp(width):
+    """The MLP of a block with the LayerNorm before it."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
-def _mlp(x, norm_weight, norm_bias, wide_weight, wide_bias, narrow_weight, narrow_bias):
-    """What the layers of `_MLP` compute."""
-    x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
-    return F.linear(F.gelu(F.linear(x, wide_weight, wide_bias)), narrow_weight, narrow_bias)
+def _call(module, x, checkpointing):
+    """module(x); with `checkpointing`, x and the parameters are all that is kept for the backward pass."""
+    if not (checkpointing and torch.is_grad_enabled()):
+        return module(x)
+    # The backward pass computes with these parameters, even if by then the module has others: so it is where the decoder
+    # itself is called by functional_call. There are no random numbers to restore, and to read their state would wait for
+    # the device.
+    compute = functools.partial(functional_call, module, dict(module.named_parameters()))
+    return checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _valid(labels, num_classes):
