@@ -81,8 +81,8 @@ class MethodSettings(Section):
     as in the labelled images, at most 10 times."""
     logit_adjustment: bool = False
     """Add to the logits of unlabelled views, in their cross-entropies, the logarithm of each class's share of the confident
-    pixels relative to its share of the labelled ones, so that classes that pseudo-labels lack are not unlearnt. It does harm
-    where the labelled images are too few to have the shares of all images."""
+    pixels relative to its share of the labelled ones, so that classes that pseudo-labels lack are not unlearnt. It may do
+    harm where the labelled images are too few to have the shares of all images."""
     align: bool = False
     """Distribution alignment: multiply the probabilities of pseudo-labels so that the classes are as frequent in them as in
     the labelled images."""

@@ -1,12 +1,15 @@
 """The tests of `stub_driver/on_the_stub.py`, in a process whose Triton is not interpreted and whose device is the stub."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.backends.calls import CALLS
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "backends" / "stub_driver" / "on_the_stub.py"
@@ -30,6 +33,15 @@ def test_common_launches():
 @pytest.mark.slow
 def test_every_launch():
     run("-m", "slow")
+
+
+@pytest.mark.slow
+def test_host_time():
+    command = [sys.executable, "-m", "tests.backends.stub_driver.host_time"]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) == len(CALLS), result.stderr
+    assert all(re.fullmatch(r".{26} +\d+   launches \d+(, \d+)*", line) for line in lines)
 
 
 @pytest.mark.slow
