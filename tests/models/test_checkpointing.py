@@ -211,6 +211,19 @@ def test_a_reconstruction_called_with_other_weights():
     assert_equal(grads[1], grads[0])
 
 
+def test_a_reconstruction_reads_no_random_state(monkeypatch):
+    """That of a GPU waits for the device, and in a CUDA graph it is an error."""
+
+    def refuse(*arguments):
+        raise AssertionError("the state was read")
+
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    decoder = build_reconstruction(ReconstructionSettings(width=16, depth=1, checkpointing=True), 8, 2, CLASSES)
+    labels = torch.zeros(1, 4, 4, dtype=torch.int32)
+    decoder(torch.ones(1, 8, 4, 4), labels, labels > 0).sum().backward()
+    assert all(p.grad is not None for p in decoder.blocks.parameters())
+
+
 def both_steps():
     return [step_of(make_config("cmim", **REAL, model__checkpointing=c), ranks=2) for c in (False, True)]
 
