@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from cmim.method.diagnostics import agreement, coverage, gradient_norms, hidden_accuracy, mean_colour_error, separation
+from cmim.method.diagnostics import (
+    agreement,
+    coverage,
+    gradient_norms,
+    hidden_accuracy,
+    mean_colour_error,
+    separation,
+    share_in_reach,
+    token_purity,
+)
 from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import class_centroids
 
@@ -112,3 +121,15 @@ def test_accuracy_at_hidden_pixels():
     # Hidden and known: 4 of the second row, all right, and 3 in each of the last two, all wrong.
     assert hidden_accuracy(logits, classes, hidden, align_corners=False) == 0.4
     assert hidden_accuracy(logits, classes, hidden & False, align_corners=False) == 0
+
+
+def test_purity_of_tokens_and_the_share_in_reach():
+    classes = torch.tensor([[[0, 0, 1, 1], [0, 2, 1, 1], [255, 255, 2, 1], [255, 255, 0, 255]]])
+    token_classes = torch.tensor([[[0, 1], [-1, 2]]])
+    # 3 of 4 pixels have the class 0 of their token, 4 of 4 the class 1, 1 of 4 the class 2; the fourth token has none.
+    assert token_purity(classes, token_classes, 2) == 8 / 12
+    assert token_purity(classes, token_classes * 0 - 1, 2) == 0
+    masked = torch.tensor([[[True, True], [True, False]]])
+    reached = torch.tensor([[[True, False], [True, True]]])
+    assert share_in_reach(reached, token_classes, masked) == 1 / 2
+    assert share_in_reach(reached, token_classes, masked & False) == 0

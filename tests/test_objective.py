@@ -360,8 +360,8 @@ def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     full = objective(batch, ramp(), diagnostics=True, gradients=True)
     torch.testing.assert_close(short.loss, full.loss, rtol=0, atol=0)
     assert not any(t.requires_grad for output in (short, full) for t in output.terms.values())
-    more = {"pix_vs_mean_colour", "separation"} if preset == "cmim" else set()
-    more |= {"hidden_accuracy"} if PRESETS[preset].masked else set()
+    more = {"pix_vs_mean_colour", "in_reach", "separation"} if preset == "cmim" else set()
+    more |= {"hidden_accuracy", "token_purity"} if PRESETS[preset].masked else set()
     assert set(some.figures) - set(short.figures) == more
     agreements = {name: full.figures.pop(name) for name in list(full.figures) if name.startswith("agreement_")}
     assert set(agreements) == {f"agreement_{name}" for name in full.terms if name != "sup"}

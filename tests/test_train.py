@@ -28,7 +28,7 @@ TERMS = {
     "cmim": {"sup", "strong", "fp", "pix", "feat", "sem_labelled", "sem_weak", "sem_strong"},
 }
 SPEED = {"images_per_second", "data_wait", "seconds"}
-MASKED = {"valid_tokens", "pairs", "pix_vs_mean_colour", "separation"}
+MASKED = {"valid_tokens", "pairs", "pix_vs_mean_colour", "separation", "token_purity", "in_reach"}
 COVERAGE = {"coverage", "coverage_foreground"}
 
 
@@ -59,6 +59,7 @@ def test_every_log_line_has_the_figures_of_the_method(run):
         assert sum(line[f"loss_{name}"] for name in TERMS["cmim"]) == pytest.approx(line["loss"], rel=1e-5)
         assert line["coverage"] == 1 and 0 < line["valid_tokens"] <= 1 and line["pairs"] > 0
         assert min(line["separation"], line["pix_vs_mean_colour"], line["loss_pix"], line["images_per_second"]) > 0
+        assert 0.5 <= line["token_purity"] <= 1 and 0 < line["in_reach"] <= 1
         gradients = {key.removeprefix("gradient_") for key in line if key.startswith("gradient_")}
         assert gradients == (TERMS["cmim"] if line["step"] in (2, 4) else set())
         assert all(line[f"gradient_{name}"] > 0 for name in gradients)
@@ -117,7 +118,7 @@ def test_the_other_presets(preset, tmp_path, capsys):
     run = run_tiny(tmp_path / "run", train__steps=1, method__preset=preset, teacher__kind="student")
     line = read_metrics(run)[0]
     assert terms_of(line) == TERMS[preset]
-    masked = {"semantic": {"valid_tokens"}, "mim": MASKED}.get(preset, set())
+    masked = {"semantic": {"valid_tokens", "token_purity"}, "mim": MASKED}.get(preset, set())
     assert MASKED & line.keys() == masked and COVERAGE.isdisjoint(line) == (preset == "supervised")
     assert not any(name.startswith("teacher.") for name in checkpoint.load(run.last)["objective"])
     printed = capsys.readouterr().out

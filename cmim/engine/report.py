@@ -34,6 +34,8 @@ ABOUT = {
     "coverage_foreground": "the same without the background",
     "pix_vs_mean_colour": "error of the pixel decoder relative to the mean colour of a class; below 1 it has learnt more",
     "hidden_accuracy": "share of the hidden pixels whose class is predicted from the masked image",
+    "token_purity": "share of the pixels of tokens that have the class of their token",
+    "in_reach": "share of the hidden tokens that the pixel decoder reconstructs from a visible token of their class",
     "separation": "distance between the centroids of classes relative to that within a class",
     "images_per_second": "training only, without evaluations and pictures",
     "data_wait": "share of the time of a step spent waiting for images",

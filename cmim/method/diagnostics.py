@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cmim.data.datasets import IGNORED
 from cmim.distributed import sum_over_ranks
+from cmim.method.masking import expand
 from cmim.method.pseudo_labels import PseudoLabels
 from cmim_kernels import ClassCentroids, class_centroids, masked_patch_loss, upsample_pseudo_labels
 
@@ -117,3 +118,25 @@ def hidden_accuracy(logits: Tensor, classes: Tensor, hidden: Tensor, align_corne
     label, _ = upsample_pseudo_labels(logits.detach(), tuple(classes.shape[-2:]), align_corners=align_corners)
     counted = hidden & (classes != IGNORED)
     return ((label == classes) & counted).sum() / counted.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def token_purity(classes: Tensor, token_classes: Tensor, stride: int) -> Tensor:
+    """Share of the pixels of the tokens with a class that have that class themselves.
+
+    Args:
+        classes: (V, H, W).
+        token_classes: (V, h, w), -1 where there is none.
+        stride: pixels per side of a token.
+    """
+    counted = token_classes >= 0
+    same = (classes == expand(token_classes, stride)) & expand(counted, stride)
+    return same.sum() / (counted.sum() * stride**2).clamp(min=1)
+
+
+@torch.no_grad()
+def share_in_reach(reached: Tensor, token_classes: Tensor, masked: Tensor) -> Tensor:
+    """Share of the hidden tokens with a class that are reconstructed from a visible one. All arguments are (V, h, w);
+    `reached` is the result of the decoder's `in_reach`."""
+    counted = masked & (token_classes >= 0)
+    return (reached & counted).sum() / counted.sum().clamp(min=1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cmim.data.datasets import IGNORED
 from cmim.method import masking
-from cmim.method.diagnostics import hidden_accuracy, mean_colour_error, separation
+from cmim.method.diagnostics import hidden_accuracy, mean_colour_error, separation, share_in_reach, token_purity
 from cmim.method.pseudo_labels import PseudoLabels
 from cmim.method.terms import Ratio, Terms
 from cmim.models.batch_norm import batch_norm_mode
@@ -97,6 +97,7 @@ class MaskedTerms(nn.Module):
         if diagnostics:
             hidden = masking.expand(masked.mask, self.stride)
             figures["hidden_accuracy"] = hidden_accuracy(maps.logits, masked.classes, hidden, self.net.align_corners)
+            figures["token_purity"] = token_purity(masked.classes, masked.token_classes, self.stride)
         if "feat" in wanted:
             term, more, count = self.feature_term(masked, maps.features, diagnostics)
             terms["feat"], figures = (self.config.mim.w_feat, term), figures | more
@@ -202,7 +203,11 @@ class MaskedTerms(nn.Module):
         if not diagnostics:
             return Ratio(total, count), {}
         guess = mean_colour_error(self.net.normalise(views.image), target)
-        return Ratio(total, count), {"pix_vs_mean_colour": patches.loss.detach() / guess.clamp(min=1e-8)}
+        reached = self.reconstruction.in_reach(result.groups.view_as(views.mask), views.mask)
+        return Ratio(total, count), {
+            "pix_vs_mean_colour": patches.loss.detach() / guess.clamp(min=1e-8),
+            "in_reach": share_in_reach(reached, views.token_classes, views.mask),
+        }
 
     def feature_term(
         self, views: MaskedViews, features: Tensor, diagnostics: bool

@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from cmim.models.attention import ATTENTIONS
 from cmim.settings import ReconstructionSettings
-from cmim_kernels import checks, gather_class_tokens, pack_classes, same_class_conv2d, scatter_class_tokens
+from cmim_kernels import (
+    checks,
+    class_centroids,
+    gather_class_tokens,
+    pack_classes,
+    same_class_conv2d,
+    scatter_class_tokens,
+)
 
 
 class _ClassDecoder(nn.Module):
@@ -100,6 +107,16 @@ class ClassConvDecoder(_ClassDecoder):
             tokens = block(tokens, labels, self.num_classes)
         return tokens
 
+    @torch.no_grad()
+    def in_reach(self, labels: Tensor, masked: Tensor) -> Tensor:
+        """(B, h, w) bool, the tokens whose pixels are predicted from a visible one; arguments as of `forward`."""
+        reached = _valid(labels, self.num_classes) & ~masked
+        for block in self.blocks:
+            window = torch.ones(1, *block.weight.shape[1:], device=labels.device)
+            near = same_class_conv2d(reached[:, None].float(), labels, window, num_classes=self.num_classes)
+            reached = near[:, 0] > 0
+        return reached
+
     def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
         """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
         if self.mask_token is not None:
@@ -168,6 +185,14 @@ class ClassAttentionDecoder(_ClassDecoder):
         for block in self.blocks:
             packed = block(packed, attend)
         return scatter_class_tokens(packed, layout).view(batch, height, width, channels)
+
+    @torch.no_grad()
+    def in_reach(self, labels: Tensor, masked: Tensor) -> Tensor:
+        """(B, h, w) bool, the tokens whose pixels are predicted from a visible one; arguments as of `forward`."""
+        valid = _valid(labels, self.num_classes)
+        count = class_centroids(masked[:, None].float(), labels.flatten(1), masked.flatten(1), self.num_classes).count
+        of_token = count[:, :, 0].gather(1, torch.where(valid, labels, 0).flatten(1).long())
+        return valid & (of_token > 0).view_as(valid)
 
     def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
         """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""

@@ -281,3 +281,14 @@ def test_tokens_of_the_fine_map_are_not_mixed(poison):
     fine[0, :, 3, 4] = poison
     changed = (tokens(fine, deepest) != before).any(1)
     assert changed[0, 3, 4] and changed.sum() == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 99), height=st.integers(1, 9), width=st.integers(1, 9), classes=st.integers(1, 4))
+def test_tokens_in_reach_are_those_with_a_gradient_at_a_visible_token(kind, seed, height, width, classes):
+    decoder = make_decoder(kind, classes)
+    features, labels, masked = make_inputs(seed, 1, height, width, classes)
+    pixels = decoder(features.requires_grad_(), labels, masked)[0]
+    # The mask token takes the place of hidden features, so that all gradients are those of visible ones.
+    of_tokens = [torch.autograd.grad(p.square().sum(), features, retain_graph=True)[0] for p in pixels]
+    assert decoder.in_reach(labels, masked).flatten().tolist() == [bool(gradient.any()) for gradient in of_tokens]
