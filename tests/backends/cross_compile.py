@@ -35,14 +35,18 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cmim_kernels.ops.library import KERNELS
-from cmim_kernels.triton_kernels import class_centroids
+from cmim_kernels.triton_kernels import class_centroids, rows
 from tests.backends import declared, launches, machine_code
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
-RESIDENT = {"class_centroids_one_hot_kernel": class_centroids.RESIDENT}
+RESIDENT = {
+    "class_centroids_one_hot_kernel": class_centroids.RESIDENT,
+    "gather_backward_kernel": rows.RESIDENT,
+    "scatter_backward_kernel": rows.RESIDENT,
+}
 """Programs that the launcher of a kernel counts on a multiprocessor to hold at a time."""
 TABLE = Path(__file__).with_name("compiled.json")
 TABLE_ARCHITECTURE = 90

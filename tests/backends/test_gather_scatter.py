@@ -69,6 +69,20 @@ def test_groups_of_several_blocks_of_places(op, monkeypatch):
     assert_like_torch(call(op, layout, True, True), inputs)
 
 
+@pytest.mark.parametrize("tokens", [1, 660, 661, 6400, 100_000])
+@pytest.mark.parametrize("channels", [20, 128, 256, 1000])
+def test_all_groups_run_at_the_same_time_and_cover_all_places(tokens, channels, monkeypatch):
+    monkeypatch.setattr(rows, "multiprocessors", lambda tensor: 132)
+    launch = rows.backward_launch(8, channels)
+    (groups, columns), blocks_in_group = rows.backward_grid(launch, tokens, channels, None)
+    blocks, places = -(-tokens // launch.PLACES), 132 * rows.RESIDENT
+    assert groups * columns <= places and columns * launch.CHANNELS >= channels
+    assert groups * blocks_in_group >= blocks > (groups - 1) * blocks_in_group
+    assert (blocks_in_group - 1) * (
+        places // columns
+    ) < blocks  # a block less in each group would take more groups than places
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", [gather_class_tokens, scatter_class_tokens])
 def test_gradients_that_lie_in_rows(op, dtype):

@@ -35,8 +35,8 @@ def test_automatic_choice_runs_the_kernels(monkeypatch):
     for launch in (rows.forward_launch, rows.backward_launch):
         launch.cache_clear()
     seen = []
-    original = rows._launch
-    monkeypatch.setattr(rows, "_launch", lambda *a, **options: seen.append(a) or original(*a, **options))
+    original = rows._widths
+    monkeypatch.setattr(rows, "_widths", lambda *a, **options: seen.append(a) or original(*a, **options))
     function, inputs = call("gather")
     with use_backend("auto"):
         run(function, inputs)

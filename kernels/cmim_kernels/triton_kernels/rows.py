@@ -23,24 +23,29 @@ class RowLaunch(NamedTuple):
     maxnreg: int
 
 
+RESIDENT = 5
+"""Programs of the backward pass that a multiprocessor holds at a time: 4 warps with at most 96 registers a thread."""
+
+
 @functools.cache
 def forward_launch(batch, channels):
     """One warp, whose threads need no barrier to tell each other which rows to move."""
-    return _launch(batch, channels, elements=1024, num_warps=1)
+    wide, images = _widths(batch, channels, elements=1024)
+    return RowLaunch(images, 1024 // (wide * images), wide, num_warps=1, maxnreg=200 if wide == 32 else 168)
 
 
 @functools.cache
 def backward_launch(batch, channels):
-    """More elements, so that there are few groups, each with a row of partial sums."""
-    return _launch(batch, channels, elements=2048, num_warps=4)
+    """More elements, so that there are few groups, each with a row of partial sums, but not more than 16 places or 32 rows,
+    whose addresses would need more registers."""
+    wide, images = _widths(batch, channels, elements=2048)
+    return RowLaunch(images, min(16, 32 // images, 2048 // (wide * images)), wide, num_warps=4, maxnreg=96)
 
 
-def _launch(batch, channels, elements, num_warps):
-    """A tile of so many elements: first as many channels as possible, then images, then places. Many places with narrow rows
-    need more registers for addresses."""
+def _widths(batch, channels, elements):
+    """Channels and images of a tile of so many elements: first as many channels as possible, then images, then places."""
     wide = power_of_two(channels, low=32, high=256)
-    images = power_of_two(batch, low=1, high=min(8, elements // wide))
-    return RowLaunch(images, elements // (wide * images), wide, num_warps, maxnreg=200 if wide == 32 else 168)
+    return wide, power_of_two(batch, low=1, high=min(8, elements // wide))
 
 
 def forward_grid(launch, batch, tokens, channels):
@@ -48,9 +53,10 @@ def forward_grid(launch, batch, tokens, channels):
 
 
 def backward_grid(launch, tokens, channels, like):
-    """The grid, and the number of blocks of places in a group; groups are few enough that their partial sums stay small."""
+    """The grid, and the number of blocks of places in a group. There are at most as many groups as the device holds at a
+    time, so that all end together and their partial sums stay few."""
     blocks, columns = cdiv(tokens, launch.PLACES), max(1, cdiv(channels, launch.CHANNELS))
-    in_group = max(1, cdiv(blocks, max(1, 8 * multiprocessors(like) // columns)))
+    in_group = max(1, cdiv(blocks, max(1, RESIDENT * multiprocessors(like) // columns)))
     return (cdiv(blocks, in_group), columns), in_group
 
 
