@@ -29,12 +29,13 @@ def meta(*shape, dtype=torch.float32, channels_last=False):
 
 
 def pairwise(**options):
-    """Few choices of one value for each option, among which every two values of two options meet."""
+    """Few choices of one value for each option, among which every two values of two options meet. The first has the first
+    value of each."""
     names = list(options)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in options[a] for y in options[b]}
     chosen = []
     while missing:
-        choice = dict(sorted(missing, key=str)[0])
+        choice = dict(sorted(missing, key=str)[0]) if chosen else {name: options[name][0] for name in names}
         for name in (n for n in names if n not in choice):
             gain = lambda v: sum({p, q} <= {*choice.items(), (name, v)} for p, q in missing)  # noqa: B023, E731
             choice[name] = max(options[name], key=gain)
