@@ -1,8 +1,8 @@
 """`python -m bench.report RESULTS ...`: measurements as tables in words, and as plots beside the files.
 
 RESULTS are JSON files of `pytest bench/ --benchmark-json FILE`, or lines of `bench.recorder` (`bench.gpu`), complete or not,
-of one run each. FILE.md gets every measurement and what failed, and bench/README.md, between its markers, one row for each
-op: how many times faster than the best baseline; and what class-wise work costs beside the same without classes.
+of one run each. FILE.md gets every measurement and what failed; the file of `--readme`, between its markers, one row for
+each op: how many times faster than the best baseline; and what class-wise work costs beside the same without classes.
 """
 
 import argparse
@@ -202,13 +202,14 @@ def plot(run):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark, or lines of bench.recorder")
-    parser.add_argument("--readme", type=Path, default=Path("bench/README.md"))
+    parser.add_argument("--readme", type=Path, help="file with markers for a summary, such as bench/README.md")
     options = parser.parse_args()
     runs = [Run(path) for path in options.results]
     for run in runs:
         run.path.with_suffix(".md").write_text("\n".join(all_rows(run)) + "\n")
         plot(run)
-    write_summary(options.readme, runs)
+    if options.readme:
+        write_summary(options.readme, runs)
 
 
 if __name__ == "__main__":

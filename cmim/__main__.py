@@ -7,12 +7,12 @@ python -m cmim --version
 
 import ast
 import difflib
-import re
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from cmim.early import version
 from cmim.errors import UserError, run_command
 
 COMMANDS = ("check", "train", "evaluate", "predict", "compare", "report", "export")
@@ -32,7 +32,7 @@ def _answer(name):
     if name in ("-h", "--help"):
         return _overview()
     if name == "--version":
-        return f"cmim {_version()}"
+        return f"cmim {version()}"
     nearest = difflib.get_close_matches(name, COMMANDS, 1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"expected {', '.join(COMMANDS)} or --version"
     raise UserError(f"there is no command {name}; {hint}")
@@ -49,12 +49,6 @@ def _summary(name):
     """The first line of a command's docstring; nothing is imported, which would take seconds."""
     source = Path(find_spec(f"cmim.{name}").origin).read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
-
-
-def _version():
-    """Of cmim_kernels, which defines it, from its source."""
-    source = Path(find_spec("cmim_kernels").origin).read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "(.*)"$', source, re.M)[1]
 
 
 if __name__ == "__main__":

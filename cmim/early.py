@@ -1,10 +1,12 @@
-"""What a command does before the import of PyTorch, which takes seconds: report missing packages, answer --help, and react
-to signals."""
+"""What a command does before the import of PyTorch, which takes seconds: report missing packages, answer --help and
+--version, and react to signals."""
 
 import importlib.util
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 NEEDED = {
     "torch": "torch", "torchvision": "torchvision", "timm": "timm", "safetensors": "safetensors", "PIL": "Pillow",
@@ -17,7 +19,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "torch")
 
 
 def begin(command: str, doc: str) -> None:
-    """Called at the top of the module of a command. Ends the process after --help and after an error, else returns.
+    """Called at the top of the module of a command. Ends the process after --help, --version and an error, else returns.
 
     Args:
         command: its name, as in `python -m cmim.<command>`.
@@ -36,9 +38,18 @@ def begin(command: str, doc: str) -> None:
     for stream in (sys.stdout, sys.stderr):  # a name that the locale cannot print must not end the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if "--version" in sys.argv[1:]:
+        print(f"cmim {version()}")
+        sys.exit(0)
     if {"-h", "--help"} & set(sys.argv[1:]):
         from cmim.command_line import print_help
         from cmim.errors import run_command
 
         run_command(lambda: print_help(command, doc, sys.argv[1:]))
         sys.exit(0)
+
+
+def version() -> str:
+    """The version of cmim: that of cmim_kernels, which defines it, from its source."""
+    source = Path(importlib.util.find_spec("cmim_kernels").origin).read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.*)"$', source, re.M)[1]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def test_from_the_command_to_the_table(tmp_path):
     content = json.loads(path.read_text())
     assert content["machine_info"]["torch"] == torch.__version__ and "node" not in content["machine_info"]
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    kept = Path("bench/README.md").read_text()
+    run("bench.report", str(path))
+    assert Path("bench/README.md").read_text() == kept
     run("bench.report", str(path), "--readme", str(readme))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -101,6 +101,9 @@ def test_commands_and_the_version_through_the_overview():
     assert run("cmim", "train", "--help", "mask", before=NO_TORCH).stdout.startswith("mask\n  ratio: 0.6\n")
     result = run("cmim", "--version", before=NO_TORCH)
     assert (result.stdout, result.stderr) == (f"cmim {cmim.__version__}\n", "")
+    for command in overview.COMMANDS:
+        result = run(f"cmim.{command}", "--version", before=NO_TORCH)
+        assert (result.stdout, result.stderr) == (f"cmim {cmim.__version__}\n", "")
     result = run("cmim", "evalute", "RUN", before=NO_TORCH)
     assert (result.returncode, result.stderr) == (2, "error: there is no command evalute; did you mean evaluate?\n")
     result = run("cmim", "train", "--output", "", before="")
