@@ -35,7 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cmim_kernels.ops.library import KERNELS
-from cmim_kernels.triton_kernels import class_centroids, rows
+from cmim_kernels.triton_kernels import class_centroids, rows, same_class_conv2d, upsample_cross_entropy
 from tests.backends import declared, launches, machine_code
 
 ARCHITECTURES = (80, 90, 100)
@@ -43,11 +43,13 @@ MAY_SPILL = (100,)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
 RESIDENT = {
-    "class_centroids_one_hot_kernel": class_centroids.RESIDENT,
-    "gather_backward_kernel": rows.RESIDENT,
-    "scatter_backward_kernel": rows.RESIDENT,
+    "class_centroids_one_hot_kernel": lambda launch: class_centroids.RESIDENT,
+    "gather_backward_kernel": lambda launch: rows.RESIDENT,
+    "scatter_backward_kernel": lambda launch: rows.RESIDENT,
+    "same_class_conv2d_weight_kernel": lambda launch: same_class_conv2d.RESIDENT[launch["CHANNELS"]],
+    "upsample_cross_entropy_backward_kernel": lambda launch: upsample_cross_entropy.RESIDENT_WARPS // launch["num_warps"],
 }
-"""Programs that the launcher of a kernel counts on a multiprocessor to hold at a time."""
+"""Programs that the launcher of a kernel counts on a multiprocessor to hold at a time, from the launch configuration."""
 TABLE = Path(__file__).with_name("compiled.json")
 TABLE_ARCHITECTURE = 90
 
@@ -142,7 +144,8 @@ def faults(launch, architecture, compiled):
         yield f"needs {compiled.shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"
     if launch.kwargs.get("DOT") and not re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.ptx):
         yield "has no matrix instruction"
-    programs, wanted = compiled.resident_warps // compiled.warps, RESIDENT.get(launch.name, 0)
+    programs = compiled.resident_warps // compiled.warps
+    wanted = RESIDENT[launch.name](launch.kwargs) if launch.name in RESIDENT else 0
     if architecture == TABLE_ARCHITECTURE and programs < wanted:
         yield f"lets a multiprocessor hold {programs} programs at a time, its launcher counts on {wanted}"
 

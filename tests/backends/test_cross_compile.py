@@ -43,16 +43,22 @@ def test_a_kernel_that_compiles_to_something_worse_is_named():
 RESIDENT = """
 from types import SimpleNamespace
 from tests.backends.cross_compile import Compiled, RESIDENT, faults
-(name, wanted), *_ = RESIDENT.items()
-for registers in (128, 129):
-    compiled = Compiled(registers, 0, 16384, "", b"", warps=8)
-    print(wanted, *faults(SimpleNamespace(name=name, kwargs={}), 90, compiled))
+for name, resident in RESIDENT.items():
+    launch = SimpleNamespace(name=name, kwargs={"CHANNELS": 128, "num_warps": 4})
+    wanted = resident(launch.kwargs)
+    most = 65536 // (wanted * 128) // 8 * 8  # a multiprocessor gives out registers in portions of 8 a thread
+    for registers in (most, most + 8):
+        print(wanted, *faults(launch, 90, Compiled(registers, 0, 16384, "", b"", warps=4)))
 """
 
 
 def test_a_launcher_that_counts_on_too_many_programs_is_named():
     said = run("-c", RESIDENT).stdout.splitlines()
-    assert said == ["2", "2 lets a multiprocessor hold 1 programs at a time, its launcher counts on 2"]
+    assert len(said) == 10
+    for fits, does_not in zip(said[::2], said[1::2], strict=True):
+        wanted = int(fits)
+        fault = f"lets a multiprocessor hold {wanted - 1} programs at a time, its launcher counts on {wanted}"
+        assert does_not == f"{wanted} {fault}"
 
 
 def test_the_table_is_of_the_triton_that_is_installed():

@@ -83,6 +83,17 @@ def test_many_rows_share_a_program(monkeypatch):
     check(*make(2, 3, 5, 3))
 
 
+@pytest.mark.parametrize("channels", [16, 40, 64, 128, 500])
+@pytest.mark.parametrize("lines", [1, 75, 640, 40_000])
+def test_all_chunks_run_at_the_same_time_and_cover_all_lines(channels, lines, monkeypatch):
+    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 132)
+    launch = kernels.weight_launch(7, channels, True)
+    programs, places = 7 * -(-channels // launch.CHANNELS), 132 * kernels.RESIDENT[launch.CHANNELS]
+    of_chunk = kernels.lines_of_chunk(launch, lines, programs, None)
+    assert programs * -(-lines // of_chunk) <= places
+    assert of_chunk == 1 or programs * -(-lines // (of_chunk - 1)) > places
+
+
 @pytest.mark.parametrize("kind", ["all ignored", "one class", "all different"])
 def test_labels(kind):
     inputs, labels = make()

@@ -128,3 +128,12 @@ def test_logits_of_any_size():
     assert loss.max() < 100 and not grad[:, 1].any()
     for shift in (-3e4, 3e4):
         check(1000 * make(1, 4, (2, 3)) + shift, target)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "height", "places", "rows"),
+    # 72 x 14 programs of 7 spans at once; 72 x 20 of 5 spans would be two rounds. 216 x 9 of 10 spans in two rounds.
+    [(72, 80, 1056, 6), (216, 80, 1056, 9), (1, 1, 1056, 1), (9, 80, 1056, 1), (5000, 4, 1056, 4)],
+)
+def test_rows_of_a_program_are_done_in_the_fewest_spans(blocks, height, places, rows):
+    assert kernels.rows_of_program(blocks, height, places) == rows

@@ -40,6 +40,11 @@ def convolve_launch(channels, channels_last):
     return ConvolveLaunch(4, 32, 32, num_warps=8, maxnreg=168)
 
 
+RESIDENT = {128: 4, 64: 3, 32: 2, 16: 3}
+"""Programs of the weight's gradient that a multiprocessor holds at a time, by their CHANNELS: fewer for narrow ones, which
+have more pixels and with them addresses."""
+
+
 class WeightLaunch(NamedTuple):
     TAPS: int
     PIXELS: int
@@ -53,6 +58,12 @@ def weight_launch(size, channels, channels_last):
     taps = power_of_two(size, low=1, high=32)
     elements, wide = (8192, power_of_two(channels, low=32, high=128)) if channels_last else (4096, 16)
     return WeightLaunch(taps, power_of_two(elements // (taps * wide), low=1, high=32), wide, num_warps=4)
+
+
+def lines_of_chunk(launch, lines, programs, like):
+    """The number of lines that the programs of a chunk add up, so many programs each: the device holds all chunks at a time,
+    so that they end together and their sums stay few."""
+    return cdiv(lines, max(1, RESIDENT[launch.CHANNELS] * multiprocessors(like) // programs))
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "rows", "columns", "reach", "num_classes"])
@@ -210,7 +221,7 @@ def same_class_conv2d_backward(grad, x, labels, weight, bias, num_classes):
 
     launch = weight_launch(size, channels, x.stride(1) == 1)
     blocks, lines = cdiv(channels, launch.CHANNELS), batch * height
-    of_chunk = cdiv(lines * size * blocks, 8 * multiprocessors(x))  # about 8 programs for each multiprocessor
+    of_chunk = lines_of_chunk(launch, lines, size * blocks, x)
     chunks = cdiv(lines, of_chunk)
     weight_sums = x.new_empty((chunks, size, size, channels), dtype=torch.float32)
     bias_sums = None if bias is None else x.new_empty((chunks, channels), dtype=torch.float32)

@@ -30,6 +30,9 @@ from cmim_kernels.triton_kernels.upsampling import (
     weight_of_second,
 )
 
+RESIDENT_WARPS = 8
+"""Warps of the backward pass that a multiprocessor holds at a time, with at most 248 registers a thread."""
+
 
 class CellLaunch(NamedTuple):
     CLASSES: int
@@ -48,11 +51,14 @@ def cell_launch(num_classes, width):
     return CellLaunch(classes, spans, num_warps=classes * spans // 256, maxnreg=248)
 
 
-def rows_of_program(launch, blocks, height, like):
-    """The number of rows of cells of a program, where `blocks` programs share the same rows. A program computes one span
-    more than it has rows, so this is the largest number that leaves enough programs for the device."""
-    wanted = 8 * multiprocessors(like) // launch.num_warps
-    return next((rows for rows in (16, 8, 4, 2) if blocks * cdiv(height, rows) >= wanted), 1)
+@functools.cache
+def rows_of_program(blocks, height, places):
+    """The number of rows of cells of a program, where `blocks` programs share the same rows and the device holds `places`
+    programs at a time. A program computes one span more than it has rows, so that all are done after rounds x (rows + 1)
+    spans."""
+    programs = lambda rows: blocks * cdiv(height, rows)  # noqa: E731
+    spans = lambda rows: (cdiv(programs(rows), places) * (rows + 1), programs(rows) * (rows + 1))  # noqa: E731
+    return min(range(1, min(height, 64) + 1), key=spans)
 
 
 @triton.jit(do_not_specialize=[*AXES, "tiles_down", "tiles_along"])
@@ -204,7 +210,8 @@ def upsample_cross_entropy_backward(grad, logits, target, logsumexp, align_corne
     row_axis, column_axis = axes(logits, target.shape[1:], align_corners)
     launch = cell_launch(num_classes, width)
     class_blocks, column_blocks = cdiv(num_classes, launch.CLASSES), cdiv(width, launch.SPANS - 1)
-    rows = rows_of_program(launch, batch * class_blocks * column_blocks, height, logits)
+    places = RESIDENT_WARPS // launch.num_warps * multiprocessors(logits)
+    rows = rows_of_program(batch * class_blocks * column_blocks, height, places)
     row_blocks = cdiv(height, rows)
     _upsample_cross_entropy_backward_kernel[(batch * class_blocks * column_blocks * row_blocks,)](
         grad, logits, target, logsumexp, out,
