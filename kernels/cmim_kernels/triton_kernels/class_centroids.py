@@ -44,10 +44,11 @@ class OneHotLaunch(NamedTuple):
 
 @functools.cache
 def one_hot_launch(segments, itemsize):
-    """Rows of 128 bytes; float32, which needs three products, gets half the channels. A multiprocessor has registers for
-    RESIDENT programs at a time."""
+    """Rows of 128 bytes; float32, which needs three products, gets half the channels and half the tokens. A multiprocessor
+    has registers for RESIDENT programs at a time."""
     segments = power_of_two(segments, low=16, high=MAX_ONE_HOT)
-    return OneHotLaunch(segments, TOKENS=32, CHANNELS=128 // itemsize, num_warps=8, maxnreg=65536 // (RESIDENT * 8 * 32))
+    most = 65536 // (RESIDENT * 8 * 32)
+    return OneHotLaunch(segments, TOKENS=64 // itemsize, CHANNELS=128 // itemsize, num_warps=8, maxnreg=most)
 
 
 def one_hot_splits(batch, tokens, channels, segments, launch, like):

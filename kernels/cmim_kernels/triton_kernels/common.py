@@ -52,7 +52,7 @@ def _sum_rows_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Memory traffic (minimum): the R C + R D values and their sums."""
-    block, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(num_columns, COLUMNS)
+    block, blocks = tl.program_id(0), tl.cdiv(num_columns, COLUMNS)
     if other_rows is None:  # noqa: SIM114 - with `or`, the last branch would be compiled for None
         _sum_columns(rows, out, block, num_rows, num_columns, taps, ROWS, COLUMNS)
     elif block < blocks:

@@ -23,8 +23,9 @@ class RowLaunch(NamedTuple):
     maxnreg: int
 
 
-RESIDENT = 5
-"""Programs of the backward pass that a multiprocessor holds at a time: 4 warps with at most 96 registers a thread."""
+RESIDENT = {256: 5, 128: 4, 64: 4, 32: 4}
+"""Programs of the backward pass that a multiprocessor holds at a time, by their CHANNELS: 4 warps with at most 96 registers
+a thread, or 128 where narrow rows need more of them for addresses."""
 
 
 @functools.cache
@@ -39,7 +40,8 @@ def backward_launch(batch, channels):
     """More elements, so that there are few groups, each with a row of partial sums, but not more than 16 places or 32 rows,
     whose addresses would need more registers."""
     wide, images = _widths(batch, channels, elements=2048)
-    return RowLaunch(images, min(16, 32 // images, 2048 // (wide * images)), wide, num_warps=4, maxnreg=96)
+    places = min(16, 32 // images, 2048 // (wide * images))
+    return RowLaunch(images, places, wide, num_warps=4, maxnreg=96 if wide == 256 else 128)
 
 
 def _widths(batch, channels, elements):
@@ -56,7 +58,7 @@ def backward_grid(launch, tokens, channels, like):
     """The grid, and the number of blocks of places in a group. There are at most as many groups as the device holds at a
     time, so that all end together and their partial sums stay few."""
     blocks, columns = cdiv(tokens, launch.PLACES), max(1, cdiv(channels, launch.CHANNELS))
-    in_group = max(1, cdiv(blocks, max(1, RESIDENT * multiprocessors(like) // columns)))
+    in_group = max(1, cdiv(blocks, max(1, RESIDENT[launch.CHANNELS] * multiprocessors(like) // columns)))
     return (cdiv(blocks, in_group), columns), in_group
 
 

@@ -40,9 +40,9 @@ def convolve_launch(channels, channels_last):
     return ConvolveLaunch(4, 32, 32, num_warps=8, maxnreg=168)
 
 
-RESIDENT = {128: 4, 64: 3, 32: 2, 16: 3}
-"""Programs of the weight's gradient that a multiprocessor holds at a time, by their CHANNELS: fewer for narrow ones, which
-have more pixels and with them addresses."""
+RESIDENT = {128: 4, 64: 2, 32: 2, 16: 3}
+"""Programs of the weight's gradient that a multiprocessor holds at a time, by their CHANNELS, for a size of 7: fewer for
+narrow ones, which have more pixels and with them addresses."""
 
 
 class WeightLaunch(NamedTuple):
