@@ -125,13 +125,12 @@ def token_purity(classes: Tensor, token_classes: Tensor, stride: int) -> Tensor:
     """Share of the pixels of the tokens with a class that have that class themselves.
 
     Args:
-        classes: (V, H, W).
+        classes: (V, H, W), IGNORED where there is none.
         token_classes: (V, h, w), -1 where there is none.
         stride: pixels per side of a token.
     """
-    counted = token_classes >= 0
-    same = (classes == expand(token_classes, stride)) & expand(counted, stride)
-    return same.sum() / (counted.sum() * stride**2).clamp(min=1)
+    same = classes == expand(token_classes, stride)
+    return same.sum() / ((token_classes >= 0).sum() * stride**2).clamp(min=1)
 
 
 @torch.no_grad()
