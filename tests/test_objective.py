@@ -350,6 +350,16 @@ def see_graph(monkeypatch):
     return terms, features
 
 
+def test_without_classes_more_tokens_are_in_reach(monkeypatch):
+    """`mim` reconstructs a hidden token from visible ones of any class."""
+    shares = {}
+    for preset in ("cmim", "mim"):
+        config = make_config(preset)
+        objective, batch = make_objective(monkeypatch, config), make_batch(config)
+        shares[preset] = objective(batch, ramp(), diagnostics=True).figures["in_reach"]
+    assert 0 < shares["cmim"] < shares["mim"]
+
+
 @pytest.mark.parametrize("preset", ["supervised", "fixmatch", "unimatch", "semantic", "cmim"])
 def test_diagnostics_and_gradient_norms(monkeypatch, preset):
     config = make_config(preset, data__background=0)
