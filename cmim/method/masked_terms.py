@@ -13,7 +13,7 @@ from cmim.method.pseudo_labels import PseudoLabels
 from cmim.method.terms import Ratio, Terms
 from cmim.models.batch_norm import batch_norm_mode
 from cmim.models.pixel_tokens import PixelTokens
-from cmim.models.reconstruction import build_reconstruction
+from cmim.models.reconstruction import build_reconstruction, of_visible_classes
 from cmim.models.segmenter import Segmenter
 from cmim.settings import Config, Preset
 from cmim_kernels import centroid_distance, class_centroids, masked_patch_loss, patch_labels, upsample_cross_entropy
@@ -166,7 +166,7 @@ class MaskedTerms(nn.Module):
         labels = token_classes.flatten(1)
         if visible is None:
             visible = class_centroids(tokens.detach(), labels, mask.flatten(1), self.num_classes).count[:, :, 0]
-        known = (visible > 0).gather(1, labels.clamp(min=0).long()) & (labels >= 0)
+        known = of_visible_classes(labels, visible)
         groups = self.groups_of(labels)
         return Reconstruction(groups, known, self.reconstruction(tokens, groups.view_as(mask), mask))
 

@@ -111,8 +111,8 @@ class ClassConvDecoder(_ClassDecoder):
     def in_reach(self, labels: Tensor, masked: Tensor) -> Tensor:
         """(B, h, w) bool, the tokens whose pixels are predicted from a visible one; arguments as of `forward`."""
         reached = _valid(labels, self.num_classes) & ~masked
-        for block in self.blocks:
-            window = torch.ones(1, *block.weight.shape[1:], device=labels.device)
+        window = torch.ones(1, *self.blocks[0].weight.shape[1:], device=labels.device)
+        for _ in self.blocks:
             near = same_class_conv2d(reached[:, None].float(), labels, window, num_classes=self.num_classes)
             reached = near[:, 0] > 0
         return reached
@@ -189,10 +189,9 @@ class ClassAttentionDecoder(_ClassDecoder):
     @torch.no_grad()
     def in_reach(self, labels: Tensor, masked: Tensor) -> Tensor:
         """(B, h, w) bool, the tokens whose pixels are predicted from a visible one; arguments as of `forward`."""
-        valid = _valid(labels, self.num_classes)
-        count = class_centroids(masked[:, None].float(), labels.flatten(1), masked.flatten(1), self.num_classes).count
-        of_token = count[:, :, 0].gather(1, torch.where(valid, labels, 0).flatten(1).long())
-        return valid & (of_token > 0).view_as(valid)
+        tokens, hidden = labels.flatten(1), masked.flatten(1)
+        count = class_centroids(masked[:, None].float(), tokens, hidden, self.num_classes).count
+        return of_visible_classes(tokens, count[:, :, 0]).view_as(labels)
 
     def mix_one_class(self, tokens: Tensor, own: Tensor, masked: Tensor) -> Tensor:
         """`mix` as a decoder of one class does it, with ordinary layers; used at the tokens of `own` only."""
@@ -227,6 +226,17 @@ class _AttentionBlock(nn.Module):
         q, k, v = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         tokens = tokens + self.merge(attention(q, k, v).transpose(1, 2).flatten(2))
         return tokens + _call(self.mlp, tokens, self.checkpointing)
+
+
+def of_visible_classes(labels: Tensor, visible: Tensor) -> Tensor:
+    """(B, N) bool, the tokens whose class has a visible token in their image.
+
+    Args:
+        labels: (B, N) class of each token; values outside [0, K) are none.
+        visible: (B, K) number of visible tokens of each class.
+    """
+    valid = _valid(labels, visible.shape[1])
+    return valid & (visible > 0).gather(1, torch.where(valid, labels, 0).long())
 
 
 def decode_per_class(decoder: nn.Module, features: Tensor, labels: Tensor, masked: Tensor) -> Tensor:

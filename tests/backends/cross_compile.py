@@ -48,7 +48,9 @@ RESIDENT = {
     "class_centroids_one_hot_kernel": lambda launch: class_centroids.RESIDENT,
     "gather_backward_kernel": lambda launch: rows.RESIDENT[launch["CHANNELS"]],
     "scatter_backward_kernel": lambda launch: rows.RESIDENT[launch["CHANNELS"]],
-    "same_class_conv2d_weight_kernel": lambda launch: launch["SIZE"] == 7 and same_class_conv2d.RESIDENT[launch["CHANNELS"]],
+    "same_class_conv2d_weight_kernel": lambda launch: (
+        same_class_conv2d.RESIDENT[launch["CHANNELS"]] if launch["SIZE"] == 7 else 0
+    ),
     "upsample_cross_entropy_backward_kernel": lambda launch: upsample_cross_entropy.RESIDENT_WARPS // launch["num_warps"],
 }
 """Programs that the launcher of a kernel counts on a multiprocessor to hold at a time, from the launch configuration."""

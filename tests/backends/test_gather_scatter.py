@@ -78,9 +78,8 @@ def test_all_groups_run_at_the_same_time_and_cover_all_places(tokens, channels, 
     blocks, places = -(-tokens // launch.PLACES), 132 * rows.RESIDENT[launch.CHANNELS]
     assert groups * columns <= places and columns * launch.CHANNELS >= channels
     assert groups * blocks_in_group >= blocks > (groups - 1) * blocks_in_group
-    assert (blocks_in_group - 1) * (
-        places // columns
-    ) < blocks  # a block less in each group would take more groups than places
+    # With a block less in each group there would be more groups than places.
+    assert (blocks_in_group - 1) * (places // columns) < blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

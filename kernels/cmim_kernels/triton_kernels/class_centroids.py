@@ -26,7 +26,7 @@ import triton.language as tl
 
 from cmim_kernels.numerics import empty_like_layout, multiprocessors
 from cmim_kernels.reference import class_centroids as reference
-from cmim_kernels.triton_kernels.common import INTERPRETED, cdiv, power_of_two, token_class
+from cmim_kernels.triton_kernels.common import INTERPRETED, cdiv, power_of_two, registers_for, token_class
 from cmim_kernels.triton_kernels.pack_classes import pack_classes_forward
 
 MAX_ONE_HOT = 64
@@ -47,8 +47,8 @@ def one_hot_launch(segments, itemsize):
     """Rows of 128 bytes; float32, which needs three products, gets half the channels and half the tokens. A multiprocessor
     has registers for RESIDENT programs at a time."""
     segments = power_of_two(segments, low=16, high=MAX_ONE_HOT)
-    most = 65536 // (RESIDENT * 8 * 32)
-    return OneHotLaunch(segments, TOKENS=64 // itemsize, CHANNELS=128 // itemsize, num_warps=8, maxnreg=most)
+    maxnreg = registers_for(RESIDENT, 8)
+    return OneHotLaunch(segments, TOKENS=64 // itemsize, CHANNELS=128 // itemsize, num_warps=8, maxnreg=maxnreg)
 
 
 def one_hot_splits(batch, tokens, channels, segments, launch, like):

@@ -42,6 +42,11 @@ def token_class(labels, masked, image, token, labels_strides, masked_strides, nu
     return label, is_masked
 
 
+def registers_for(programs, num_warps):
+    """The most registers a thread with which a multiprocessor holds so many programs at a time."""
+    return 65536 // (programs * num_warps * 32) // 8 * 8  # given out in portions of 8
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_rows_kernel(
     rows,  # (R, C) float32, contiguous, like all others

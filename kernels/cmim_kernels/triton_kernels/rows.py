@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from cmim_kernels.numerics import multiprocessors
-from cmim_kernels.triton_kernels.common import cdiv, power_of_two
+from cmim_kernels.triton_kernels.common import cdiv, power_of_two, registers_for
 
 
 class RowLaunch(NamedTuple):
@@ -24,8 +24,8 @@ class RowLaunch(NamedTuple):
 
 
 RESIDENT = {256: 5, 128: 4, 64: 4, 32: 4}
-"""Programs of the backward pass that a multiprocessor holds at a time, by their CHANNELS: 4 warps with at most 96 registers
-a thread, or 128 where narrow rows need more of them for addresses."""
+"""Programs of the backward pass that a multiprocessor holds at a time, by their CHANNELS: fewer for narrow rows, which need
+more registers for addresses."""
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def backward_launch(batch, channels):
     whose addresses would need more registers."""
     wide, images = _widths(batch, channels, elements=2048)
     places = min(16, 32 // images, 2048 // (wide * images))
-    return RowLaunch(images, places, wide, num_warps=4, maxnreg=96 if wide == 256 else 128)
+    return RowLaunch(images, places, wide, num_warps=4, maxnreg=registers_for(RESIDENT[wide], 4))
 
 
 def _widths(batch, channels, elements):

@@ -61,8 +61,8 @@ def weight_launch(size, channels, channels_last):
 
 
 def lines_of_chunk(launch, lines, programs, like):
-    """The number of lines that the programs of a chunk add up, so many programs each: the device holds all chunks at a time,
-    so that they end together and their sums stay few."""
+    """The number of lines of a chunk, on which so many `programs` work: the device holds all chunks at a time, so that they
+    end together and their sums stay few."""
     return cdiv(lines, max(1, RESIDENT[launch.CHANNELS] * multiprocessors(like) // programs))
 
 

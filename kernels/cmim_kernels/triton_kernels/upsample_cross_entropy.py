@@ -56,8 +56,12 @@ def rows_of_program(blocks, height, places):
     """The number of rows of cells of a program, where `blocks` programs share the same rows and the device holds `places`
     programs at a time. A program computes one span more than it has rows, so that all are done after rounds x (rows + 1)
     spans."""
-    programs = lambda rows: blocks * cdiv(height, rows)  # noqa: E731
-    spans = lambda rows: (cdiv(programs(rows), places) * (rows + 1), programs(rows) * (rows + 1))  # noqa: E731
+
+    def spans(rows):
+        """One after another, and of all programs."""
+        programs = blocks * cdiv(height, rows)
+        return cdiv(programs, places) * (rows + 1), programs * (rows + 1)
+
     return min(range(1, min(height, 64) + 1), key=spans)
 
 
