@@ -18,15 +18,27 @@ from bench.table import in_words
 START, END = "<!-- bench -->", "<!-- /bench -->"
 
 
+class UnreadableFile(Exception):
+    """A file that is missing or holds something else; the message names it and says what is expected."""
+
+
 class Run:
     """One run on one machine. `groups`: {group: {baseline: (seconds, extra info)}}."""
 
     def __init__(self, path):
         self.path, self.groups, self.failed, self.notes = Path(path), {}, [], []
-        if self.path.suffix == ".jsonl":
-            self._read_lines()
-        else:
-            self._read_benchmarks()
+        if not self.path.is_file():
+            raise UnreadableFile(f"there is no file {path}; give one that pytest bench/ or bench.gpu wrote")
+        try:
+            if self.path.suffix == ".jsonl":
+                self._read_lines()
+            else:
+                self._read_benchmarks()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.groups = {}
+        if not (self.groups or self.failed or self.notes):
+            wanted = "lines of bench.recorder" if self.path.suffix == ".jsonl" else "JSON of pytest --benchmark-json"
+            raise UnreadableFile(f"{path} has no measurement; expected {wanted}")
 
     def _read_benchmarks(self):
         content = json.loads(self.path.read_text())
@@ -157,10 +169,18 @@ def _mean(ratios):
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
+def parts_around_summary(readme):
+    """The text before and after the markers."""
+    text = readme.read_text() if readme.is_file() else ""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise UnreadableFile(f"{readme} has no place for the summary; add a line {START} and a line {END}")
+    return before, after
+
+
 def write_summary(readme, runs):
-    text = readme.read_text()
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
+    before, after = parts_around_summary(readme)
     body = "\n\n".join("\n".join(summary(run)) for run in runs)
     readme.write_text(f"{before}{START}\n{body}\n{END}{after}")
 
@@ -199,12 +219,17 @@ def plot(run):
     plt.close(figure)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="JSON files of pytest-benchmark, or lines of bench.recorder")
     parser.add_argument("--readme", type=Path, help="file with markers for a summary, such as bench/README.md")
-    options = parser.parse_args()
-    runs = [Run(path) for path in options.results]
+    options = parser.parse_args(arguments)
+    try:
+        runs = [Run(path) for path in options.results]
+        if options.readme:
+            parts_around_summary(options.readme)
+    except UnreadableFile as error:
+        parser.exit(2, f"error: {error}\n")
     for run in runs:
         run.path.with_suffix(".md").write_text("\n".join(all_rows(run)) + "\n")
         plot(run)

@@ -29,6 +29,8 @@ class CommandLine(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        # `cmim.early` answers it before PyTorch is imported; here it is for the help text.
+        self.add_argument("--version", action="store_true", default=argparse.SUPPRESS, help="show the version and exit")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

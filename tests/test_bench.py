@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.report
 from bench.comparison import OURS, Comparison, assert_equal, prepared
 from bench.report import END, START
 from bench.table import in_words, ratio_table
@@ -41,6 +42,32 @@ def test_from_the_command_to_the_table(tmp_path):
     rows = path.with_suffix(".md").read_text()
     assert rows.count("| patch_labels; ") == len({entry["group"] for entry in content["benchmarks"]})
     assert path.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.jsonl"])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"a": 1}', '{"benchmarks": 3}', "text"])
+def test_a_file_without_measurements_is_named_in_one_line(name, content, tmp_path, capsys):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        bench.report.main([str(path)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and str(path) in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == ([path] if content is not None else [])
+
+
+@pytest.mark.parametrize("content", [None, f"no {END}", f"{END}{START}"])
+def test_a_readme_without_markers_is_refused_before_anything_is_written(content, tmp_path, capsys):
+    path, readme = tmp_path / "results.jsonl", tmp_path / "README.md"
+    path.write_text('{"stage": "a", "item": "b", "status": "failed", "error": "c"}\n')
+    if content is not None:
+        readme.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        bench.report.main([str(path), "--readme", str(readme)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and str(readme) in said and said.count("\n") == 1
+    assert not path.with_suffix(".md").exists()
 
 
 def test_a_baseline_with_another_result_is_refused():

@@ -65,13 +65,26 @@ def read_about(run: Run) -> About:
         return About([], [], {})
 
 
+def metric_lines(run: Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that is not complete is left out, and without the file there are none."""
+    try:
+        text = run.metrics.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            figures = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(figures, dict) and isinstance(figures.get("step"), int):
+            found.append(figures)
+    return found
+
+
 def scores_of(run: Run, step: int) -> dict[str, Any] | None:
     """The scores that metrics.jsonl has of a step, on test or else on val; None if it has none."""
-    try:
-        lines = [json.loads(line) for line in read_text(run.metrics).splitlines()]
-        found = {line["split"]: line for line in lines if "split" in line and line["step"] == step}
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    found = {line["split"]: line for line in metric_lines(run) if "split" in line and line["step"] == step}
     return found.get("test") or found.get("val")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cmim.config import changed_settings, load_config
 from cmim.engine.charts import Curve, bar, escape, line_chart, matrix_chart, number, percent, swatch, table
-from cmim.engine.records import read_about
+from cmim.engine.records import metric_lines, read_about
 from cmim.engine.run import Run, write_text
 from cmim.errors import UserError
 from cmim.settings import Config
@@ -83,7 +83,7 @@ def make_report(run: Run) -> str:
     """
     if not run.config.exists():
         raise UserError(f"{run.folder} is not a run folder: it has no config.yaml")
-    config, lines = load_config(run.config), _lines(run.metrics)
+    config, lines = load_config(run.config), metric_lines(run)
     steps = [line for line in lines if "split" not in line]
     val = [line for line in lines if line.get("split") == "val"]
     last = max((line["step"] for line in lines), default=0)
@@ -108,23 +108,6 @@ def make_report(run: Run) -> str:
     title = Path(run.folder.resolve().name).name or "run"
     lead = f"<p class='soft'>{_lead(config, result, last)}</p>{_tiles(config, steps, val, result, last)}"
     return fill_template(title, lead, parts, "Written by cmim from the files of the run folder; it needs no network.")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is not complete is left out."""
-    found = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return found
-    for line in text.splitlines():
-        try:
-            figures = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(figures, dict) and isinstance(figures.get("step"), int):
-            found.append(figures)
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cmim.engine.device import processor
+from cmim.engine.records import metric_lines
 from cmim.engine.run import Run, write_text
 from cmim.errors import UserError
 from cmim.settings import Config, LoggingSettings
@@ -76,7 +77,7 @@ def load_result(path: Path, config: Config) -> Result | None:
 def keep_result(path: Path, variant: str, seed: int, run: Run, config: Config) -> Result:
     """Write the result of a finished run; `config` is that it was started with."""
     summary = read_result(run)
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metric_lines(run)
     train = config.train
     images = train.labelled_batch + train.unlabelled_batch * config.preset.uses_unlabelled
     rates = [line["images_per_second"] for line in lines if line.get("images_per_second")]
