@@ -8,7 +8,8 @@
 
 A file of variants has lines such as `fixmatch: {method.preset: fixmatch, method.tau: 0.9}`: a name and its overrides,
 in which `{output}` and `{seed}` stand for OUTPUT and the seed of a run. With `teacher.run:
-"{output}/supervised-{seed}"` a variant takes its pseudo-labels from the variant `supervised`, and is trained after it.
+"{output}/supervised-{seed}"` a variant takes its pseudo-labels from the run of the variant `supervised`, and with the same
+`model.init_from` it starts with its weights; it is trained after it.
 Each run has a run folder OUTPUT/<variant>-<seed>; finished runs are kept and interrupted ones are continued.
 `--draw-splits` lets the seed draw the labelled images too. As soon as a run ends, its result is written to
 RESULTS/<variant>-<seed>.json (by default OUTPUT/results/): a few kB to keep, with which the run folder is not needed
@@ -76,15 +77,17 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"--{twice} is set for each run; {remedy}")
         check_parts(config_of(given, name, words, overrides))
     given.output.mkdir(parents=True, exist_ok=True)
-    # Those that need the run of another variant come after all that do not.
-    needing = {name for name, words in variants.items() if any(OUTPUT in word for word in words)}
     jobs = [(name, seed) for seed in given.seeds for name in variants]
-    stages = [[job for job in jobs if (job[0] in needing) == later] for later in (False, True)]
+    settings = {(name, seed): settings_of(given, variants[name], seed, overrides) for name, seed in jobs}
+    # Those that need the run of another variant come after all that do not.
+    needs = {name: runs_needed_by(words, variants) for name, words in variants.items()}
+    stages = [[job for job in jobs if bool(needs[job[0]]) == later] for later in (False, True)]
+    open_jobs = [job for job in jobs if needs[job[0]] and kept_result(given, *job, settings[job]) is None]
+    needed = {(other, seed) for name, seed in open_jobs for other in needs[name]}
     started, trained, done = time.perf_counter(), [], {}
 
     def work(job: tuple[str, int]) -> None:
-        settings = settings_of(given, variants[job[0]], job[1], overrides)
-        done[job], is_new = result_of(given, *job, settings)
+        done[job], is_new = result_of(given, *job, settings[job], needs_run=job in needed)
         if is_new:
             trained.append(job)
             left = (time.perf_counter() - started) / len(trained) * (len(jobs) - len(done))
@@ -132,6 +135,11 @@ def settings_of(given: Namespace, variant: Sequence[str], seed: int, overrides: 
     return [*words, f"--seed={seed}", *split, *overrides]
 
 
+def runs_needed_by(words: Sequence[str], variants: Sequence[str]) -> list[str]:
+    """The variants whose runs, `{output}/NAME-{seed}`, stand in the overrides of another."""
+    return [name for name in variants if any(f"{OUTPUT}/{name}-{SEED}" in word for word in words)]
+
+
 def config_of(given: Namespace, variant: str, words: Sequence[str], overrides: Sequence[str]) -> Config:
     """The settings of a variant's first run. A UserError names the file of variants if the mistake is there."""
     try:
@@ -151,18 +159,31 @@ def mistake_in(config: Path, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def result_of(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> tuple[Result, bool]:
-    """The result of a run, which is trained if there is none yet; and whether it was."""
+def kept_result(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> Result | None:
+    """The result in the folder of results, if there is one."""
+    return load_result(path_of_result(given, variant, seed), load_config(given.config, settings))
+
+
+def path_of_result(given: Namespace, variant: str, seed: int) -> Path:
+    return (given.results or given.output / "results") / f"{variant}-{seed}.json"
+
+
+def result_of(
+    given: Namespace, variant: str, seed: int, settings: Sequence[str], needs_run: bool = False
+) -> tuple[Result, bool]:
+    """The result of a run, which is trained if there is none yet; and whether it was. With `needs_run` it is also trained if
+    its result was kept without its run folder; the result that was kept stays."""
     config = load_config(given.config, settings)
-    path = (given.results or given.output / "results") / f"{variant}-{seed}.json"
     run = Run(given.output / f"{variant}-{seed}")
-    kept = load_result(path, config)
-    if kept is not None:  # a run is kept once it has ended
+    kept = kept_result(given, variant, seed, settings)
+    if kept is not None and not needs_run:  # a run is kept once it has ended
         return kept, False
     is_new = not finished(run, config)
     if is_new:
+        if kept is not None:
+            console.print(f"{variant}, seed {seed}: only its result is there; others need the run, which is made again")
         train(given, variant, seed, settings)
-    return keep_result(path, variant, seed, run, config), is_new
+    return kept or keep_result(path_of_result(given, variant, seed), variant, seed, run, config), is_new
 
 
 def train(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> None:

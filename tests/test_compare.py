@@ -132,6 +132,28 @@ def test_a_variant_that_takes_its_pseudo_labels_from_the_run_of_another(tmp_path
     assert len(started) == 4
 
 
+def test_a_run_that_another_variant_needs_is_trained_again_where_only_its_result_was_kept(tmp_path, monkeypatch, capsys):
+    started, kept, variants = [], tmp_path / "kept", tmp_path / "variants.yaml"
+    monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
+    variants.write_text(
+        "first: {method.preset: supervised}\nfirst-1: {method.preset: supervised, optimizer.lr: 0.002}\n"
+        "longer: {method.preset: supervised, model.init_from: '{output}/first-{seed}'}\n"
+    )
+    wanted = ["--variants", str(variants), "--results", str(kept), "--seeds", "0", "1"]
+    compared(tmp_path / "here", *wanted)
+    assert len(started) == 6
+    compared(tmp_path / "elsewhere", *wanted)  # with every result, no run is needed
+    assert len(started) == 6 and not (tmp_path / "elsewhere/first-0").exists()
+    path = kept / "first-1.json"
+    path.write_text(path.read_text().replace('"machine": "', '"machine": "another, '))
+    (kept / "longer-1.json").unlink()
+    capsys.readouterr()
+    compared(tmp_path / "elsewhere", *wanted)
+    assert [name.rpartition("/")[2] for name in started[6:]] == ["first-1", "longer-1"]
+    assert "first, seed 1: only its result is there" in capsys.readouterr().out
+    assert "another" in path.read_text() and (kept / "longer-1.json").exists()  # a result that was kept stays as it is
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
