@@ -30,6 +30,9 @@ PASSES = 40
 """Over the labelled images, at least."""
 FEWEST = 8
 """Unlabelled images from which on there is something to learn from them."""
+REPRESENTATIVE = 20
+"""Labelled images from which on their shares of the classes stand for those of all images: 26 did, 8 did not
+(docs/experiments.md)."""
 
 
 class Choice(NamedTuple):
@@ -63,8 +66,8 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
     pretrained = settings.weights != "none"
     learns = "learns from the images without masks too; compare it with cmim and supervised"
     ignores = (
-        f"the {facts.unlabelled} images without masks count with fixmatch and cmim, which have not helped so far from "
-        "pretrained weights (docs/experiments.md): compare them on your images"
+        f"the {facts.unlabelled} images without masks come second, once this run has ended as RUN: train again with "
+        "--method.preset fixmatch --model.init_from RUN --optimizer.lr 0.0003; docs/training.md says what that brought"
     )
     lacks = "every image has a mask" if not facts.unlabelled else f"{facts.unlabelled} images without a mask are too few"
     lacks += "; with more images, in unlabeled/, take fixmatch or cmim"
@@ -72,9 +75,19 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
         method = [Choice("method", "preset", "fixmatch", learns)]
     else:
         method = [Choice("method", "preset", "supervised", ignores if semi else lacks)]
-    if semi:
+    data, start = [], 0.25
+    if semi and pretrained:  # the second training begins with pseudo-labels that are good already
+        data, start = [Choice("data", "colour_jitter", 0.0, "of fixmatch: colours tell classes apart")], 0.0
+        method.append(Choice("method", "tau", 0.9))
+        if facts.labelled >= REPRESENTATIVE:
+            method.append(
+                Choice("method", "logit_adjustment", True, "of fixmatch: else a class that pseudo-labels lack is unlearnt")
+            )
+    elif semi:
         method += [
-            Choice("method", "start", 0.25, "of fixmatch: earlier, few pseudo-labels are right, and rare classes have none"),
+            Choice(
+                "method", "start", start, "of fixmatch: earlier, few pseudo-labels are right, and rare classes have none"
+            ),
             Choice("method", "ramp", 0.25),
             Choice("method", "tau", 0.95),
             Choice("method", "class_thresholds", True, "else hardly a pixel of a rare class is sure enough"),
@@ -85,9 +98,9 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
         Choice(
             "mim", "views", ["strong"], "counts with --method.preset cmim, as does the rest of mim, mask, reconstruction"
         ),
-        Choice("mim", "tau", 0.95),
-        Choice("mim", "start", 0.25),
-        Choice("mim", "ramp", 0.25),
+        Choice("mim", "tau", 0.9 if pretrained else 0.95),
+        Choice("mim", "start", start),
+        Choice("mim", "ramp", 0.1 if pretrained else 0.25),
         Choice("mim", "w_pix", 0.1),
         Choice("mim", "w_sem", 2),
         Choice("mask", "block", block, f"{crop // block} x {crop // block} blocks in a crop"),
@@ -101,7 +114,7 @@ def suggest(facts: DataFacts, cuda: bool) -> list[Choice]:
         Choice("optimizer", "head_lr_factor", 5 if pretrained else 1),
     ]
     teacher = [Choice("teacher", "kind", "ema", "averaged weights are steadier"), Choice("teacher", "decay", 0.99)]
-    choices = [*facts.data, *sizes, *model, *method, *masked, *teacher, *optimizer, *batches]
+    choices = [*facts.data, *sizes, *data, *model, *method, *masked, *teacher, *optimizer, *batches]
     return choices + _length(facts, choices, batches[0].value, cuda)
 
 

@@ -254,13 +254,30 @@ def test_every_suggestion_is_valid(sizes, labelled, unlabelled, cuda):
     assert config.method.preset == ("fixmatch" if unlabelled else "supervised")
 
 
-def test_from_pretrained_weights_what_won_the_study_is_suggested(monkeypatch):
+def test_from_pretrained_weights_what_won_the_study_is_suggested(monkeypatch, tmp_path):
     """docs/experiments.md; a package of Python's own stands for that of the weights."""
     monkeypatch.setattr(suggest, "PACKAGE", "json")
     chosen = {c.key: c for c in suggest.suggest(facts([(256, 256)], 26, 388), cuda=False) if c.section != "mim"}
     assert chosen["preset"].value == "supervised" and "the 388 images without masks" in chosen["preset"].why
     assert (chosen["dice"].value, chosen["lr"].value, chosen["lr_batch"].value) == (1, 0.001, 4)
-    assert chosen["start"].value == 0.25  # for who asks for fixmatch
+    # For the second training, from the weights of the first one:
+    assert (chosen["tau"].value, chosen["colour_jitter"].value, chosen["logit_adjustment"].value) == (0.9, 0.0, True)
+    assert not {"start", "ramp", "class_thresholds"} & set(chosen)
+    few = {c.key for c in suggest.suggest(facts([(256, 256)], 8, 388), cuda=False)}
+    assert "colour_jitter" in few and "logit_adjustment" not in few  # eight images do not have the shares of all
+    given = words_of_second_training(chosen["preset"].why)
+    config = load_config(write_config(tmp_path, suggest.suggest(facts([(256, 256)], 26, 388), cuda=False)), given)
+    assert (config.method.preset, config.optimizer.lr, config.model.init_from) == ("fixmatch", 0.0003, Path("RUN"))
+
+
+def words_of_second_training(why):
+    """The command line that a comment names."""
+    return why[why.index("--method.preset") : why.index(";")].split()
+
+
+def write_config(folder, choices):
+    (folder / "suggested.yaml").write_text(as_yaml(choices, [], {}))
+    return folder / "suggested.yaml"
 
 
 def test_a_class_name_that_yaml_would_read_otherwise():
