@@ -1,12 +1,16 @@
 """What the pages say: programs in them run, and links lead somewhere."""
 
+import json
 import re
 import shutil
+import statistics
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
+from cmim.engine.study import difference
 from cmim.method import objective
 from cmim.models.build import ARCHITECTURES
 from cmim.settings import PRESETS, ModelSettings, Preset
@@ -86,3 +90,29 @@ def test_make_reads_every_target():
     assert set(re.findall(r"^([a-z][a-z-]*):", text, flags=re.M)) == set(targets)
     result = subprocess.run(["make", "-n", *targets], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_tables_of_a_study_are_those_of_its_results():
+    """In docs/experiments.md each seed, mean, spread and interval; in the README mean, spread and interval."""
+    results = [json.loads(file.read_text()) for file in sorted(ROOT.glob("docs/results/aerial26_continued/*.json"))]
+    test, val = (
+        {name: [100 * of(r) for r in results if r["variant"] == name] for name in {r["variant"] for r in results}}
+        for of in (lambda r: r["miou"], lambda r: r["val"][-1][1])
+    )
+    pages = {name: (ROOT / name).read_text() for name in ("docs/experiments.md", "README.md")}
+    rows = {row[1]: row[0] for row in re.finditer(r"^\| `(\w+)`.*\|$", pages["docs/experiments.md"], re.M) if row[1] in test}
+    assert len(results) == 25 and set(rows) == set(test)
+    short = [
+        row[0] for row in re.finditer(r"^\| (supervised, the first|and 200 more|or with).*\|$", pages["README.md"], re.M)
+    ]
+    for name, in_readme in zip(("supervised", "longer", "fixmatch", "class_blind", "cmim"), short, strict=True):
+        wanted = [x for pair in zip(val[name], test[name], strict=True) for x in pair]
+        last = [statistics.mean(test[name]), statistics.stdev(test[name])]
+        gaps = [difference(of[name], of["fixmatch"]) for of in (test, val)] if name != "fixmatch" else []
+        gaps = [[mean, mean - half, mean + half] for mean, half in gaps]
+        assert numbers(rows[name].split("|", 2)[2]) == pytest.approx([*wanted, *last, *chain(*gaps)], abs=0.0501)
+        assert numbers(in_readme.split("|", 2)[2]) == pytest.approx([*last, *chain(*gaps[:1])], abs=0.0501)
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", text)]
