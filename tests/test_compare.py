@@ -142,6 +142,8 @@ def test_a_run_that_another_variant_needs_is_trained_again_where_only_its_result
     wanted = ["--variants", str(variants), "--results", str(kept), "--seeds", "0", "1"]
     compared(tmp_path / "here", *wanted)
     assert len(started) == 6
+    said = (tmp_path / "here/longer-1.log").read_text()
+    assert f"starting with the weights of {tmp_path / 'here/first-1'}" in said.replace("\n", "") and "pretrained" not in said
     compared(tmp_path / "elsewhere", *wanted)  # with every result, no run is needed
     assert len(started) == 6 and not (tmp_path / "elsewhere/first-0").exists()
     path = kept / "first-1.json"

@@ -147,7 +147,9 @@ def build_objective(config: Config, num_classes: int, run: Run) -> Objective:
     torch.manual_seed(config.seed)
     if run.last.exists():
         config = config.model_copy(update={"model": config.model.untrained()})
-    if config.model.weights != "none":  # loading may take some seconds
+    if config.model.init_from is not None:
+        console.print(f"starting with the weights of {config.model.init_from}")
+    elif config.model.weights != "none":  # loading may take some seconds
         name = config.model.arch if config.model.arch.startswith("smp:") else config.model.encoder
         where = {"timm": "fetched, or from the cache", "package": "from its package"}
         where = where.get(config.model.weights, config.model.weights)
