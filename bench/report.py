@@ -35,7 +35,7 @@ class Run:
             else:
                 self._read_benchmarks()
         except (ValueError, KeyError, TypeError, AttributeError):
-            self.groups = {}
+            self.groups, self.failed, self.notes = {}, [], []  # nothing of a file that is read in part
         if not (self.groups or self.failed or self.notes):
             wanted = "lines of bench.recorder" if self.path.suffix == ".jsonl" else "JSON of pytest --benchmark-json"
             raise UnreadableFile(f"{path} has no measurement; expected {wanted}")

@@ -80,10 +80,10 @@ def main(arguments: Sequence[str]) -> None:
     jobs = [(name, seed) for seed in given.seeds for name in variants]
     settings = {(name, seed): settings_of(given, variants[name], seed, overrides) for name, seed in jobs}
     # Those that need the run of another variant come after all that do not.
-    needs = {name: runs_needed_by(words, variants) for name, words in variants.items()}
-    stages = [[job for job in jobs if bool(needs[job[0]]) == later] for later in (False, True)]
-    open_jobs = [job for job in jobs if needs[job[0]] and kept_result(given, *job, settings[job]) is None]
-    needed = {(other, seed) for name, seed in open_jobs for other in needs[name]}
+    needing = {name for name, words in variants.items() if any(OUTPUT in word for word in words)}
+    stages = [[job for job in jobs if (job[0] in needing) == later] for later in (False, True)]
+    open_jobs = [job for job in stages[1] if kept_result(given, *job, load_config(given.config, settings[job])) is None]
+    needed = {(other, seed) for name, seed in open_jobs for other in runs_needed_by(variants[name], variants)}
     started, trained, done = time.perf_counter(), [], {}
 
     def work(job: tuple[str, int]) -> None:
@@ -159,9 +159,9 @@ def mistake_in(config: Path, overrides: Sequence[str]) -> str | None:
     return None
 
 
-def kept_result(given: Namespace, variant: str, seed: int, settings: Sequence[str]) -> Result | None:
+def kept_result(given: Namespace, variant: str, seed: int, config: Config) -> Result | None:
     """The result in the folder of results, if there is one."""
-    return load_result(path_of_result(given, variant, seed), load_config(given.config, settings))
+    return load_result(path_of_result(given, variant, seed), config)
 
 
 def path_of_result(given: Namespace, variant: str, seed: int) -> Path:
@@ -175,7 +175,7 @@ def result_of(
     its result was kept without its run folder; the result that was kept stays."""
     config = load_config(given.config, settings)
     run = Run(given.output / f"{variant}-{seed}")
-    kept = kept_result(given, variant, seed, settings)
+    kept = kept_result(given, variant, seed, config)
     if kept is not None and not needs_run:  # a run is kept once it has ended
         return kept, False
     is_new = not finished(run, config)

@@ -44,8 +44,11 @@ def test_from_the_command_to_the_table(tmp_path):
     assert path.with_suffix(".png").stat().st_size > 0
 
 
+IN_PART = """{"stage": "a", "item": "b", "status": "failed", "error": "c"}\n{"stage": "a", "item": "d"}"""
+
+
 @pytest.mark.parametrize("name", ["results.json", "results.jsonl"])
-@pytest.mark.parametrize("content", [None, "", "[]", '{"a": 1}', '{"benchmarks": 3}', "text"])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"a": 1}', '{"benchmarks": 3}', "text", IN_PART])
 def test_a_file_without_measurements_is_named_in_one_line(name, content, tmp_path, capsys):
     path = tmp_path / name
     if content is not None:

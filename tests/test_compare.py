@@ -116,18 +116,19 @@ def test_variants_of_a_file_and_what_is_kept_of_them(tmp_path, monkeypatch, caps
         compared(tmp_path / "elsewhere", *wanted)
 
 
-def test_a_variant_that_takes_its_pseudo_labels_from_the_run_of_another(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed, taken", [("{seed}", "first-7"), ("0", "first-0")])
+def test_a_variant_that_takes_its_pseudo_labels_from_the_run_of_another(seed, taken, tmp_path, monkeypatch):
     started, output, variants = [], tmp_path / "study", tmp_path / "variants.yaml"
     monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
     variants.write_text(
-        "student: {method.preset: fixmatch, teacher.run: '{output}/first-{seed}'}\nfirst: {method.preset: supervised}\n"
+        f"student: {{method.preset: fixmatch, teacher.run: '{{output}}/first-{seed}'}}\nfirst: {{method.preset: supervised}}\n"
     )
     wanted = ["--variants", str(variants), "--seeds", "0", "7"]
     compared(output, *wanted)
     assert [name.rpartition("/")[2] for name in started] == ["first-0", "first-7", "student-0", "student-7"]
-    assert load_config(output / "student-7/config.yaml").teacher.run == output / "first-7"
+    assert load_config(output / "student-7/config.yaml").teacher.run == output / taken
     kept = (output / "results/student-7.json").read_text()
-    assert json.loads(kept)["config"]["teacher"]["run"] == "first-7" and str(tmp_path) not in kept
+    assert json.loads(kept)["config"]["teacher"]["run"] == taken and str(tmp_path) not in kept
     compared(output, *wanted)
     assert len(started) == 4
 
