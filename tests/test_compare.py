@@ -121,7 +121,8 @@ def test_a_variant_that_takes_its_pseudo_labels_from_the_run_of_another(seed, ta
     started, output, variants = [], tmp_path / "study", tmp_path / "variants.yaml"
     monkeypatch.setattr(compare.subprocess, "run", in_this_process(started))
     variants.write_text(
-        f"student: {{method.preset: fixmatch, teacher.run: '{{output}}/first-{seed}'}}\nfirst: {{method.preset: supervised}}\n"
+        f"student: {{method.preset: fixmatch, teacher.run: '{{output}}/first-{seed}'}}\n"
+        "first: {method.preset: supervised}\n"
     )
     wanted = ["--variants", str(variants), "--seeds", "0", "7"]
     compared(output, *wanted)
